@@ -1,0 +1,112 @@
+// S[b,c,h,p,n] = sum over the positions t of chunk c of weight_t v_t[p] u_t[n].
+//
+// v [B,L,H,P], u [B,L,G,N] (head h reads group h / (H/G)), weight [B,H,nC,Q], S [B,nC,H,P,N]; f32 sums in order of t.
+// With v = x, u = B and the leaving weights this is what a chunk adds to the state (Mamba-2, arXiv 2405.21060, section 6);
+// with v = dy, u = C and the entering weights it is the gradient of the state that entered it.
+// One invocation computes a tile of 8 p by 8 n in registers: four quads are loaded for 64 multiply-adds.
+
+import package::lib::index::workgroup_index;
+import package::lib::tile::{next_quad, below, quad_indices};
+
+struct Params {
+  seqlen: u32,
+  nheads: u32,
+  headdim: u32,
+  ngroups: u32,
+  dstate: u32,
+  nchunks: u32,
+  chunk_size: u32,
+  total: u32, // batch * nchunks * nheads * ceil(headdim / 8) * ceil(dstate / 8)
+}
+
+@if(vec4) @group(0) @binding(0) var<storage, read> v: array<vec4f>;
+@else @group(0) @binding(0) var<storage, read> v: array<f32>;
+@if(vec4) @group(0) @binding(1) var<storage, read> u: array<vec4f>;
+@else @group(0) @binding(1) var<storage, read> u: array<f32>;
+@group(0) @binding(2) var<storage, read> weight: array<f32>;
+@if(vec4) @group(0) @binding(3) var<storage, read_write> states: array<vec4f>;
+@else @group(0) @binding(3) var<storage, read_write> states: array<f32>;
+@group(1) @binding(0) var<uniform> params: Params;
+
+override WG: u32 = 64;
+
+@if(vec4) fn load_v(row: u32, p: u32) -> vec4f {
+  return v[(row * params.headdim + p) / 4u];
+}
+@else fn load_v(row: u32, p: u32) -> vec4f {
+  let at = quad_indices(row, p, params.headdim);
+  return select(vec4f(0.0), vec4f(v[at.x], v[at.y], v[at.z], v[at.w]), below(p, params.headdim));
+}
+
+@if(vec4) fn load_u(row: u32, n: u32) -> vec4f {
+  return u[(row * params.dstate + n) / 4u];
+}
+@else fn load_u(row: u32, n: u32) -> vec4f {
+  let at = quad_indices(row, n, params.dstate);
+  return select(vec4f(0.0), vec4f(u[at.x], u[at.y], u[at.z], u[at.w]), below(n, params.dstate));
+}
+
+@if(vec4) fn store(head: u32, p: u32, n: u32, value: vec4f) {
+  states[((head * params.headdim + p) * params.dstate + n) / 4u] = value;
+}
+@else fn store(head: u32, p: u32, n: u32, value: vec4f) {
+  if (p < params.headdim) {
+    for (var k = 0u; k < 4u && n + k < params.dstate; k++) {
+      states[(head * params.headdim + p) * params.dstate + n + k] = value[k];
+    }
+  }
+}
+
+@compute @workgroup_size(WG)
+fn chunk_state(
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+) {
+  var id = workgroup_index(wid, nwg) * WG + lane;
+  if (id >= params.total) {
+    return;
+  }
+  let tiles_n = (params.dstate + 7u) / 8u;
+  let tiles_p = (params.headdim + 7u) / 8u;
+  let n0 = id % tiles_n * 8u;
+  id /= tiles_n;
+  let p0 = id % tiles_p * 8u;
+  let head = id / tiles_p; // (b * nchunks + c) * nheads + h
+  let h = head % params.nheads;
+  let c = head / params.nheads % params.nchunks;
+  let b = head / (params.nheads * params.nchunks);
+  let g = h / (params.nheads / params.ngroups);
+  let n1 = next_quad(n0, params.dstate);
+  let p1 = next_quad(p0, params.headdim);
+  let first = c * params.chunk_size;
+  let length = min(params.chunk_size, params.seqlen - first);
+  let weights = ((b * params.nheads + h) * params.nchunks + c) * params.chunk_size;
+
+  var r0 = vec4f(); var r1 = vec4f(); var r2 = vec4f(); var r3 = vec4f();
+  var r4 = vec4f(); var r5 = vec4f(); var r6 = vec4f(); var r7 = vec4f();
+  var s0 = vec4f(); var s1 = vec4f(); var s2 = vec4f(); var s3 = vec4f();
+  var s4 = vec4f(); var s5 = vec4f(); var s6 = vec4f(); var s7 = vec4f();
+  for (var t = 0u; t < length; t++) {
+    let row = b * params.seqlen + first + t;
+    let w = weight[weights + t];
+    let v0 = w * load_v(row * params.nheads + h, p0);
+    let v1 = w * load_v(row * params.nheads + h, p1);
+    let u0 = load_u(row * params.ngroups + g, n0);
+    let u1 = load_u(row * params.ngroups + g, n1);
+    r0 += v0.x * u0; s0 += v0.x * u1;
+    r1 += v0.y * u0; s1 += v0.y * u1;
+    r2 += v0.z * u0; s2 += v0.z * u1;
+    r3 += v0.w * u0; s3 += v0.w * u1;
+    r4 += v1.x * u0; s4 += v1.x * u1;
+    r5 += v1.y * u0; s5 += v1.y * u1;
+    r6 += v1.z * u0; s6 += v1.z * u1;
+    r7 += v1.w * u0; s7 += v1.w * u1;
+  }
+  store(head, p0, n0, r0); store(head, p0, n1, s0);
+  store(head, p0 + 1u, n0, r1); store(head, p0 + 1u, n1, s1);
+  store(head, p0 + 2u, n0, r2); store(head, p0 + 2u, n1, s2);
+  store(head, p0 + 3u, n0, r3); store(head, p0 + 3u, n1, s3);
+  store(head, p1, n0, r4); store(head, p1, n1, s4);
+  store(head, p1 + 1u, n0, r5); store(head, p1 + 1u, n1, s5);
+  store(head, p1 + 2u, n0, r6); store(head, p1 + 2u, n1, s6);
+  store(head, p1 + 3u, n0, r7); store(head, p1 + 3u, n1, s7);
+}

@@ -1,0 +1,63 @@
+// Sum over the K rows of each token, in the order of k:
+//   out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]]   (condition `weighted`)
+//   out[t] = sum_k y[token_slot[t * K + k]]                       (otherwise; the backward pass of permute)
+//
+//   y [T * K, D], topk_weight [T, K] -> out [T, D], f32 sums, in elements of V: vec4f where D is a multiple of 4.
+//   One invocation takes every `parts`-th element of one row, four sums at a time: slots and weights are loaded once for four.
+import package::lib::index::workgroup_index;
+
+override WG: u32 = 64;
+
+@if(vec4) alias V = vec4f;
+@else alias V = f32;
+
+struct Params {
+  tokens: u32,
+  cols: u32, // in V
+  parts: u32,
+  topk: u32,
+}
+
+@group(0) @binding(0) var<storage, read> y: array<V>;
+@group(0) @binding(1) var<storage, read> token_slot: array<u32>;
+@if(weighted) @group(0) @binding(2) var<storage, read> topk_weight: array<f32>;
+@group(0) @binding(3) var<storage, read_write> out: array<V>;
+@group(1) @binding(0) var<uniform> params: Params;
+
+@compute @workgroup_size(WG)
+fn combine(
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
+) {
+  let i = workgroup_index(wid, nwg) * WG + lane;
+  let token = i / params.parts;
+  if (token >= params.tokens) {
+    return;
+  }
+  let step = params.parts;
+  for (var c = i % step; c < params.cols; c += 4u * step) {
+    // Columns past the end read the last one and are not written.
+    let last = params.cols - 1u;
+    let c1 = min(c + step, last);
+    let c2 = min(c + 2u * step, last);
+    let c3 = min(c + 3u * step, last);
+    var s0 = V(0.0);
+    var s1 = V(0.0);
+    var s2 = V(0.0);
+    var s3 = V(0.0);
+    for (var k = token * params.topk; k < (token + 1u) * params.topk; k++) {
+      let row = token_slot[k] * params.cols;
+      @if(weighted) let w = topk_weight[k];
+      @else let w = 1.0;
+      s0 += w * y[row + c];
+      s1 += w * y[row + c1];
+      s2 += w * y[row + c2];
+      s3 += w * y[row + c3];
+    }
+    let at = token * params.cols + c;
+    out[at] = s0;
+    if (c + step < params.cols) { out[at + step] = s1; }
+    if (c + 2u * step < params.cols) { out[at + 2u * step] = s2; }
+    if (c + 3u * step < params.cols) { out[at + 3u * step] = s3; }
+  }
+}

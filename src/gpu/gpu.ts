@@ -1,0 +1,190 @@
+import type { AdapterHandle, AdapterInfo } from "./adapters.ts";
+import { DeviceLostError, GpuError, OutOfMemoryError } from "./errors.ts";
+import { BufferPool, type PooledBuffer } from "./pool.ts";
+import { Profiler } from "./profiler.ts";
+import { type Graph, Stream } from "./stream.ts";
+
+/** A contiguous range of a pooled buffer: what a kernel is bound to. */
+export interface BufferView {
+  readonly device: Gpu;
+  readonly storage: PooledBuffer;
+  readonly byteOffset: number;
+  readonly byteLength: number;
+}
+
+export interface GpuOptions {
+  /** "adapter": all that the adapter offers (default); "default": WebGPU's guaranteed limits and no optional feature. */
+  limits?: "adapter" | "default";
+  /** Most bytes of storage buffers to hold; default: whatever the driver gives. */
+  poolCeilingBytes?: number;
+}
+
+/** One GPU device with its memory, its order of work and its failures. */
+export class Gpu {
+  readonly info: AdapterInfo;
+  readonly gpuDevice: GPUDevice;
+  readonly pool: BufferPool;
+  readonly stream: Stream;
+  /** The first failure; every later use of the device throws it. */
+  failure: Error | null = null;
+  readonly #failed: Promise<never>;
+  #reject!: (error: Error) => void;
+  #bindGroups = new Map<string, GPUBindGroup>();
+  #destroyed = false;
+
+  constructor(device: GPUDevice, info: AdapterInfo, options: GpuOptions = {}) {
+    this.gpuDevice = device;
+    this.info = info;
+    this.#failed = new Promise<never>((_, reject) => {
+      this.#reject = reject;
+    });
+    this.#failed.catch(() => {}); // the failure is thrown where the device is used next
+    const fail = (error: Error) => this.#fail(error);
+    this.pool = new BufferPool(device, options.poolCeilingBytes ?? Infinity, fail);
+    this.stream = new Stream(device, this.pool, fail);
+    this.pool.onDestroy = () => this.#bindGroups.clear();
+    this.pool.settled = () => this.stream.idle();
+    device.lost.then((lost) => this.#fail(new DeviceLostError(lost.reason, lost.message)), () => {});
+    device.addEventListener("uncapturederror", (event) => {
+      const { error } = event as GPUUncapturedErrorEvent;
+      const isMemory = error.constructor.name === "GPUOutOfMemoryError";
+      this.#fail(isMemory ? new OutOfMemoryError(error.message, 0, 0) : new GpuError(error.message));
+    });
+  }
+
+  /** Subgroup operations may be used. */
+  get hasSubgroups(): boolean {
+    return this.gpuDevice.features.has("subgroups");
+  }
+
+  /** Throws the device's failure, if it has failed. */
+  assertUsable(): void {
+    if (this.failure) throw this.failure;
+  }
+
+  /** A bind group for these buffers, made once and kept while they live. */
+  bindGroup(key: string, layout: GPUBindGroupLayout, views: readonly { binding: number; view: BufferView }[]): GPUBindGroup {
+    let full = key;
+    for (const { view } of views) full += `|${view.storage.id}:${view.byteOffset}:${view.byteLength}`;
+    const cached = this.#bindGroups.get(full);
+    if (cached) return cached;
+    const group = this.gpuDevice.createBindGroup({
+      layout,
+      entries: views.map(({ binding, view }) => ({
+        binding,
+        resource: {
+          buffer: view.storage.buffer, offset: view.byteOffset, size: Math.max(16, Math.ceil(view.byteLength / 4) * 4),
+        },
+      })),
+    });
+    this.bindGroupsCreated++;
+    if (this.#bindGroups.size >= 16384) this.#bindGroups.clear();
+    this.#bindGroups.set(full, group);
+    return group;
+  }
+
+  /** Bind groups ever created: constant in a steady state. */
+  bindGroupsCreated = 0;
+
+  /**
+   * Runs everything recorded so far and reads a range back.
+   * @returns its bytes
+   * @throws DeviceLostError, OutOfMemoryError, ShaderError or GpuError: the failure of this or any earlier command.
+   */
+  async readBytes(view: BufferView): Promise<ArrayBuffer> {
+    this.assertUsable();
+    if (view.byteLength === 0) return new ArrayBuffer(0);
+    this.pool.retain(view.storage);
+    try {
+      await this.settle();
+      const size = Math.ceil(view.byteLength / 4) * 4;
+      const staging = this.gpuDevice.createBuffer({ size, usage: 0x01 | 0x08 }); // MAP_READ | COPY_DST
+      const encoder = this.gpuDevice.createCommandEncoder();
+      encoder.copyBufferToBuffer(view.storage.buffer, view.byteOffset, staging, 0, size);
+      this.gpuDevice.queue.submit([encoder.finish()]);
+      await this.#race(staging.mapAsync(1));
+      const bytes = staging.getMappedRange().slice(0, view.byteLength);
+      staging.destroy();
+      this.assertUsable();
+      return bytes;
+    } finally {
+      this.pool.release(view.storage);
+    }
+  }
+
+  /** Waits until all recorded work has been submitted. */
+  async settle(): Promise<void> {
+    await this.#race(this.stream.idle());
+    this.assertUsable();
+  }
+
+  /** Waits until all recorded work has finished on the GPU. */
+  async finish(): Promise<void> {
+    await this.settle();
+    await this.#race(this.gpuDevice.queue.onSubmittedWorkDone());
+    this.assertUsable();
+  }
+
+  /** Records `step` without running it; `replay` runs it, as often as wanted, on the same buffers. */
+  capture<T>(step: () => T): { graph: Graph; result: T } {
+    const arena = this.stream.beginCapture();
+    let result: T;
+    try {
+      result = step();
+    } catch (error) {
+      this.stream.disposeGraph(this.stream.endCapture(arena));
+      throw error;
+    }
+    return { graph: this.stream.endCapture(arena), result };
+  }
+
+  replay(graph: Graph): void {
+    this.assertUsable();
+    this.stream.replay(graph);
+  }
+
+  /** Attaches a profiler that times every dispatch from now on; null where the adapter has no timestamps. */
+  profile(): Profiler | null {
+    if (!this.gpuDevice.features.has("timestamp-query")) return null;
+    this.stream.flush();
+    this.stream.profiler ??= new Profiler(this.gpuDevice);
+    return this.stream.profiler;
+  }
+
+  /** Destroys the device and all its memory. Later uses throw DeviceLostError. */
+  destroy(): void {
+    if (this.#destroyed) return;
+    this.#destroyed = true;
+    this.#fail(new DeviceLostError("destroyed", "it was closed by its owner."));
+    this.gpuDevice.destroy();
+  }
+
+  #race<T>(work: Promise<T>): Promise<T> {
+    return Promise.race([work, this.#failed]);
+  }
+
+  #fail(error: Error): void {
+    if (this.failure) return;
+    this.failure = error;
+    this.#reject(error);
+  }
+}
+
+const WANTED_FEATURES = ["shader-f16", "subgroups", "timestamp-query"];
+const WANTED_LIMITS = [
+  "maxBufferSize", "maxStorageBufferBindingSize", "maxStorageBuffersPerShaderStage", "maxComputeWorkgroupStorageSize",
+  "maxComputeInvocationsPerWorkgroup", "maxComputeWorkgroupSizeX",
+];
+
+/** Requests a GPUDevice from an adapter, with the optional features the engine can use and the limits asked for. */
+export async function requestGpuDevice(handle: AdapterHandle, options: GpuOptions): Promise<GPUDevice> {
+  const adapter = await handle.request();
+  if (options.limits === "default") return adapter.requestDevice();
+  const requiredLimits: Record<string, number> = {};
+  for (const name of WANTED_LIMITS) {
+    const value = handle.info.limits[name];
+    if (value !== undefined) requiredLimits[name] = value;
+  }
+  const requiredFeatures = WANTED_FEATURES.filter((name) => adapter.features.has(name)) as GPUFeatureName[];
+  return adapter.requestDevice({ requiredFeatures, requiredLimits });
+}

@@ -1,0 +1,278 @@
+import type { Arena, BufferPool, PooledBuffer } from "./pool.ts";
+import type { Profiler } from "./profiler.ts";
+
+const UNIFORM_STRIDE = 256; // the default minUniformBufferOffsetAlignment
+const BLOCK_SLOTS = 256;
+const COMMANDS_PER_SUBMIT = 64; // keeps a submission far below the seconds after which browsers reset a device
+
+/** A compute pipeline that may still be compiling. */
+export interface PipelineHandle {
+  readonly label: string;
+  pipeline: GPUComputePipeline | null;
+  readonly ready: Promise<void>;
+}
+
+interface UniformBlock {
+  readonly buffer: GPUBuffer;
+  readonly bytes: Uint8Array<ArrayBuffer>;
+  readonly group: GPUBindGroup;
+  used: number;
+}
+
+type Command =
+  | {
+    kind: "dispatch"; pipeline: PipelineHandle; group: GPUBindGroup; uniforms: UniformBlock | null; offset: number;
+    workgroups: readonly [number, number, number];
+  }
+  | { kind: "copy"; from: PooledBuffer; fromOffset: number; to: PooledBuffer; toOffset: number; size: number }
+  | { kind: "clear"; buffer: PooledBuffer; offset: number; size: number }
+  | { kind: "write"; buffer: PooledBuffer; offset: number; bytes: Uint8Array<ArrayBuffer> };
+
+/** A recorded step that can be run again: same buffers, same bind groups, no op-level work. */
+export class Graph {
+  readonly commands: readonly Command[];
+  readonly retained: readonly PooledBuffer[];
+  readonly arena: Arena;
+  readonly blocks: UniformBlock[];
+  disposed = false;
+  constructor(commands: readonly Command[], retained: readonly PooledBuffer[], arena: Arena, blocks: UniformBlock[]) {
+    this.commands = commands;
+    this.retained = retained;
+    this.arena = arena;
+    this.blocks = blocks;
+  }
+  /** Launches in one replay. */
+  get launches(): number {
+    return this.commands.length;
+  }
+}
+
+/**
+ * The device's order of work. Recording is synchronous and only appends to a list; batches are encoded and submitted in that
+ * order as soon as their pipelines are compiled. Nothing here waits except `idle`.
+ */
+export class Stream {
+  /** Submissions to the queue so far. */
+  submits = 0;
+  /** Dispatches recorded or replayed so far. */
+  dispatches = 0;
+  profiler: Profiler | null = null;
+
+  readonly #device: GPUDevice;
+  readonly #pool: BufferPool;
+  readonly #fail: (error: Error) => void;
+  readonly uniformLayout: GPUBindGroupLayout;
+  readonly #freeBlocks: UniformBlock[] = [];
+  #commands: Command[] = [];
+  #blocks: UniformBlock[] = [];
+  #capture: { touched: Map<number, PooledBuffer> } | null = null;
+  /** Batches that wait for a pipeline, in order; null when everything recorded has been submitted. */
+  #waiting: Promise<void> | null = null;
+
+  constructor(device: GPUDevice, pool: BufferPool, fail: (error: Error) => void) {
+    this.#device = device;
+    this.#pool = pool;
+    this.#fail = fail;
+    this.uniformLayout = device.createBindGroupLayout({
+      entries: [{ binding: 0, visibility: 4, buffer: { type: "uniform", hasDynamicOffset: true } }],
+    });
+  }
+
+  /** True between `beginCapture` and `endCapture`. */
+  get capturing(): boolean {
+    return this.#capture !== null;
+  }
+
+  /** Records one dispatch. `uniforms` are the bytes of the kernel's parameter struct, at most 256. */
+  dispatch(
+    pipeline: PipelineHandle, group: GPUBindGroup, uniforms: Uint8Array | null,
+    workgroups: readonly [number, number, number], touched: readonly PooledBuffer[],
+  ): void {
+    let block: UniformBlock | null = null;
+    let offset = 0;
+    if (uniforms) {
+      block = this.#blocks.at(-1) ?? null;
+      if (!block || block.used === BLOCK_SLOTS) {
+        block = this.#freeBlocks.pop() ?? this.#createBlock();
+        this.#blocks.push(block);
+      }
+      offset = block.used++ * UNIFORM_STRIDE;
+      block.bytes.set(uniforms, offset);
+    }
+    this.#record({ kind: "dispatch", pipeline, group, uniforms: block, offset, workgroups }, touched);
+  }
+
+  copy(from: PooledBuffer, fromOffset: number, to: PooledBuffer, toOffset: number, size: number): void {
+    if (size > 0) this.#record({ kind: "copy", from, fromOffset, to, toOffset, size }, [from, to]);
+  }
+
+  clear(buffer: PooledBuffer, offset: number, size: number): void {
+    if (size > 0) this.#record({ kind: "clear", buffer, offset, size }, [buffer]);
+  }
+
+  /** Records an upload; the bytes are copied now. Inside a capture it would upload the same bytes at every replay. */
+  write(buffer: PooledBuffer, offset: number, bytes: Uint8Array): void {
+    if (bytes.byteLength === 0) return;
+    const padded = new Uint8Array(Math.ceil(bytes.byteLength / 4) * 4);
+    padded.set(bytes);
+    this.#record({ kind: "write", buffer, offset, bytes: padded }, [buffer]);
+  }
+
+  /** Submits what was recorded, now or as soon as its pipelines are compiled. */
+  flush(): void {
+    if (this.#capture || this.#commands.length === 0) return;
+    const commands = this.#commands;
+    const blocks = this.#blocks;
+    this.#commands = [];
+    this.#blocks = [];
+    this.#enqueue(commands, blocks, true);
+  }
+
+  /** Resolves when everything recorded so far has been handed to the queue. */
+  async idle(): Promise<void> {
+    this.flush();
+    while (this.#waiting) await this.#waiting;
+  }
+
+  /** Starts recording a step for replay instead of running it. */
+  beginCapture(): Arena {
+    this.flush();
+    const arena = this.#pool.openArena();
+    this.#capture = { touched: new Map() };
+    return arena;
+  }
+
+  endCapture(arena: Arena): Graph {
+    const { touched } = this.#capture!;
+    this.#capture = null;
+    this.#pool.closeArena(arena);
+    const outside = [...touched.values()].filter((buffer) => buffer.arena !== arena);
+    for (const buffer of outside) this.#pool.retain(buffer);
+    const graph = new Graph(this.#commands, outside, arena, this.#blocks);
+    this.#commands = [];
+    this.#blocks = [];
+    for (const block of graph.blocks) this.#upload(block);
+    return graph;
+  }
+
+  /** Runs a captured step again, in order with whatever else is recorded. */
+  replay(graph: Graph): void {
+    if (graph.disposed) throw new Error("This captured graph was disposed and cannot be replayed.");
+    this.flush();
+    this.#enqueue(graph.commands, [], false);
+  }
+
+  /** Gives back what a graph holds. */
+  disposeGraph(graph: Graph): void {
+    if (graph.disposed) return;
+    graph.disposed = true;
+    for (const buffer of graph.retained) this.#pool.release(buffer);
+    this.#pool.destroyArena(graph.arena);
+    this.#recycle(graph.blocks);
+  }
+
+  destroy(): void {
+    for (const block of this.#freeBlocks) block.buffer.destroy();
+  }
+
+  #record(command: Command, touched: readonly PooledBuffer[]): void {
+    this.#commands.push(command);
+    if (this.#capture) {
+      for (const buffer of touched) this.#capture.touched.set(buffer.id, buffer);
+    } else if (this.#commands.length >= COMMANDS_PER_SUBMIT) {
+      this.flush();
+    }
+  }
+
+  #enqueue(commands: readonly Command[], blocks: UniformBlock[], upload: boolean): void {
+    const run = () => {
+      if (upload) for (const block of blocks) this.#upload(block);
+      for (let i = 0; i < commands.length; i += COMMANDS_PER_SUBMIT) {
+        this.#encode(commands.slice(i, i + COMMANDS_PER_SUBMIT));
+      }
+      if (upload) this.#recycle(blocks);
+    };
+    const compiling = commands.flatMap((c) => c.kind === "dispatch" && !c.pipeline.pipeline ? [c.pipeline.ready] : []);
+    if (!this.#waiting && compiling.length === 0) return run();
+    const previous = this.#waiting ?? Promise.resolve();
+    const waiting: Promise<void> = previous
+      .then(() => Promise.all(compiling))
+      .then(run)
+      .catch((error: unknown) => this.#fail(error instanceof Error ? error : new Error(String(error))))
+      .then(() => {
+        if (this.#waiting === waiting) this.#waiting = null;
+      });
+    this.#waiting = waiting;
+  }
+
+  #encode(commands: readonly Command[]): void {
+    let encoder: GPUCommandEncoder | null = null;
+    let pass: GPUComputePassEncoder | null = null;
+    const open = () => (encoder ??= this.#device.createCommandEncoder());
+    const endPass = () => {
+      pass?.end();
+      pass = null;
+    };
+    const submit = () => {
+      endPass();
+      if (!encoder) return;
+      this.profiler?.resolve(encoder);
+      this.#device.queue.submit([encoder.finish()]);
+      this.profiler?.submitted();
+      this.submits++;
+      encoder = null;
+    };
+    for (const command of commands) {
+      switch (command.kind) {
+        case "dispatch": {
+          const timestampWrites = this.profiler?.timestamps(command.pipeline.label, command.workgroups);
+          if (timestampWrites) endPass();
+          pass ??= open().beginComputePass(timestampWrites ? { timestampWrites } : {});
+          pass.setPipeline(command.pipeline.pipeline!);
+          pass.setBindGroup(0, command.group);
+          if (command.uniforms) pass.setBindGroup(1, command.uniforms.group, [command.offset]);
+          pass.dispatchWorkgroups(...command.workgroups);
+          this.dispatches++;
+          if (timestampWrites) endPass();
+          if (this.profiler?.full) submit();
+          break;
+        }
+        case "copy":
+          endPass();
+          open().copyBufferToBuffer(
+            command.from.buffer, command.fromOffset, command.to.buffer, command.toOffset, command.size);
+          break;
+        case "clear":
+          endPass();
+          open().clearBuffer(command.buffer.buffer, command.offset, command.size);
+          break;
+        case "write":
+          submit(); // queue writes happen between submissions
+          this.#device.queue.writeBuffer(command.buffer.buffer, command.offset, command.bytes);
+          break;
+      }
+    }
+    submit();
+  }
+
+  #createBlock(): UniformBlock {
+    const size = UNIFORM_STRIDE * BLOCK_SLOTS;
+    const buffer = this.#device.createBuffer({ size, usage: 0x40 | 0x08 }); // UNIFORM | COPY_DST
+    const group = this.#device.createBindGroup({
+      layout: this.uniformLayout, entries: [{ binding: 0, resource: { buffer, size: UNIFORM_STRIDE } }],
+    });
+    return { buffer, bytes: new Uint8Array(size), group, used: 0 };
+  }
+
+  #upload(block: UniformBlock): void {
+    this.#device.queue.writeBuffer(block.buffer, 0, block.bytes, 0, block.used * UNIFORM_STRIDE);
+  }
+
+  #recycle(blocks: UniformBlock[]): void {
+    for (const block of blocks) {
+      block.used = 0;
+      this.#freeBlocks.push(block);
+    }
+    blocks.length = 0;
+  }
+}

@@ -1,0 +1,146 @@
+/** Local files for Node: folders to read models from, and the operations that checkpoints are made of. */
+import { createHash } from "node:crypto";
+import { mkdir, open, readFile, readdir, rename, rm } from "node:fs/promises";
+import { hostname } from "node:os";
+import { join } from "node:path";
+import { FormatError, UsageError } from "../tensor/errors.ts";
+import { checkRange, isPlainFileName, urlFolder } from "./files.ts";
+import type { ByteSource, Folder } from "./files.ts";
+import type { FileLayer } from "./checkpoint_files.ts";
+
+/** Largest single read: system calls take at most 2^31 - 1 bytes. */
+const READ_STEP = 2 ** 30;
+
+/** The code of a system error such as ENOENT, or undefined. */
+function errorCode(error: unknown): string | undefined {
+  return error instanceof Error && "code" in error && typeof error.code === "string" ? error.code : undefined;
+}
+
+/** Opens a local file for reading; null when there is none. */
+export async function openFile(path: string, name = path): Promise<ByteSource | null> {
+  let handle;
+  try {
+    handle = await open(path, "r");
+  } catch (error) {
+    if (errorCode(error) === "ENOENT") return null;
+    throw error;
+  }
+  const stat = await handle.stat();
+  if (!stat.isFile()) {
+    await handle.close();
+    throw new FormatError(`${name}: expected a file, found something else`);
+  }
+  const file = handle;
+  return {
+    name,
+    size: stat.size,
+    async read(offset, length) {
+      checkRange(name, stat.size, offset, length);
+      const bytes = new Uint8Array(length);
+      for (let done = 0; done < length; ) {
+        const step = Math.min(length - done, READ_STEP);
+        const { bytesRead } = await file.read(bytes, done, step, offset + done);
+        if (bytesRead === 0) {
+          throw new FormatError(`${name}: expected ${length} bytes at offset ${offset}, found ${done}`);
+        }
+        done += bytesRead;
+      }
+      return bytes;
+    },
+    async close() {
+      await file.close();
+    },
+  };
+}
+
+/** Files at a local path, or below an http(s) URL. */
+export function openFolder(location: string): Folder {
+  if (/^https?:\/\//.test(location)) return urlFolder(location);
+  return {
+    name: location,
+    async open(file) {
+      if (!isPlainFileName(file)) {
+        throw new UsageError(`${location}: expected a plain file name, found "${file}"`);
+      }
+      return await openFile(join(location, file), file);
+    },
+  };
+}
+
+/** File operations on the local disk. */
+export function localFileLayer(): FileLayer {
+  const syncPath = async (path: string): Promise<void> => {
+    const handle = await open(path, "r");
+    try {
+      await handle.sync();
+    } finally {
+      await handle.close();
+    }
+  };
+  return {
+    owner: `${hostname()}:${process.pid}`,
+    isRunning(owner) {
+      const split = owner.lastIndexOf(":");
+      if (owner.slice(0, split) !== hostname()) return true;
+      try {
+        // Signal 0 only asks whether the process exists.
+        process.kill(Number(owner.slice(split + 1)), 0);
+        return true;
+      } catch (error) {
+        return errorCode(error) === "EPERM";
+      }
+    },
+    hasher() {
+      const hash = createHash("sha256");
+      return { update: (bytes) => void hash.update(bytes), digest: () => hash.digest("hex") };
+    },
+    async makeFolder(path) {
+      await mkdir(path, { recursive: true });
+    },
+    async create(path) {
+      let handle;
+      try {
+        handle = await open(path, "wx");
+      } catch (error) {
+        if (errorCode(error) === "EEXIST") return null;
+        throw error;
+      }
+      const file = handle;
+      return {
+        async write(bytes) {
+          for (let done = 0; done < bytes.length; ) {
+            const { bytesWritten } = await file.write(bytes, done, Math.min(bytes.length - done, READ_STEP));
+            done += bytesWritten;
+          }
+        },
+        sync: () => file.sync(),
+        close: () => file.close(),
+      };
+    },
+    syncFolder: syncPath,
+    async rename(from, to) {
+      await rename(from, to);
+    },
+    async readText(path) {
+      try {
+        return await readFile(path, "utf8");
+      } catch (error) {
+        if (errorCode(error) === "ENOENT") return null;
+        throw error;
+      }
+    },
+    async list(path) {
+      try {
+        return (await readdir(path)).toSorted();
+      } catch (error) {
+        if (errorCode(error) === "ENOENT") return [];
+        throw error;
+      }
+    },
+    async remove(path) {
+      await rm(path, { recursive: true, force: true });
+    },
+    openFile: (path) => openFile(path),
+    pause: (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds)),
+  };
+}

@@ -1,0 +1,137 @@
+import { GpuError } from "../gpu/errors.ts";
+import type { BufferView, Gpu } from "../gpu/gpu.ts";
+import { manifest } from "./manifest.ts";
+import { pipelinesOf } from "./pipelines.ts";
+
+type Manifest = typeof manifest;
+/** Name of a kernel file, such as "norm/rms_norm". */
+export type KernelName = keyof Manifest;
+
+export interface LaunchOptions<K extends KernelName> {
+  /** Entry point; may be left out where the file has one. */
+  readonly entry?: keyof Manifest[K]["entries"] & string;
+  /** A tensor for every storage variable that the entry uses, by its name in the shader. */
+  readonly bind: { readonly [name in keyof Manifest[K]["bindings"]]?: BufferView };
+  /** Every field of the shader's `Params`. */
+  readonly params?: { readonly [field in keyof Manifest[K]["params"]]: number };
+  /** Values for overrides; the shader's own defaults otherwise. */
+  readonly constants?: { readonly [name in keyof Manifest[K]["overrides"]]?: number };
+  /** Link-time conditions that hold. */
+  readonly conditions?: readonly Manifest[K]["conditions"][number][];
+  /** Workgroups: `[n]` is folded into two dimensions when it is large. */
+  readonly workgroups: readonly [number] | readonly [number, number] | readonly [number, number, number];
+}
+
+interface KernelShape {
+  readonly bindings: Readonly<Record<string, { binding: number; access: "read" | "read_write" }>>;
+  readonly params: Readonly<Record<string, "u32" | "i32" | "f32">>;
+  readonly overrides: Readonly<Record<string, string>>;
+  readonly conditions: readonly string[];
+  readonly entries: Readonly<Record<string, readonly string[]>>;
+}
+
+const MAX_GROUPS = 65535; // the default maxComputeWorkgroupsPerDimension
+const scratch = new DataView(new ArrayBuffer(256));
+
+/** Called with kernel and entry at every launch; the op suite uses it to see what was reached. */
+export const launchObservers = new Set<(kernel: string, entry: string) => void>();
+
+/**
+ * Records one dispatch of a kernel on the device of the bound tensors. Nothing runs yet.
+ * @throws GpuError for a missing or unknown binding, parameter, override or condition, for tensors of two devices, and for
+ *   a buffer bound as writable and a second time.
+ */
+export function launch<K extends KernelName>(kernel: K, options: LaunchOptions<K>): void {
+  const shape: KernelShape = manifest[kernel];
+  const entry = options.entry ?? onlyEntry(kernel, shape);
+  const used = shape.entries[entry];
+  if (!used) throw new GpuError(`Kernel ${kernel} has no entry point ${entry}.`);
+  const bind = options.bind as Readonly<Record<string, BufferView | undefined>>;
+  const views: { binding: number; view: BufferView; access: "read" | "read_write" }[] = [];
+  let usesParams = false;
+  let gpu: Gpu | null = null;
+  for (const name of used) {
+    if (name === "params") {
+      usesParams = true;
+      continue;
+    }
+    const view = bind[name];
+    if (!view) throw new GpuError(`Kernel ${kernel} (${entry}) needs a tensor for ${name}, but none was bound.`);
+    if (gpu && view.device !== gpu) throw new GpuError(`Kernel ${kernel} (${entry}): ${name} lies on another device.`);
+    gpu = view.device;
+    views.push({ ...shape.bindings[name]!, view });
+  }
+  for (const name in bind) {
+    if (bind[name] && !used.includes(name)) {
+      throw new GpuError(`Kernel ${kernel} (${entry}) does not use a binding ${name}; it uses ${used.join(", ")}.`);
+    }
+  }
+  if (!gpu) throw new GpuError(`Kernel ${kernel} (${entry}) was launched without tensors.`);
+  gpu.assertUsable();
+  checkAliases(kernel, views);
+  const groups = fold(kernel, options.workgroups);
+  for (const observer of launchObservers) observer(kernel, entry);
+  if (groups[0] === 0 || groups[1] === 0 || groups[2] === 0) return;
+
+  const constants = (options.constants ?? {}) as Readonly<Record<string, number>>;
+  const conditions = [...(options.conditions ?? [])].sort() as string[];
+  let key = `${kernel}|${entry}|${conditions.join()}`;
+  for (const name in constants) key += `|${name}=${constants[name]}`;
+  const pipeline = pipelinesOf(gpu).get(key, () => {
+    for (const name in constants) {
+      if (!(name in shape.overrides)) throw new GpuError(`Kernel ${kernel} has no override ${name}.`);
+    }
+    for (const condition of conditions) {
+      if (!shape.conditions.includes(condition)) throw new GpuError(`Kernel ${kernel} has no condition ${condition}.`);
+    }
+    return { kernel, entry, bindings: views, usesParams, constants, conditions };
+  });
+  const group = gpu.bindGroup(pipeline.layoutKey, pipeline.layout, views);
+  const uniforms = usesParams ? pack(kernel, shape, options.params as Record<string, number> | undefined) : null;
+  gpu.stream.dispatch(pipeline, group, uniforms, groups, views.map(({ view }) => view.storage));
+}
+
+function onlyEntry(kernel: string, shape: KernelShape): string {
+  const entries = Object.keys(shape.entries);
+  if (entries.length === 1) return entries[0]!;
+  throw new GpuError(`Kernel ${kernel} has the entry points ${entries.join(", ")}; a launch must name one.`);
+}
+
+function checkAliases(kernel: string, views: readonly { view: BufferView; access: string }[]): void {
+  for (let i = 0; i < views.length; i++) {
+    if (views[i]!.access === "read") continue;
+    for (let j = 0; j < views.length; j++) {
+      if (j !== i && views[j]!.view.storage === views[i]!.view.storage) {
+        throw new GpuError(`Kernel ${kernel} would write a buffer that is bound a second time in the same launch.`);
+      }
+    }
+  }
+}
+
+function fold(kernel: string, workgroups: readonly number[]): [number, number, number] {
+  const [x = 1, y = 1, z = 1] = workgroups;
+  if (workgroups.length === 1 && x > MAX_GROUPS) {
+    const rows = Math.ceil(x / MAX_GROUPS);
+    return [Math.ceil(x / rows), rows, 1];
+  }
+  for (const n of [x, y, z]) {
+    if (!Number.isInteger(n) || n < 0 || n > MAX_GROUPS) {
+      throw new GpuError(`Kernel ${kernel}: a workgroup count must be a whole number from 0 to ${MAX_GROUPS}, found ${n}.`);
+    }
+  }
+  return [x, y, z];
+}
+
+function pack(kernel: string, shape: KernelShape, params: Record<string, number> | undefined): Uint8Array {
+  let offset = 0;
+  for (const field in shape.params) {
+    const value = params?.[field];
+    if (value === undefined) throw new GpuError(`Kernel ${kernel} needs the parameter ${field}, but none was given.`);
+    const type = shape.params[field];
+    if (type === "f32") scratch.setFloat32(offset, value, true);
+    else if (type === "i32") scratch.setInt32(offset, value, true);
+    else scratch.setUint32(offset, value, true);
+    offset += 4;
+  }
+  return new Uint8Array(scratch.buffer, 0, Math.max(16, Math.ceil(offset / 16) * 16));
+}

@@ -1,0 +1,226 @@
+/**
+ * The Nemotron-H family: embedding, a chain of residual layers that hold one mixer each, a final RMSNorm and an untied
+ * head; optionally multi-token-prediction layers that share embedding and head.
+ *
+ *   M  Mamba-2        x + out_proj(gated_norm(ssd(conv(in_proj(norm(x))))))
+ *   *  attention      grouped queries, causal, no positional encoding
+ *   -  MLP            down(relu(up(x))^2)
+ *   E  mixture of experts, in a latent space where the config has one
+ *
+ * Training, prefill and decode are the same forward. Suffixes: B batch, L seqlen, D hidden, V vocabulary, T = B*L.
+ */
+import { Attention } from "../nn/attention.ts";
+import { Block, type LayerCache, type Mixer } from "../nn/block.ts";
+import type { ForwardContext, Routing, Step } from "../nn/context.ts";
+import { Mamba2, type Mamba2Cache } from "../nn/mamba2.ts";
+import { MLP } from "../nn/mlp.ts";
+import { MoE } from "../nn/moe.ts";
+import { MTP } from "../nn/mtp.ts";
+import { Weights } from "../nn/weights.ts";
+import { add, scale } from "../ops/elementwise.ts";
+import { embedding } from "../ops/embedding.ts";
+import { linear } from "../ops/linear.ts";
+import { linear_cross_entropy } from "../ops/linear_cross_entropy.ts";
+import { rms_norm } from "../ops/rms_norm.ts";
+import { router_aux_loss } from "../ops/router.ts";
+import type { Device } from "../tensor/device.ts";
+import { scope, unscoped } from "../tensor/scope.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { type LayerSpec, layerSpecs, mtpSpecs, type NemotronHConfig } from "./config.ts";
+
+/** Caches of all layers, and how far they reach. */
+export interface ModelCache {
+  readonly batch: number;
+  /** Most tokens that the attention layers can hold. */
+  readonly capacity: number;
+  readonly layers: readonly LayerCache[];
+  readonly mtp: readonly LayerCache[];
+  /** u32 [1]: tokens taken in so far, as the GPU sees it. */
+  readonly position: Tensor;
+  /** The same on the host, for prefill. */
+  length: number;
+}
+
+/** What a training step needs of a batch, on the device. */
+export interface TrainingBatch {
+  /** (batch, seqlen) i32 */
+  readonly input_ids: Tensor;
+  /** (batch, seqlen) i32: the token after each position; -100 where it does not count */
+  readonly targets: Tensor;
+  /** (batch, seqlen) i32 document of each position, or null */
+  readonly seq_idx: Tensor | null;
+  /** For every prediction depth d = 1, 2, ...: tokens at t+d and targets at t+d+1 (-100 beyond the document). */
+  readonly mtp: readonly { readonly input_ids: Tensor; readonly targets: Tensor }[];
+}
+
+export interface LossOptions {
+  /** Weight of the mean over prediction depths. */
+  readonly mtp_scale: number;
+  /** Coefficient of the sequence-wise balancing loss; 0 leaves it out. */
+  readonly aux_coeff: number;
+}
+
+export interface Loss {
+  /** What is minimised: main + mtp_scale / depths * sum(mtp) + aux. */
+  readonly total: Tensor;
+  readonly main: Tensor;
+  readonly mtp: readonly Tensor[];
+  readonly aux: Tensor | null;
+  readonly routing: readonly Routing[];
+}
+
+export class NemotronH {
+  readonly config: NemotronHConfig;
+  readonly device: Device;
+  /** By checkpoint name; the experts of a layer are one stacked tensor. */
+  readonly parameters: ReadonlyMap<string, Tensor>;
+  readonly embeddings: Tensor;
+  readonly blocks: readonly Block[];
+  readonly norm_f: Tensor;
+  readonly lm_head: Tensor;
+  readonly mtp: MTP | null;
+
+  /** @throws ConfigError when a parameter is missing or has another shape than the config says. */
+  constructor(config: NemotronHConfig, parameters: ReadonlyMap<string, Tensor>) {
+    const { vocab_size: V, hidden_size: D, layer_norm_epsilon: eps } = config;
+    const weights = new Weights(parameters);
+    const backbone = weights.at("backbone");
+    this.config = config;
+    this.parameters = parameters;
+    this.embeddings = backbone.take("embeddings.weight", [V, D]);
+    this.device = this.embeddings.device;
+    const build = (specs: readonly LayerSpec[], at: Weights) => specs.map((spec, i) =>
+      new Block(D, eps, createMixer(config, spec, at.at(i).at("mixer")), at.at(i)));
+    this.blocks = build(layerSpecs(config), backbone.at("layers"));
+    this.norm_f = backbone.take("norm_f.weight", [D]);
+    this.lm_head = weights.take("lm_head.weight", [V, D]);
+    const mtp = weights.at("mtp").at("layers");
+    const specs = mtpSpecs(config);
+    this.mtp = specs.length > 0 ? new MTP(D, eps, build(specs, mtp), mtp) : null;
+  }
+
+  /** Caches for an incremental run of `batch` rows with at most `capacity` tokens. */
+  createCache(batch: number, capacity: number): ModelCache {
+    return unscoped(() => ({
+      batch, capacity, length: 0,
+      layers: this.blocks.map((block) => block.createCache(this.device, batch, capacity)),
+      mtp: (this.mtp?.blocks ?? []).map((block) => block.createCache(this.device, batch, capacity)),
+      position: this.device.zeros([1], "u32"),
+    }));
+  }
+
+  /**
+   * Runs all layers and the final norm.
+   * @param input_ids (batch, seqlen) i32
+   * @param visit called with the input of every block and the output of the last
+   * @returns (batch, seqlen, hidden)
+   */
+  hidden(
+    input_ids: Tensor, context: ForwardContext = PLAIN, cache: ModelCache | null = null,
+    visit: (x: Tensor, i: number) => void = () => {},
+  ): Tensor {
+    let x = embedding(input_ids, this.embeddings);
+    this.blocks.forEach((block, i) => {
+      visit(x, i);
+      x = block.forward(x, context, cache && cache.layers[i]!);
+    });
+    visit(x, this.blocks.length);
+    return rms_norm(x, this.norm_f, this.config.layer_norm_epsilon);
+  }
+
+  /** One prediction depth: hidden states that predict the token after `next_ids`. Shapes as in `hidden`. */
+  mtpHidden(h: Tensor, next_ids: Tensor, context: ForwardContext = PLAIN, cache: ModelCache | null = null): Tensor {
+    const { mtp } = this;
+    if (!mtp) throw new Error("This model has no multi-token-prediction layers.");
+    let x = mtp.input(embedding(next_ids, this.embeddings), h);
+    mtp.blocks.forEach((block, i) => {
+      x = block.forward(x, context, cache && cache.mtp[i]!);
+    });
+    return mtp.output(x);
+  }
+
+  /** (..., hidden) -> (..., vocabulary) */
+  logits(h: Tensor): Tensor {
+    return linear(h, this.lm_head, null);
+  }
+
+  /** Mean cross entropy of the next token and of the deeper predictions. Scalars. */
+  loss(batch: TrainingBatch, options: LossOptions): Loss {
+    const { hidden_size: D } = this.config;
+    const [B, L] = batch.input_ids.shape as [number, number];
+    const routing: Routing[] = [];
+    const context: ForwardContext = { seq_idx: batch.seq_idx, step: null, routing };
+    const crossEntropy = (h: Tensor, targets: Tensor) =>
+      linear_cross_entropy(h.reshape([B * L, D]), this.lm_head, targets.reshape([B * L]), {});
+
+    let h = this.hidden(batch.input_ids, context);
+    const main = crossEntropy(h, batch.targets);
+    const mtp = batch.mtp.map(({ input_ids, targets }) => {
+      h = this.mtpHidden(h, input_ids, context);
+      return crossEntropy(h, targets);
+    });
+    let total = main;
+    for (const loss of mtp) total = add(total, scale(loss, options.mtp_scale / mtp.length));
+    let aux: Tensor | null = null;
+    if (options.aux_coeff > 0) {
+      for (const { logits, index } of routing) {
+        const [E, topk] = [logits.shape[1]!, index.shape[1]!];
+        const one = router_aux_loss(logits.reshape([B, L, E]), { topk, coeff: options.aux_coeff });
+        aux = aux ? add(aux, one) : one;
+      }
+      if (aux) total = add(total, aux);
+    }
+    return { total, main, mtp, aux, routing };
+  }
+
+  /** Takes `length` tokens of the last verification pass into the recurrent states; attention caches hold them already. */
+  commit(length: number, cache: ModelCache): void {
+    this.blocks.forEach(({ mixer }, i) => {
+      if (mixer instanceof Mamba2) scope(() => mixer.commit(length, cache.layers[i] as Mamba2Cache));
+    });
+  }
+
+  /** Frees the parameters. */
+  dispose(): void {
+    for (const parameter of this.parameters.values()) parameter.dispose();
+  }
+}
+
+const PLAIN: ForwardContext = { seq_idx: null, step: null, routing: null };
+
+/** The context of an incremental call that continues from `cache`. */
+export function stepContext(cache: ModelCache, options: Omit<Step, "position" | "length">): ForwardContext {
+  return { seq_idx: null, routing: null, step: { position: cache.position, length: cache.length, ...options } };
+}
+
+/** Frees what a cache holds. */
+export function disposeCache(cache: ModelCache): void {
+  for (const layer of [...cache.layers, ...cache.mtp]) {
+    if (layer?.kind === "mamba2") for (const state of [layer.conv_state, layer.ssm_state]) state.dispose();
+    if (layer?.kind === "kv") for (const state of [layer.key, layer.value]) state.dispose();
+  }
+  cache.position.dispose();
+}
+
+function createMixer(config: NemotronHConfig, spec: LayerSpec, w: Weights): Mixer {
+  const { hidden_size: hidden } = config;
+  switch (spec.kind) {
+    case "mamba":
+      return new Mamba2({
+        hidden, nheads: config.mamba_num_heads, headdim: config.mamba_head_dim, dstate: config.ssm_state_size,
+        ngroups: config.n_groups, conv_kernel: config.conv_kernel, chunk_size: config.chunk_size,
+        dt_limit: spec.dt_limit, eps: config.layer_norm_epsilon, conv_bias: config.use_conv_bias,
+        proj_bias: config.use_bias,
+      }, w);
+    case "attention":
+      return new Attention({
+        hidden, num_attention_heads: config.num_attention_heads, num_key_value_heads: config.num_key_value_heads,
+        head_dim: config.head_dim, bias: config.attention_bias,
+      }, w);
+    case "mlp":
+      return new MLP(hidden, spec.intermediate_size, config.mlp_bias, w);
+    case "moe":
+      return new MoE({ hidden, ...spec, n_group: config.n_group, topk_group: config.topk_group,
+        norm_topk_prob: config.norm_topk_prob, routed_scaling_factor: config.routed_scaling_factor }, w);
+  }
+}

@@ -1,0 +1,80 @@
+import { attention } from "../ops/attention.ts";
+import { cache_read, cache_write, decode_attention } from "../ops/decode_attention.ts";
+import { linear } from "../ops/linear.ts";
+import type { Device } from "../tensor/device.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import type { ForwardContext } from "./context.ts";
+import type { Weights } from "./weights.ts";
+
+export interface AttentionSizes {
+  readonly hidden: number;
+  readonly num_attention_heads: number;
+  readonly num_key_value_heads: number;
+  readonly head_dim: number;
+  readonly bias: boolean;
+}
+
+/** Keys and values of past tokens: (batch, kv heads, capacity, head_dim) each. */
+export interface KVCache {
+  readonly kind: "kv";
+  readonly key: Tensor;
+  readonly value: Tensor;
+}
+
+/** Grouped-query causal attention without positional encoding. */
+export class Attention {
+  readonly sizes: AttentionSizes;
+  readonly q_proj: Tensor;
+  readonly k_proj: Tensor;
+  readonly v_proj: Tensor;
+  readonly o_proj: Tensor;
+  readonly biases: { q: Tensor; k: Tensor; v: Tensor; o: Tensor } | null;
+
+  constructor(sizes: AttentionSizes, w: Weights) {
+    const { hidden: D, num_attention_heads: Hq, num_key_value_heads: Hkv, head_dim: Dh } = sizes;
+    this.sizes = sizes;
+    this.q_proj = w.take("q_proj.weight", [Hq * Dh, D]);
+    this.k_proj = w.take("k_proj.weight", [Hkv * Dh, D]);
+    this.v_proj = w.take("v_proj.weight", [Hkv * Dh, D]);
+    this.o_proj = w.take("o_proj.weight", [D, Hq * Dh]);
+    this.biases = sizes.bias
+      ? {
+        q: w.take("q_proj.bias", [Hq * Dh]), k: w.take("k_proj.bias", [Hkv * Dh]),
+        v: w.take("v_proj.bias", [Hkv * Dh]), o: w.take("o_proj.bias", [D]),
+      }
+      : null;
+  }
+
+  createCache(device: Device, batch: number, capacity: number): KVCache {
+    const { num_key_value_heads: Hkv, head_dim: Dh } = this.sizes;
+    const make = () => device.zeros([batch, Hkv, capacity, Dh]);
+    return { kind: "kv", key: make(), value: make() };
+  }
+
+  /** (batch, seqlen, hidden) -> (batch, seqlen, hidden); with a cache the keys and values of this call are added to it. */
+  forward(x_BLD: Tensor, context: ForwardContext, cache: KVCache | null): Tensor {
+    const { num_attention_heads: Hq, num_key_value_heads: Hkv, head_dim: Dh } = this.sizes;
+    const [B, L] = x_BLD.shape as [number, number, number];
+    const { biases, sizes: { hidden } } = this;
+    const scale = 1 / Math.sqrt(Dh);
+    const q = linear(x_BLD, this.q_proj, biases && biases.q).reshape([B, L, Hq, Dh]);
+    let k = linear(x_BLD, this.k_proj, biases && biases.k).reshape([B, L, Hkv, Dh]);
+    let v = linear(x_BLD, this.v_proj, biases && biases.v).reshape([B, L, Hkv, Dh]);
+    let out: Tensor;
+    const { step } = context;
+    if (cache && step) {
+      cache_write(cache.key, k, step.position);
+      cache_write(cache.value, v, step.position);
+    }
+    if (cache && (step?.decode || step?.verify)) {
+      out = decode_attention(q, cache.key, cache.value, step.position, scale);
+    } else {
+      if (cache && step && step.length > 0) {
+        k = cache_read(cache.key, step.length + L);
+        v = cache_read(cache.value, step.length + L);
+      }
+      out = attention(q, k, v, { scale, seq_idx: context.seq_idx });
+    }
+    return linear(out.reshape([B, L, Hq * Dh]), this.o_proj, biases && biases.o).reshape([B, L, hidden]);
+  }
+}

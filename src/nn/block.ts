@@ -1,0 +1,46 @@
+import { add } from "../ops/elementwise.ts";
+import { rms_norm } from "../ops/rms_norm.ts";
+import type { Device } from "../tensor/device.ts";
+import { scope } from "../tensor/scope.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { Attention, type KVCache } from "./attention.ts";
+import type { ForwardContext } from "./context.ts";
+import { Mamba2, type Mamba2Cache } from "./mamba2.ts";
+import type { MLP } from "./mlp.ts";
+import type { MoE } from "./moe.ts";
+import type { Weights } from "./weights.ts";
+
+/** What one layer carries from token to token; null for layers without memory. */
+export type LayerCache = Mamba2Cache | KVCache | null;
+
+export type Mixer = Mamba2 | Attention | MLP | MoE;
+
+/** One residual layer with a single mixer: x + mixer(RMSNorm(x)). */
+export class Block {
+  readonly norm: Tensor;
+  readonly mixer: Mixer;
+  readonly eps: number;
+
+  constructor(hidden: number, eps: number, mixer: Mixer, w: Weights) {
+    this.norm = w.take("norm.weight", [hidden]);
+    this.mixer = mixer;
+    this.eps = eps;
+  }
+
+  createCache(device: Device, batch: number, capacity: number): LayerCache {
+    if (this.mixer instanceof Mamba2) return this.mixer.createCache(device, batch);
+    if (this.mixer instanceof Attention) return this.mixer.createCache(device, batch, capacity);
+    return null;
+  }
+
+  /** (batch, seqlen, hidden) -> (batch, seqlen, hidden) */
+  forward(x: Tensor, context: ForwardContext, cache: LayerCache): Tensor {
+    const { mixer } = this;
+    return scope(() => {
+      const normed = rms_norm(x, this.norm, this.eps);
+      if (mixer instanceof Mamba2) return add(x, mixer.forward(normed, context, cache as Mamba2Cache | null));
+      if (mixer instanceof Attention) return add(x, mixer.forward(normed, context, cache as KVCache | null));
+      return add(x, mixer.forward(normed, context));
+    });
+  }
+}

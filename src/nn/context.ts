@@ -1,0 +1,35 @@
+import type { Tensor } from "../tensor/tensor.ts";
+
+/** What an MoE layer decided, for load statistics, the balancing loss and inspection. */
+export interface Routing {
+  /** Checkpoint path of the layer's mixer. */
+  readonly layer: string;
+  /** (tokens, experts), raw router output. */
+  readonly logits: Tensor;
+  /** (tokens, topk), final weights. */
+  readonly weight: Tensor;
+  /** (tokens, topk) u32, ascending expert numbers. */
+  readonly index: Tensor;
+}
+
+/** One forward call: where it stands in the sequence and what it collects on the way. */
+export interface ForwardContext {
+  /** (batch, seqlen) i32: positions of one document share a value; null: every row is one document. */
+  readonly seq_idx: Tensor | null;
+  /** Incremental run with caches; null for a plain forward. */
+  readonly step: Step | null;
+  /** Filled with one entry per MoE layer when given. */
+  readonly routing: Routing[] | null;
+}
+
+/** Progress of an incremental run. */
+export interface Step {
+  /** u32 [1]: tokens already in the caches, as the GPU sees it; a captured step reads it at every replay. */
+  readonly position: Tensor;
+  /** The same number when the call was recorded. Prefill needs it for shapes; one-token steps must not look at it. */
+  readonly length: number;
+  /** One token per row: states and caches are updated in place. */
+  readonly decode: boolean;
+  /** Speculation: recurrent states stay as they are and `commit` takes over the accepted tokens afterwards. */
+  readonly verify?: boolean;
+}

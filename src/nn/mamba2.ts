@@ -1,0 +1,143 @@
+import { causal_conv1d, causal_conv1d_update } from "../ops/causal_conv1d.ts";
+import { split_columns } from "../ops/elementwise.ts";
+import { gated_rms_norm } from "../ops/gated_rms_norm.ts";
+import { linear } from "../ops/linear.ts";
+import { selective_state_update } from "../ops/selective_state_update.ts";
+import { ssd_scan } from "../ops/ssd_scan.ts";
+import type { Device } from "../tensor/device.ts";
+import { promote } from "../tensor/scope.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import type { ForwardContext } from "./context.ts";
+import type { Weights } from "./weights.ts";
+
+export interface Mamba2Sizes {
+  readonly hidden: number;
+  readonly nheads: number;
+  readonly headdim: number;
+  readonly dstate: number;
+  readonly ngroups: number;
+  readonly conv_kernel: number;
+  readonly chunk_size: number;
+  /** Bounds of dt after softplus. */
+  readonly dt_limit: readonly [number, number];
+  readonly eps: number;
+  readonly conv_bias: boolean;
+  readonly proj_bias: boolean;
+}
+
+/** Recurrent state of one layer, constant in the sequence length. */
+export interface Mamba2Cache {
+  readonly kind: "mamba2";
+  /** (batch, conv channels, window): the last inputs of the convolution, oldest first. */
+  readonly conv_state: Tensor;
+  /** (batch, heads, headdim, dstate) */
+  readonly ssm_state: Tensor;
+  /** Kept by a verification pass for `commit`: inputs of the convolution and of the scan. */
+  pending: { xBC: Tensor; x: Tensor; dt: Tensor; B: Tensor; C: Tensor } | null;
+}
+
+/** Mamba-2 mixer: in_proj, causal conv + SiLU, SSD scan, gated group RMSNorm, out_proj. Dao & Gu 2024, section 7. */
+export class Mamba2 {
+  readonly sizes: Mamba2Sizes;
+  readonly in_proj: Tensor;
+  readonly in_proj_bias: Tensor | null;
+  readonly conv_weight: Tensor;
+  readonly conv_bias: Tensor | null;
+  readonly A_log: Tensor;
+  readonly D: Tensor;
+  readonly dt_bias: Tensor;
+  readonly norm: Tensor;
+  readonly out_proj: Tensor;
+  readonly out_proj_bias: Tensor | null;
+
+  constructor(sizes: Mamba2Sizes, w: Weights) {
+    const { hidden, nheads: H, headdim: P, dstate: N, ngroups: G, conv_kernel: W } = sizes;
+    const d_inner = H * P;
+    const conv_dim = d_inner + 2 * G * N;
+    this.sizes = sizes;
+    this.in_proj = w.take("in_proj.weight", [d_inner + conv_dim + H, hidden]);
+    this.in_proj_bias = sizes.proj_bias ? w.take("in_proj.bias", [d_inner + conv_dim + H]) : null;
+    this.conv_weight = w.take("conv1d.weight", [conv_dim, 1, W]).reshape([conv_dim, W]);
+    this.conv_bias = sizes.conv_bias ? w.take("conv1d.bias", [conv_dim]) : null;
+    this.A_log = w.take("A_log", [H]);
+    this.D = w.take("D", [H]);
+    this.dt_bias = w.take("dt_bias", [H]);
+    this.norm = w.take("norm.weight", [d_inner]);
+    this.out_proj = w.take("out_proj.weight", [hidden, d_inner]);
+    this.out_proj_bias = sizes.proj_bias ? w.take("out_proj.bias", [hidden]) : null;
+  }
+
+  createCache(device: Device, batch: number): Mamba2Cache {
+    const { nheads: H, headdim: P, dstate: N, ngroups: G, conv_kernel: W } = this.sizes;
+    return {
+      kind: "mamba2",
+      conv_state: device.zeros([batch, H * P + 2 * G * N, W]),
+      ssm_state: device.zeros([batch, H, P, N]),
+      pending: null,
+    };
+  }
+
+  /** (batch, seqlen, hidden) -> (batch, seqlen, hidden); with a cache the run continues from it and leaves its end there. */
+  forward(u_BLD: Tensor, context: ForwardContext, cache: Mamba2Cache | null): Tensor {
+    const { nheads: H, headdim: P, dstate: N, ngroups: G } = this.sizes;
+    const [B, L] = u_BLD.shape as [number, number, number];
+    const d_inner = H * P;
+    const conv_dim = d_inner + 2 * G * N;
+    const proj = linear(u_BLD, this.in_proj, this.in_proj_bias);
+    const [z, xBC, dt] = split_columns(proj, [d_inner, conv_dim, H]) as [Tensor, Tensor, Tensor];
+    const y = cache && context.step?.decode
+      ? this.#decode(xBC.reshape([B, conv_dim]), dt.reshape([B, H]), cache)
+      : this.#scan(xBC, dt, context, cache);
+    const normed = gated_rms_norm(y.reshape([B, L, d_inner]), z, this.norm, G, this.sizes.eps);
+    return linear(normed, this.out_proj, this.out_proj_bias);
+  }
+
+  /** Takes the first `length` tokens of the last verification pass into the cache (batch 1 only). */
+  commit(length: number, cache: Mamba2Cache): void {
+    const { pending } = cache;
+    if (!pending) throw new Error("Mamba2.commit: no verification pass came before.");
+    const first = (x: Tensor) => x.prefix([1, length, ...x.shape.slice(2)]);
+    const [, conv_state] = causal_conv1d(
+      first(pending.xBC), this.conv_weight, this.conv_bias, cache.conv_state, null) as [Tensor, Tensor];
+    const [, ssm_state] = this.#ssd(
+      first(pending.x), first(pending.dt), first(pending.B), first(pending.C), null, cache.ssm_state);
+    cache.conv_state.copyFrom(conv_state);
+    cache.ssm_state.copyFrom(ssm_state);
+  }
+
+  #scan(xBC: Tensor, dt: Tensor, context: ForwardContext, cache: Mamba2Cache | null): Tensor {
+    const { nheads: H, headdim: P, dstate: N, ngroups: G } = this.sizes;
+    const [B, L] = xBC.shape as [number, number, number];
+    const [conv, conv_state] = causal_conv1d(
+      xBC, this.conv_weight, this.conv_bias, cache && cache.conv_state, context.seq_idx) as [Tensor, Tensor];
+    const [x, Bmat, C] = split_columns(conv, [H * P, G * N, G * N]) as [Tensor, Tensor, Tensor];
+    const x_BLHP = x.reshape([B, L, H, P]);
+    const B_BLGN = Bmat.reshape([B, L, G, N]);
+    const C_BLGN = C.reshape([B, L, G, N]);
+    const [y, ssm_state] = this.#ssd(x_BLHP, dt, B_BLGN, C_BLGN, context.seq_idx, cache && cache.ssm_state);
+    if (cache && context.step?.verify) {
+      cache.pending = promote({ xBC, x: x_BLHP, dt, B: B_BLGN, C: C_BLGN });
+    } else if (cache) {
+      cache.conv_state.copyFrom(conv_state);
+      cache.ssm_state.copyFrom(ssm_state);
+    }
+    return y;
+  }
+
+  #ssd(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | null, initial_state: Tensor | null,
+  ): readonly [Tensor, Tensor] {
+    const { chunk_size, dt_limit } = this.sizes;
+    return ssd_scan(x, dt, this.A_log, B, C, this.D, this.dt_bias, { chunk_size, dt_limit, initial_state, seq_idx });
+  }
+
+  #decode(xBC: Tensor, dt: Tensor, cache: Mamba2Cache): Tensor {
+    const { nheads: H, headdim: P, dstate: N, ngroups: G, dt_limit } = this.sizes;
+    const batch = xBC.shape[0]!;
+    const conv = causal_conv1d_update(cache.conv_state, xBC, this.conv_weight, this.conv_bias);
+    const [x, B, C] = split_columns(conv, [H * P, G * N, G * N]) as [Tensor, Tensor, Tensor];
+    return selective_state_update(
+      cache.ssm_state, x.reshape([batch, H, P]), dt, this.A_log,
+      B.reshape([batch, G, N]), C.reshape([batch, G, N]), this.D, this.dt_bias, dt_limit);
+  }
+}

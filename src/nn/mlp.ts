@@ -1,0 +1,24 @@
+import { relu2 } from "../ops/elementwise.ts";
+import { linear } from "../ops/linear.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import type { Weights } from "./weights.ts";
+
+/** down(relu(up(x))^2): squared ReLU without a gate. Spec: Nemotron-H report, section 2. */
+export class MLP {
+  readonly up: Tensor;
+  readonly up_bias: Tensor | null;
+  readonly down: Tensor;
+  readonly down_bias: Tensor | null;
+
+  constructor(hidden: number, width: number, bias: boolean, w: Weights) {
+    this.up = w.take("up_proj.weight", [width, hidden]);
+    this.up_bias = bias ? w.take("up_proj.bias", [width]) : null;
+    this.down = w.take("down_proj.weight", [hidden, width]);
+    this.down_bias = bias ? w.take("down_proj.bias", [hidden]) : null;
+  }
+
+  /** (..., hidden) -> (..., hidden) */
+  forward(x: Tensor): Tensor {
+    return linear(relu2(linear(x, this.up, this.up_bias)), this.down, this.down_bias);
+  }
+}

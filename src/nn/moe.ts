@@ -1,0 +1,77 @@
+import { add, relu2 } from "../ops/elementwise.ts";
+import { grouped_linear } from "../ops/grouped_linear.ts";
+import { linear } from "../ops/linear.ts";
+import { moe_permute, moe_plan, moe_unpermute } from "../ops/moe.ts";
+import { router } from "../ops/router.ts";
+import { promote } from "../tensor/scope.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import type { ForwardContext } from "./context.ts";
+import { MLP } from "./mlp.ts";
+import type { Weights } from "./weights.ts";
+
+export interface MoESizes {
+  readonly hidden: number;
+  readonly n_routed_experts: number;
+  readonly num_experts_per_tok: number;
+  readonly moe_intermediate_size: number;
+  /** Width in which the routed experts work; null: `hidden`. */
+  readonly moe_latent_size: number | null;
+  /** Width of the shared expert; 0: none. */
+  readonly shared_size: number;
+  readonly n_group: number;
+  readonly topk_group: number;
+  readonly norm_topk_prob: boolean;
+  readonly routed_scaling_factor: number;
+}
+
+/**
+ * Mixture of experts: fc2(sum_e w_e expert_e(fc1(x))) + shared(x), routed by sigmoid scores with a correction bias.
+ * Without a latent width fc1 and fc2 are the identity. The router and the shared expert read the full width.
+ */
+export class MoE {
+  readonly sizes: MoESizes;
+  readonly path: string;
+  readonly gate: Tensor;
+  /** Chooses experts but does not weigh them; moved by load balancing, not by the loss. */
+  readonly correction_bias: Tensor;
+  /** (experts, width, inner width) */
+  readonly up: Tensor;
+  readonly down: Tensor;
+  readonly latent: { fc1: Tensor; fc2: Tensor } | null;
+  readonly shared: MLP | null;
+
+  constructor(sizes: MoESizes, w: Weights) {
+    const { hidden, n_routed_experts: E, moe_intermediate_size: F, moe_latent_size } = sizes;
+    const X = moe_latent_size ?? hidden;
+    this.sizes = sizes;
+    this.path = w.path;
+    this.gate = w.take("gate.weight", [E, hidden]);
+    this.correction_bias = w.take("gate.e_score_correction_bias", [E]);
+    this.up = w.take("experts.up_proj", [E, F, X]);
+    this.down = w.take("experts.down_proj", [E, X, F]);
+    this.latent = moe_latent_size === null ? null : {
+      fc1: w.take("fc1_latent_proj.weight", [X, hidden]), fc2: w.take("fc2_latent_proj.weight", [hidden, X]),
+    };
+    this.shared = sizes.shared_size > 0 ? new MLP(hidden, sizes.shared_size, false, w.at("shared_experts")) : null;
+  }
+
+  /** (batch, seqlen, hidden) -> (batch, seqlen, hidden) */
+  forward(x_BLD: Tensor, context: ForwardContext): Tensor {
+    const { hidden, n_routed_experts: E, num_experts_per_tok: K, n_group, topk_group, norm_topk_prob } = this.sizes;
+    const x_TD = x_BLD.reshape([-1, hidden]);
+    const logits = linear(x_TD, this.gate, null);
+    const [weight, index] = router(logits, this.correction_bias, {
+      topk: K, n_group, topk_group, norm_topk_prob, scaling: this.sizes.routed_scaling_factor,
+    }) as [Tensor, Tensor];
+    context.routing?.push(promote({ layer: this.path, logits, weight, index }));
+    const plan = moe_plan(index, E);
+    const inner = this.latent ? linear(x_TD, this.latent.fc1, null) : x_TD;
+    const expert_in = moe_permute(inner, plan, K);
+    const up = grouped_linear(expert_in, this.up, plan.offsets);
+    const expert_out = grouped_linear(relu2(up), this.down, plan.offsets);
+    const combined = moe_unpermute(expert_out, weight, plan);
+    const routed = this.latent ? linear(combined, this.latent.fc2, null) : combined;
+    const out = this.shared ? add(routed, this.shared.forward(x_TD)) : routed;
+    return out.reshape(x_BLD.shape);
+  }
+}

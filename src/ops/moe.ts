@@ -1,0 +1,186 @@
+import { launch } from "../kernel/launch.ts";
+import { check } from "../tensor/check.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { defineOp } from "./op.ts";
+
+/** The T * K choices (t, k) of a router sorted by expert. */
+export interface MoePlan {
+  /** u32 [E + 1]: expert e owns the sorted slots offsets[e] .. offsets[e + 1]. */
+  readonly offsets: Tensor;
+  /** u32 [T * K]: sorted slot to choice t * K + k. */
+  readonly slot_token: Tensor;
+  /** u32 [T * K]: choice t * K + k to sorted slot. */
+  readonly token_slot: Tensor;
+}
+
+const WG = 64;
+const PLAN_WG = 32;
+const groupsFor = (count: number, width = WG): [number] => [Math.ceil(count / width)];
+
+/**
+ * Counts tokens per expert.
+ *
+ * @param topk_idx  u32 [T, K]
+ * @returns u32 [E]
+ */
+export const expert_load = defineOp({
+  name: "expert_load",
+  forward(_ctx, topk_idx: Tensor, E: number): Tensor {
+    check(Number.isInteger(E) && E >= 1, "expert_load", "E", "a whole number above 0", E);
+    const counts = topk_idx.device.zeros([E], "u32");
+    const params = { choices: topk_idx.size, per_row: Math.max(topk_idx.size, 1), experts: E };
+    launch("moe/expert_load", { bind: { topk_idx, counts }, params, workgroups: groupsFor(topk_idx.size) });
+    return counts;
+  },
+});
+
+/**
+ * bias_e += rate * sign(mean(counts) - counts_e), in place: balances experts without a loss term.
+ *
+ * @param bias    f32 [E], changed
+ * @param counts  u32 [E], of the whole batch
+ * @throws ShapeError when the widths differ
+ */
+export const update_expert_bias = defineOp({
+  name: "update_expert_bias",
+  mutates: [0],
+  forward(_ctx, bias: Tensor, counts: Tensor, rate: number): Tensor[] {
+    check(bias.size >= 1 && bias.shape.length === 1, "update_expert_bias", "bias", "[E] with an expert", bias);
+    check(counts.size === bias.size, "update_expert_bias", "counts", `[${bias.size}]`, counts);
+    launch("moe/expert_bias", { bind: { bias, counts }, params: { experts: bias.size, rate }, workgroups: [1] });
+    return [];
+  },
+});
+
+const sortChoices = defineOp({
+  name: "moe_plan",
+  forward(_ctx, topk_idx: Tensor, E: number): [Tensor, Tensor, Tensor] {
+    const { device, size: S } = topk_idx;
+    check(topk_idx.shape.length === 2, "moe_plan", "topk_idx", "[T, K]", topk_idx);
+    check(Number.isInteger(E) && E >= 1, "moe_plan", "E", "a whole number above 0", E);
+    if (S === 0) return [device.zeros([E + 1], "u32"), device.zeros([0], "u32"), device.zeros([0], "u32")];
+    const offsets = device.empty([E + 1], "u32");
+    const slot_token = device.empty([S], "u32");
+    const token_slot = device.empty([S], "u32");
+    if (S * (S + E) <= 128 * 128) {
+      launch("moe/plan", {
+        entry: "small", bind: { topk_idx, offsets, slot_token, token_slot }, constants: { WG },
+        params: { choices: S, experts: E, pieces: 1, length: S }, workgroups: [1],
+      });
+      return [offsets, slot_token, token_slot];
+    }
+    // More pieces share the work among more invocations, but every piece adds E counters to clear and to scan.
+    const length = Math.max(16, Math.ceil(S / (device.info.isSoftware ? 128 : 512)));
+    const pieces = Math.ceil(S / length);
+    const histogram = device.zeros([pieces, E], "u32");
+    const params = { choices: S, experts: E, pieces, length };
+    const perPiece = groupsFor(pieces, PLAN_WG);
+    launch("moe/plan", { entry: "count", bind: { topk_idx, histogram }, params, workgroups: perPiece });
+    launch("moe/plan", {
+      entry: "scan_pieces", bind: { histogram, offsets }, params, workgroups: groupsFor(E, PLAN_WG),
+    });
+    launch("moe/plan", { entry: "scan_experts", bind: { offsets }, params, workgroups: [1] });
+    launch("moe/plan", {
+      entry: "scatter", bind: { topk_idx, histogram, offsets, slot_token, token_slot }, params, workgroups: perPiece,
+    });
+    return [offsets, slot_token, token_slot];
+  },
+});
+
+/**
+ * Sorts the choices of a router by expert: a stable counting sort on the GPU, the same plan every time.
+ *
+ * @param topk_idx  u32 [T, K], experts 0 .. E - 1
+ * @throws ShapeError for another rank
+ */
+export const moe_plan = Object.assign((topk_idx: Tensor, E: number): MoePlan => {
+  const [offsets, slot_token, token_slot] = sortChoices(topk_idx, E);
+  return { offsets: offsets!, slot_token: slot_token!, token_slot: token_slot! };
+}, { opName: sortChoices.opName, mutates: sortChoices.mutates, differentiable: sortChoices.differentiable });
+
+/** Rows of D values in the widest elements that fit, and how invocations share them. */
+function columns(D: number, perInvocation: number): { cols: number; parts: number; conditions: ("vec4")[] } {
+  const cols = D % 4 === 0 ? D / 4 : D;
+  return { cols, parts: Math.max(1, Math.ceil(cols / perInvocation)), conditions: D % 4 === 0 ? ["vec4"] : [] };
+}
+
+function checkPlan(op: string, plan: MoePlan, slots: number): void {
+  check(plan.slot_token.size === slots, op, "plan", `made for ${slots} choices`, plan.slot_token);
+}
+
+/**
+ * Brings rows into expert order: y[slot] = x[floor(slot_token[slot] / K)].
+ *
+ * @param x  f32 [T, D]
+ * @returns f32 [T * K, D]; backward adds the K gradients of a token in the order of k
+ * @throws ShapeError for a plan of another size
+ */
+export const moe_permute = defineOp({
+  name: "moe_permute",
+  forward(ctx, x: Tensor, plan: MoePlan, K: number): Tensor {
+    check(x.shape.length === 2, "moe_permute", "x", "[T, D]", x);
+    const [T, D] = x.shape as [number, number];
+    checkPlan("moe_permute", plan, T * K);
+    const y = x.device.empty([T * K, D]);
+    const { cols, parts, conditions } = columns(D, x.device.info.isSoftware ? 16 : 4);
+    launch("moe/permute", {
+      bind: { x, slot_token: plan.slot_token, y }, params: { slots: T * K, cols, parts, topk: K }, conditions,
+      workgroups: groupsFor(T * K * parts),
+    });
+    ctx.save({ token_slot: plan.token_slot, shape: x.shape, K });
+    return y;
+  },
+  backward({ token_slot, shape, K }: { token_slot: Tensor; shape: readonly number[]; K: number }, [dy]) {
+    if (!dy) return [];
+    const dx = dy.device.empty(shape);
+    // Without the condition `weighted` the weights are bound but never read, so any tensor will do.
+    combine(dy, token_slot, token_slot, dx, K, []);
+    return [dx];
+  },
+});
+
+function combine(
+  y: Tensor, token_slot: Tensor, topk_weight: Tensor, out: Tensor, topk: number, weighted: ("weighted")[],
+): void {
+  const [tokens, D] = out.shape as [number, number];
+  const { cols, parts, conditions } = columns(D, out.device.info.isSoftware ? 16 : 4);
+  launch("moe/combine", {
+    bind: { y, token_slot, topk_weight, out }, params: { tokens, cols, parts, topk }, conditions: [...conditions, ...weighted],
+    workgroups: groupsFor(D === 0 ? 0 : tokens * parts),
+  });
+}
+
+/**
+ * Adds the rows of each token: out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]], in the order of k.
+ *
+ * @param y            f32 [T * K, D], rows in expert order
+ * @param topk_weight  f32 [T, K]
+ * @returns f32 [T, D]; differentiable in y and topk_weight
+ * @throws ShapeError for row counts that do not belong together
+ */
+export const moe_unpermute = defineOp({
+  name: "moe_unpermute",
+  forward(ctx, y: Tensor, topk_weight: Tensor, plan: MoePlan): Tensor {
+    check(topk_weight.shape.length === 2, "moe_unpermute", "topk_weight", "[T, K]", topk_weight);
+    const [T, K] = topk_weight.shape as [number, number];
+    check(y.shape.length === 2 && y.shape[0] === T * K, "moe_unpermute", "y", `[${T * K}, D]`, y);
+    checkPlan("moe_unpermute", plan, T * K);
+    const out = y.device.empty([T, y.shape[1]!]);
+    combine(y, plan.token_slot, topk_weight, out, K, ["weighted"]);
+    ctx.save({ y, topk_weight, token_slot: plan.token_slot });
+    return out;
+  },
+  backward({ y, topk_weight, token_slot }: { y: Tensor; topk_weight: Tensor; token_slot: Tensor }, [dout]) {
+    if (!dout) return [];
+    const dy = y.device.empty(y.shape);
+    const dweight = y.device.empty(topk_weight.shape);
+    const [choices, D] = y.shape as [number, number];
+    const { cols, conditions } = columns(D, 1);
+    const LANES = y.device.info.isSoftware ? 1 : 32;
+    launch("moe/unpermute_backward", {
+      bind: { y, topk_weight, token_slot, dout, dy, dweight }, params: { choices, cols, topk: topk_weight.shape[1]! },
+      conditions, constants: { LANES }, workgroups: groupsFor(choices * LANES),
+    });
+    return [dy, dweight];
+  },
+});

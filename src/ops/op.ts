@@ -1,0 +1,119 @@
+/**
+ * The contract of an op: a forward that records launches, a backward, and what passes between them. An op called while a
+ * tape listens is recorded; called inside another op it is just its forward.
+ */
+import { scope } from "../tensor/scope.ts";
+import { Tensor } from "../tensor/tensor.ts";
+
+/** Gradients by argument position; null or missing where there is none. */
+export type Gradients = readonly (Tensor | null | undefined)[];
+
+export interface OpContext<S> {
+  /** Keeps values for the backward pass; tensors among them stay alive until then. */
+  save(values: S): void;
+  /** True when argument `i` wants a gradient. */
+  needs(i: number): boolean;
+}
+
+export interface OpDefinition<A extends unknown[], R extends Tensor | Tensor[], S> {
+  readonly name: string;
+  /** Positions of arguments that are changed in place. Such an op has no backward. */
+  readonly mutates?: readonly number[];
+  forward(ctx: OpContext<S>, ...args: A): R;
+  /**
+   * @param saved what forward saved
+   * @param grads one gradient per output, null where the output was not used
+   * @param needs one flag per argument
+   */
+  backward?(saved: S, grads: (Tensor | null)[], needs: readonly boolean[]): Gradients;
+}
+
+/** An op as called: its forward's arguments and result. */
+export interface Op<A extends unknown[] = never[], R extends Tensor | Tensor[] = Tensor | Tensor[]> {
+  (...args: A): R;
+  readonly opName: string;
+  readonly mutates: readonly number[];
+  readonly differentiable: boolean;
+}
+
+/** One executed op on a tape. */
+export interface OpRecord {
+  readonly name: string;
+  /** Tensor arguments that want a gradient, by `Tensor.key`. */
+  readonly inputs: readonly { key: number; argument: number }[];
+  readonly outputs: readonly { key: number; shape: readonly number[] }[];
+  backward(grads: (Tensor | null)[]): Gradients;
+  /** Frees what was saved. */
+  release(): void;
+}
+
+let recorder: ((record: OpRecord) => void) | null = null;
+
+/** All ops by name. */
+export const registry = new Map<string, Op>();
+
+/** Sends every differentiable op that `body` runs to `listener`. */
+export function recordOps<T>(listener: (record: OpRecord) => void, body: () => T): T {
+  return withRecorder(listener, body);
+}
+
+/** Runs `body` without recording. */
+export function noGrad<T>(body: () => T): T {
+  return withRecorder(null, body);
+}
+
+function withRecorder<T>(listener: typeof recorder, body: () => T): T {
+  const outer = recorder;
+  recorder = listener;
+  try {
+    return body();
+  } finally {
+    recorder = outer;
+  }
+}
+
+/** Makes an op from its definition and enters it into the registry. */
+export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(definition: OpDefinition<A, R, S>): Op<A, R> {
+  const { name, backward } = definition;
+  const call = (...args: A): R => {
+    const listener = recorder;
+    const needs = args.map((argument) => argument instanceof Tensor && argument.requiresGrad);
+    const recording = listener !== null && backward !== undefined && needs.includes(true);
+    let saved: { values: S; tensors: Tensor[] } | null = null;
+    const ctx: OpContext<S> = {
+      save(values) {
+        if (recording) saved = { values, tensors: tensorsIn(values).map((tensor) => tensor.retain()) };
+      },
+      needs: (i) => recording && needs[i] === true,
+    };
+    const result = scope(() => noGrad(() => definition.forward(ctx, ...args)));
+    if (recording) {
+      const outputs = Array.isArray(result) ? result : [result as Tensor];
+      for (const output of outputs) if (output.dtype === "f32") output.requiresGrad = true;
+      const kept = saved as { values: S; tensors: Tensor[] } | null;
+      listener({
+        name,
+        inputs: args.flatMap((argument, i) => needs[i] ? [{ key: (argument as unknown as Tensor).key, argument: i }] : []),
+        outputs: outputs.map(({ key, shape }) => ({ key, shape })),
+        backward: (grads) => scope(() => noGrad(() => backward.call(definition, (kept?.values ?? null) as S, grads, needs))),
+        release: () => kept?.tensors.forEach((tensor) => tensor.release()),
+      });
+    }
+    return result;
+  };
+  const op = Object.assign(call, {
+    opName: name, mutates: definition.mutates ?? [], differentiable: backward !== undefined,
+  }) as Op<A, R>;
+  if (registry.has(name)) throw new Error(`An op named ${name} is already registered.`);
+  registry.set(name, op as unknown as Op);
+  return op;
+}
+
+function tensorsIn(value: unknown): Tensor[] {
+  if (value instanceof Tensor) return [value];
+  if (Array.isArray(value)) return value.flatMap(tensorsIn);
+  if (typeof value === "object" && value !== null && Object.getPrototypeOf(value) === Object.prototype) {
+    return Object.values(value).flatMap(tensorsIn);
+  }
+  return [];
+}

@@ -1,0 +1,141 @@
+import { launch } from "../kernel/launch.ts";
+import { check } from "../tensor/check.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { defineOp } from "./op.ts";
+
+/** How a router chooses experts and scales their weights. */
+export interface RouterOptions {
+  /** Experts per token, K. */
+  readonly topk: number;
+  /** Groups of E / n_group consecutive experts. */
+  readonly n_group: number;
+  /** Groups of a token whose experts may be chosen. */
+  readonly topk_group: number;
+  /** Whether the weights of a token are divided by their sum. */
+  readonly norm_topk_prob: boolean;
+  /** Factor on every weight. */
+  readonly scaling: number;
+}
+
+const WG = 64;
+const groupsFor = (count: number): [number] => [Math.ceil(count / WG)];
+const isCount = (value: number, most: number): boolean => Number.isInteger(value) && value >= 1 && value <= most;
+
+/**
+ * Chooses experts: s = sigmoid(logits); the K largest of s + bias among the experts of the best groups, weighted by s.
+ *
+ * A group's score is the sum of its two largest s + bias. Ties go to the lowest number. Weights are s / (sum + 1e-20) *
+ * scaling with `norm_topk_prob`, else s * scaling. Gradients flow to the logits through the weights alone.
+ *
+ * @param logits  f32 [T, E]
+ * @param bias    f32 [E], for the choice only
+ * @returns topk_weight f32 [T, K] and topk_idx u32 [T, K], experts ascending
+ * @throws ShapeError for a bias of another width, n_group that does not divide E, or fewer than K experts to choose from
+ */
+export const router = defineOp({
+  name: "router",
+  forward(ctx, logits: Tensor, bias: Tensor, options: RouterOptions): [Tensor, Tensor] {
+    const { topk, n_group, topk_group } = options;
+    check(logits.shape.length === 2, "router", "logits", "[T, E]", logits);
+    const [T, E] = logits.shape as [number, number];
+    check(bias.shape.length === 1 && bias.shape[0] === E, "router", "bias", `[${E}]`, bias);
+    check(isCount(n_group, E) && E % n_group === 0, "router", "n_group", `a divisor of ${E}`, n_group);
+    check(isCount(topk_group, n_group), "router", "topk_group", `from 1 to ${n_group}`, topk_group);
+    const candidates = (E / n_group) * topk_group;
+    check(isCount(topk, candidates), "router", "topk", `from 1 to ${candidates}`, topk);
+
+    const topk_weight = logits.device.empty([T, topk], "f32");
+    const topk_idx = logits.device.empty([T, topk], "u32");
+    const layout = arrange(logits, n_group);
+    const { WG: width, LANES } = layout;
+    const workgroups = Math.ceil((T * LANES) / width);
+    const keys = logits.device.empty([workgroups * (width / LANES) * E], "u32");
+    launch("moe/router", {
+      bind: { logits, bias, keys, topk_weight, topk_idx },
+      params: {
+        tokens: T, experts: E, topk, topk_group, normalise: options.norm_topk_prob ? 1 : 0, scaling: options.scaling,
+      },
+      constants: layout,
+      workgroups: [workgroups],
+    });
+    ctx.save({ logits, topk_idx, options });
+    return [topk_weight, topk_idx];
+  },
+  backward({ logits, topk_idx, options }: { logits: Tensor; topk_idx: Tensor; options: RouterOptions }, [dweight]) {
+    if (!dweight) return [];
+    const [T, E] = logits.shape as [number, number];
+    const dlogits = logits.device.zeros(logits.shape);
+    launch("moe/router_backward", {
+      bind: { logits, topk_idx, dweight, dlogits },
+      params: {
+        tokens: T, experts: E, topk: options.topk, normalise: options.norm_topk_prob ? 1 : 0, scaling: options.scaling,
+      },
+      workgroups: groupsFor(T),
+    });
+    return [dlogits];
+  },
+});
+
+/**
+ * How invocations share the work. Enough of them to fill a GPU even for one token, but one per token on software adapters,
+ * where they would only wait for each other. The block count balances K rounds of BLOCKS + E / BLOCKS loads.
+ */
+function arrange(logits: Tensor, n_group: number): { WG: number; LANES: number; BLOCKS: number; GROUPS: number; WORDS: number } {
+  const [T, E] = logits.shape as [number, number];
+  const powerOfTwo = (x: number): number => 2 ** Math.round(Math.log2(Math.max(x, 1)));
+  const LANES = logits.device.info.isSoftware ? 1 : Math.min(powerOfTwo(16384 / Math.max(T, 1)), 32);
+  const BLOCKS = Math.max(powerOfTwo(Math.sqrt(E)), LANES);
+  const WORDS = Math.ceil(E / 32);
+  const bytesPerToken = 4 * (BLOCKS + WORDS + n_group);
+  let width = WG;
+  while (width > LANES && (width / LANES) * bytesPerToken > 16384) width /= 2;
+  return { WG: width, LANES, BLOCKS, GROUPS: n_group, WORDS };
+}
+
+/**
+ * Sequence-wise load balance loss, mean over the B sequences: coeff * E / (K * L^2) * sum_e n_e sum_t p_te.
+ *
+ * p_te = s_te / sum_f s_tf with s = sigmoid(logits); n_e counts the tokens of the sequence with e among their K largest s and is
+ * constant for the gradient.
+ *
+ * @param logits  f32 [B, L, E]
+ * @returns f32 scalar []; 0 without tokens
+ */
+export const router_aux_loss = defineOp({
+  name: "router_aux_loss",
+  forward(ctx, logits: Tensor, { topk, coeff }: { topk: number; coeff: number }): Tensor {
+    const { device } = logits;
+    check(logits.shape.length === 3, "router_aux_loss", "logits", "[B, L, E]", logits);
+    const [B, L, E] = logits.shape as [number, number, number];
+    check(isCount(topk, E), "router_aux_loss", "topk", `from 1 to ${E}`, topk);
+    const tokens = B * L;
+    const [, topk_idx] = router(logits.reshape([tokens, E]), device.zeros([E]), {
+      topk, n_group: 1, topk_group: 1, norm_topk_prob: false, scaling: 1,
+    });
+    const counts = device.zeros([B, E], "u32");
+    launch("moe/expert_load", {
+      bind: { topk_idx: topk_idx!, counts }, params: { choices: tokens * topk, per_row: L * topk, experts: E },
+      workgroups: groupsFor(tokens * topk),
+    });
+    const params = {
+      tokens, seqlen: L, experts: E, factor: tokens ? (coeff * E) / (topk * L * L) : 0, inverse_batch: tokens ? 1 / B : 0,
+    };
+    const value = device.empty([tokens]);
+    const inverse = device.empty([tokens]);
+    const loss = device.empty([]);
+    launch("moe/router_aux_loss", {
+      entry: "terms", bind: { logits, counts, value, inverse }, params, workgroups: groupsFor(tokens),
+    });
+    launch("moe/router_aux_loss", { entry: "total", bind: { value, loss }, params, workgroups: [1] });
+    ctx.save({ logits, counts, value, inverse, params });
+    return loss;
+  },
+  backward({ logits, counts, value, inverse, params }, [dloss]) {
+    if (!dloss) return [];
+    const dlogits = logits.device.empty(logits.shape);
+    launch("moe/router_aux_loss", {
+      entry: "gradient", bind: { logits, counts, value, inverse, dloss, dlogits }, params, workgroups: groupsFor(logits.size),
+    });
+    return [dlogits];
+  },
+});

@@ -1,0 +1,59 @@
+import { provider } from "#gpu";
+import { type AdapterHandle, chooseAdapter } from "../gpu/adapters.ts";
+import { type GpuOptions, Gpu, requestGpuDevice } from "../gpu/gpu.ts";
+import { ShapeError } from "./errors.ts";
+import { sizeOf } from "./ndarray.ts";
+import { Tensor, type TensorDType } from "./tensor.ts";
+
+export interface DeviceOptions extends GpuOptions {
+  /** Part of an adapter's name or its id, such as "swiftshader", or one already found; default: the best one. */
+  adapter?: string | AdapterHandle;
+}
+
+/**
+ * Opens a device on the best adapter (discrete, integrated, software), or on the one asked for.
+ * @throws AdapterError when there is none, or none of that name.
+ */
+export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
+  const wanted = options.adapter;
+  const handle = typeof wanted === "object" ? wanted : chooseAdapter(await provider.listAdapters(), wanted).handle;
+  return new Device(await requestGpuDevice(handle, options), handle.info, options);
+}
+
+/** A GPU device with tensors on it. */
+export class Device extends Gpu {
+  /** A tensor with uninitialised elements. */
+  empty(shape: readonly number[], dtype: TensorDType = "f32"): Tensor {
+    this.assertUsable();
+    const storage = this.pool.allocate(Math.max(16, sizeOf(shape) * 4));
+    return new Tensor(this, storage, 0, [...shape], dtype);
+  }
+
+  /** A tensor of zeros. */
+  zeros(shape: readonly number[], dtype: TensorDType = "f32"): Tensor {
+    const tensor = this.empty(shape, dtype);
+    tensor.clear();
+    return tensor;
+  }
+
+  /**
+   * A tensor with the given elements. The dtype follows the array; a plain list becomes `dtype`, f32 by default.
+   * @throws ShapeError when the count does not fit the shape.
+   */
+  tensor(
+    values: Float32Array | Int32Array | Uint32Array | readonly number[], shape: readonly number[], dtype?: TensorDType,
+  ): Tensor {
+    if (values.length !== sizeOf(shape)) {
+      throw new ShapeError(`tensor: [${shape}] holds ${sizeOf(shape)} elements, found ${values.length}.`);
+    }
+    let kind = dtype;
+    if (values instanceof Float32Array) kind = "f32";
+    else if (values instanceof Int32Array) kind = "i32";
+    else if (values instanceof Uint32Array) kind = "u32";
+    const array = ArrayBuffer.isView(values) ? values as Float32Array | Int32Array | Uint32Array
+      : kind === "i32" ? Int32Array.from(values) : kind === "u32" ? Uint32Array.from(values) : Float32Array.from(values);
+    const tensor = this.empty(shape, kind ?? "f32");
+    tensor.write(array);
+    return tensor;
+  }
+}

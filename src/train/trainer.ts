@@ -1,0 +1,246 @@
+/** The training step: forward, backward, clipping and update, captured once and replayed. */
+import { Tape, type GradientMap } from "../autograd/tape.ts";
+import type { Graph } from "../gpu/stream.ts";
+import { MoE } from "../nn/moe.ts";
+import type { Loss, NemotronH, TrainingBatch } from "../models/nemotron_h.ts";
+import { accumulate, scale } from "../ops/elementwise.ts";
+import { expert_load, update_expert_bias } from "../ops/moe.ts";
+import type { Device } from "../tensor/device.ts";
+import { KraitError } from "../tensor/errors.ts";
+import { scope, unscoped } from "../tensor/scope.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { AdamW, type AdamWOptions } from "./optimizer.ts";
+import { type Batch, mtpInputs, mtpLabels } from "./packing.ts";
+import type { Schedule } from "./schedule.ts";
+
+export interface TrainerOptions extends AdamWOptions {
+  /** Rows and positions of one micro-batch. */
+  readonly batch: number;
+  readonly seqlen: number;
+  /** Micro-batches whose gradients are averaged for one update. */
+  readonly accumulate: number;
+  readonly schedule: Schedule;
+  /** Prediction depths beyond the next token; 0 trains no MTP. */
+  readonly mtp_depths: number;
+  readonly mtp_scale: number;
+  /** Coefficient of the sequence-wise balancing loss. */
+  readonly aux_coeff: number;
+  /** Step of the correction bias of every expert towards an even load; 0 leaves it. */
+  readonly bias_rate: number;
+}
+
+export interface StepMetrics {
+  readonly step: number;
+  /** What is minimised. */
+  readonly total: number;
+  /** Cross entropy of the next token, nats. */
+  readonly loss: number;
+  /** Cross entropy per further prediction depth, nats. */
+  readonly mtp_loss: readonly number[];
+  readonly aux_loss: number;
+  /** Before clipping. */
+  readonly grad_norm: number;
+  readonly lr: number;
+  /** Largest load of an expert over the mean load, minus 1, worst layer; null without experts. */
+  readonly max_violation: number | null;
+}
+
+/** Device copies of one micro-batch, overwritten before every replay. */
+interface Inputs extends TrainingBatch {
+  readonly seq_idx: Tensor;
+}
+
+interface Captured {
+  readonly micro: Graph;
+  /** With several micro-batches: the update from the summed gradients. */
+  readonly update: Graph | null;
+  /** total, main, aux, gradient norm, one per prediction depth */
+  readonly scalars: Tensor;
+  /** Tokens per expert, one u32 tensor per MoE layer. */
+  readonly loads: readonly Tensor[];
+  readonly sums: GradientMap;
+  /** d total / d loss of one micro-batch. */
+  readonly seed: Tensor;
+}
+
+export class Trainer {
+  readonly model: NemotronH;
+  readonly options: TrainerOptions;
+  readonly optimizer: AdamW;
+  /** Updates done so far. */
+  steps = 0;
+  readonly #device: Device;
+  readonly #inputs: Inputs;
+  #captured: Captured | null = null;
+  #evaluation: { graph: Graph; loss: Tensor } | null = null;
+
+  constructor(model: NemotronH, options: TrainerOptions) {
+    this.model = model;
+    this.options = options;
+    this.#device = model.device;
+    const trainable = new Map([...model.parameters].filter(([, parameter]) => parameter.requiresGrad));
+    this.optimizer = new AdamW(model.device, trainable, options);
+    const shape = [options.batch, options.seqlen];
+    const ids = () => this.#device.zeros(shape, "i32");
+    this.#inputs = unscoped(() => ({
+      input_ids: ids(), targets: ids(), seq_idx: ids(),
+      mtp: Array.from({ length: options.mtp_depths }, () => ({ input_ids: ids(), targets: ids() })),
+    }));
+  }
+
+  /**
+   * One update from `accumulate` micro-batches.
+   * @throws KraitError when the loss is no longer finite; the parameters then are worthless.
+   */
+  async step(batches: readonly Batch[]): Promise<StepMetrics> {
+    const { accumulate: micros, schedule } = this.options;
+    if (batches.length !== micros) throw new KraitError(`A step needs ${micros} micro-batches, found ${batches.length}.`);
+    const lr = schedule(this.steps);
+    this.optimizer.prepare(this.steps, lr);
+    const captured = (this.#captured ??= this.#capture());
+    if (captured.update) {
+      for (const tensor of [captured.scalars, ...captured.loads, ...captured.sums.values()]) tensor.clear();
+    }
+    for (const batch of batches) {
+      this.#write(batch);
+      this.#device.replay(captured.micro);
+    }
+    if (captured.update) this.#device.replay(captured.update);
+    const scalars = Array.from(await captured.scalars.read());
+    const [total, loss, aux_loss, grad_norm] = scalars as [number, number, number, number];
+    const step = this.steps++;
+    if (!scalars.every(Number.isFinite)) {
+      throw new KraitError(
+        `The loss at step ${step} is ${total} (gradient norm ${grad_norm}), expected a finite number; lower the learning rate.`);
+    }
+    return {
+      step, total, loss, aux_loss, grad_norm, lr, mtp_loss: scalars.slice(4),
+      max_violation: await this.#maxViolation(captured.loads),
+    };
+  }
+
+  /** Mean cross entropy of the next token over batches, each weighed by its scored positions. Nats. */
+  async evaluate(batches: Iterable<Batch>): Promise<number> {
+    this.#evaluation ??= this.#captureEvaluation();
+    const { graph, loss } = this.#evaluation;
+    let sum = 0;
+    let scored = 0;
+    for (const batch of batches) {
+      if (batch.scored === 0) continue;
+      this.#write(batch);
+      this.#device.replay(graph);
+      sum += (await loss.item()) * batch.scored;
+      scored += batch.scored;
+    }
+    return sum / scored;
+  }
+
+  /** Gives back graphs, inputs and optimiser state; the model stays. */
+  dispose(): void {
+    for (const graph of [this.#captured?.micro, this.#captured?.update, this.#evaluation?.graph]) {
+      if (graph) this.#device.stream.disposeGraph(graph);
+    }
+    this.#evaluation?.loss.dispose();
+    if (this.#captured) {
+      const { scalars, loads, sums, seed } = this.#captured;
+      for (const tensor of [scalars, seed, ...loads, ...sums.values()]) tensor.dispose();
+    }
+    this.optimizer.dispose();
+    const { input_ids, targets, seq_idx, mtp } = this.#inputs;
+    for (const tensor of [input_ids, targets, seq_idx]) tensor.dispose();
+    for (const depth of mtp) for (const tensor of [depth.input_ids, depth.targets]) tensor.dispose();
+  }
+
+  /** One micro-batch's loss and gradients, recorded for replay; with a single micro-batch the update follows at once. */
+  #capture(): Captured {
+    const { accumulate: micros, mtp_depths } = this.options;
+    const device = this.#device;
+    const scalars = unscoped(() => device.zeros([4 + mtp_depths]));
+    const loads = unscoped(() => this.#moeLayers().map(({ bias }) => device.zeros(bias.shape, "u32")));
+    const seed = unscoped(() => device.tensor([1 / micros], []));
+    const sums: GradientMap = new Map();
+    if (micros > 1) {
+      for (const { key, shape, requiresGrad } of this.model.parameters.values()) {
+        if (requiresGrad) sums.set(key, unscoped(() => device.zeros(shape)));
+      }
+    }
+    const micro = device.capture(() => scope(() => {
+      if (micros === 1) for (const tensor of [scalars, ...loads]) tensor.clear();
+      const tape = new Tape();
+      const loss = tape.run(() => this.model.loss(this.#inputs, this.options));
+      const gradients = tape.backward([loss.total], [seed]);
+      const parts = packScalars(device, loss, mtp_depths);
+      accumulate(scalars, scale(parts, 1 / micros));
+      loss.routing.forEach(({ index, layer }) => {
+        const i = this.#moeLayers().findIndex(({ path }) => path === layer);
+        expert_load(index, loads[i]!);
+      });
+      if (micros === 1) this.#recordUpdate(gradients, scalars, loads);
+      else for (const [key, sum] of sums) {
+        const gradient = gradients.get(key);
+        if (gradient) accumulate(sum, gradient.reshape(sum.shape));
+      }
+      for (const gradient of gradients.values()) gradient.release();
+    })).graph;
+    const update = micros === 1 ? null : device.capture(() => scope(() => this.#recordUpdate(sums, scalars, loads))).graph;
+    return { micro, update, scalars, loads, sums, seed };
+  }
+
+  #recordUpdate(gradients: GradientMap, scalars: Tensor, loads: readonly Tensor[]): void {
+    const norm = this.optimizer.update(gradients);
+    this.#device.stream.copy(norm.storage, norm.byteOffset, scalars.storage, scalars.byteOffset + 12, 4);
+    const rate = this.options.bias_rate;
+    if (rate > 0) this.#moeLayers().forEach(({ bias }, i) => update_expert_bias(bias, loads[i]!, rate));
+  }
+
+  #captureEvaluation(): { graph: Graph; loss: Tensor } {
+    const { model } = this;
+    const { input_ids, targets, seq_idx } = this.#inputs;
+    const loss = unscoped(() => this.#device.zeros([]));
+    const { graph } = this.#device.capture(() => scope(() => {
+      const { main } = model.loss({ input_ids, targets, seq_idx, mtp: [] }, { mtp_scale: 0, aux_coeff: 0 });
+      loss.copyFrom(main);
+    }));
+    return { graph, loss };
+  }
+
+  /** Correction biases of all MoE layers, those of the MTP head included if it is trained. */
+  #moeLayers(): { path: string; bias: Tensor }[] {
+    const blocks = [...this.model.blocks, ...(this.options.mtp_depths > 0 ? this.model.mtp?.blocks ?? [] : [])];
+    return blocks.flatMap(({ mixer }) =>
+      mixer instanceof MoE ? [{ path: mixer.path, bias: mixer.correction_bias }] : []);
+  }
+
+  async #maxViolation(loads: readonly Tensor[]): Promise<number | null> {
+    let worst: number | null = null;
+    for (const load of loads) {
+      const counts = Array.from(await load.read());
+      const mean = counts.reduce((a, b) => a + b, 0) / counts.length;
+      worst = Math.max(worst ?? 0, Math.max(...counts) / mean - 1);
+    }
+    return worst;
+  }
+
+  #write(batch: Batch): void {
+    const { input_ids, targets, seq_idx, mtp } = this.#inputs;
+    input_ids.write(batch.input_ids);
+    targets.write(batch.labels);
+    seq_idx.write(batch.seq_idx);
+    mtp.forEach((depth, i) => {
+      depth.input_ids.write(mtpInputs(batch, i + 1));
+      depth.targets.write(mtpLabels(batch, i + 1));
+    });
+  }
+}
+
+function packScalars(device: Device, loss: Loss, mtp_depths: number): Tensor {
+  const packed = device.zeros([4 + mtp_depths]);
+  const put = (from: Tensor | null, i: number) => {
+    if (from) device.stream.copy(from.storage, from.byteOffset, packed.storage, packed.byteOffset + 4 * i, 4);
+  };
+  put(loss.total, 0);
+  put(loss.main, 1);
+  put(loss.aux, 2);
+  loss.mtp.forEach((depth, i) => put(depth, 4 + i));
+  return packed;
+}
