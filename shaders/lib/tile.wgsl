@@ -21,3 +21,15 @@ fn below(first: u32, limit: u32) -> vec4<bool> {
 fn quad_indices(row: u32, first: u32, width: u32) -> vec4u {
   return row * width + min(first + vec4u(0u, 1u, 2u, 3u), vec4u(width - 1u));
 }
+
+// Row and column of the k-th cell of a lower triangle, (0,0) (1,0) (1,1) (2,0) ...; sqrt may be off by one row.
+fn triangle(k: u32) -> vec2u {
+  var row = u32((sqrt(8.0 * f32(k) + 1.0) - 1.0) * 0.5);
+  if (row * (row + 1u) / 2u > k) {
+    row--;
+  }
+  if ((row + 1u) * (row + 2u) / 2u <= k) {
+    row++;
+  }
+  return vec2u(row, k - row * (row + 1u) / 2u);
+}

@@ -4,13 +4,17 @@
 //
 // Order of the filters: temperature; the top_k first tokens; the shortest prefix with at least top_p of what is left; tokens
 // with at least min_p times the largest probability. Both prefixes end at the token where a running mass (1 per token, or
-// its weight) reaches an amount. Its key is found four bits at a time: the masses of the 16 digits of all keys that share the
-// bits found so far go into a histogram, a column per invocation, so that sums have a fixed order and need no atomics.
+// its weight) reaches an amount. Its key is found BITS bits at a time: the masses, by next digit, of all keys that share the bits
+// found so far go into a histogram, a column per invocation, so that sums have a fixed order and need no atomics.
+//
+// Few invocations with wide digits suit software adapters and long rows, narrow digits short ones.
 import package::lib::index::workgroup_index;
 import package::lib::order::{order_key, order_value};
 import package::lib::sampling::{GREEDY_BELOW, is_kept, token_weight};
 
-override WG: u32 = 64; // at least 16
+override WG: u32 = 64;
+override BITS: u32 = 4; // a divisor of 32
+override DIGITS: u32 = 16; // 2^BITS
 
 struct Params {
   rows: u32,
@@ -24,8 +28,8 @@ struct Params {
 
 var<workgroup> lane_value: array<u32, WG>;
 var<workgroup> lane_index: array<u32, WG>;
-var<workgroup> histogram: array<f32, 16 * WG>; // [digit][lane]
-var<workgroup> digits: array<f32, 16>;
+var<workgroup> histogram: array<f32, DIGITS * WG>; // [digit][lane]
+var<workgroup> digits: array<f32, DIGITS>;
 var<workgroup> found: vec4u; // of the first lane, for all
 var<workgroup> found_amount: f32;
 
@@ -66,31 +70,31 @@ fn mass(logit: f32, cut: vec4u, by_weight: bool) -> f32 {
 fn shorten(row: u32, lane: u32, cut: vec4u, amount: f32, by_weight: bool) -> vec4u {
   var prefix = 0u; // bits of the key found so far
   var needed = amount;
-  for (var round = 0u; round < 8u; round++) {
-    let shift = 28u - 4u * round;
-    for (var d = 0u; d < 16u; d++) {
+  for (var round = 0u; round < 32u / BITS; round++) {
+    let shift = 32u - BITS * (round + 1u);
+    for (var d = 0u; d < DIGITS; d++) {
       histogram[d * WG + lane] = 0.0;
     }
     for (var i = lane; i < params.vocab; i += WG) {
       let logit = logits[row + i];
       let key = order_key(logit);
-      if (((key ^ prefix) >> shift) < 16u && is_kept(key, i, cut)) {
-        histogram[((key >> shift) & 15u) * WG + lane] += mass(logit, cut, by_weight);
+      if (((key ^ prefix) >> shift) < DIGITS && is_kept(key, i, cut)) {
+        histogram[((key >> shift) & (DIGITS - 1u)) * WG + lane] += mass(logit, cut, by_weight);
       }
     }
     workgroupBarrier();
-    if (lane < 16u) {
+    for (var d = lane; d < DIGITS; d += WG) {
       var sum = 0.0;
       for (var other = 0u; other < WG; other++) {
-        sum += histogram[lane * WG + other];
+        sum += histogram[d * WG + other];
       }
-      digits[lane] = sum;
+      digits[d] = sum;
     }
     workgroupBarrier();
     if (lane == 0u) {
       var above = 0.0;
       if (by_weight && round == 0u) {
-        for (var d = 0u; d < 16u; d++) {
+        for (var d = 0u; d < DIGITS; d++) {
           above += digits[d];
         }
         needed *= above;
@@ -99,7 +103,7 @@ fn shorten(row: u32, lane: u32, cut: vec4u, amount: f32, by_weight: bool) -> vec
       // The highest digit at which the mass is reached; the lowest one in use where rounding leaves it just short.
       var digit = 0u;
       var before = 0.0;
-      for (var d = 16u; d > 0u; d--) {
+      for (var d = DIGITS; d > 0u; d--) {
         if (digits[d - 1u] > 0.0) {
           digit = d - 1u;
           before = above;

@@ -1,5 +1,6 @@
 /** Commands with typed options: declaring, parsing and running them, and the exit codes. */
 import { parseArgs } from "node:util";
+import { GpuLayerError } from "../gpu/errors.ts";
 import { KraitError, UsageError } from "../tensor/errors.ts";
 import type {
   CliIo, Command, CommandSpec, NumberOption, OptionSpec, OptionSpecs, OptionValues, Positional, StringOption,
@@ -73,7 +74,7 @@ export function parseCommand<const S extends OptionSpecs>(
     else values[key] = option.default;
   }
   checkPositionals(spec.positionals ?? [], args);
-  // Every key of S has a value of its declared type by now, which a loop over names cannot show to the compiler.
+  // Every key of S has a value of its declared type by now; the loop hides that from the compiler.
   return { options: values as OptionValues<S>, args };
 }
 
@@ -196,7 +197,8 @@ function unknownOption(name: string, known: readonly string[]): UsageError {
 function errorText(error: unknown, debug: boolean): string {
   if (!(error instanceof Error)) return String(error);
   // What Krait or the system reports explains itself; anything else is a defect, and its origin helps.
-  if (!debug && (error instanceof KraitError || "syscall" in error)) return error.message;
+  const isOurs = error instanceof KraitError || error instanceof GpuLayerError;
+  if (!debug && (isOurs || "syscall" in error)) return error.message;
   return error.stack ?? error.message;
 }
 

@@ -1,15 +1,17 @@
 /**
- * The configuration of a Nemotron-H model: the published config.json, checked and with every default filled in.
+ * The configuration of a Nemotron-H model: the published config.json, checked, with every default filled in.
  *
- * Keys keep their published names. `layerSpecs` and `mtpSpecs` turn them into what each layer needs. Keys that the
- * model does not use (rope_theta, sliding_window, expand, dropout of inference-only releases ...) are ignored.
+ * Keys keep their published names; `layerSpecs` and `mtpSpecs` make of them what each layer needs. Keys that
+ * the model does not use (rope_theta, sliding_window, expand, hidden_dropout ...) are ignored.
  */
 import { parseJson } from "../io/json.ts";
 import { ConfigError, FormatError } from "../tensor/errors.ts";
-import { ConfigKeys, MAX_SIZE, show } from "./config_keys.ts";
+import { ConfigKeys, MAX_SIZE, asObject, show } from "./config_keys.ts";
+import { KIND_OF_NAME, readChain } from "./layer_list.ts";
+import type { BlockConfig, LayerKind } from "./layer_list.ts";
 
-export type LayerKind = "mamba" | "attention" | "mlp" | "moe";
-export type LayerLetter = "M" | "*" | "-" | "E";
+export { letterOf } from "./layer_list.ts";
+export type { BlockConfig, LayerKind, LayerLetter } from "./layer_list.ts";
 
 /** Sizes of one routed layer. `shared_size` is the width of the shared expert; 0: none. */
 export interface MoESpec {
@@ -21,23 +23,12 @@ export interface MoESpec {
   readonly shared_size: number;
 }
 
-/** What one layer of the chain is. `dt_limit` bounds the step size after softplus; its upper end may be Infinity. */
+/** What one layer is. `dt_limit` bounds the step size after softplus; its upper end may be Infinity. */
 export type LayerSpec =
   | { readonly kind: "mamba"; readonly dt_limit: readonly [number, number] }
   | { readonly kind: "attention" }
   | { readonly kind: "mlp"; readonly intermediate_size: number }
   | MoESpec;
-
-/** Departures of one layer from the model's own sizes. */
-export interface BlockConfig {
-  readonly block_type: LayerKind;
-  readonly intermediate_size?: number;
-  readonly n_routed_experts?: number;
-  readonly num_experts_per_tok?: number;
-  readonly moe_intermediate_size?: number;
-  readonly moe_latent_size?: number;
-  readonly moe_shared_expert_intermediate_size?: number;
-}
 
 export interface NemotronHConfig {
   readonly model_type: "nemotron_h" | "nemotron_h_puzzle";
@@ -114,43 +105,12 @@ export interface ConfigOptions {
   readonly dt_min_clamp?: boolean;
 }
 
-const ALIASES: Readonly<Record<string, readonly string[]>> = {
-  head_dim: ["attention_head_dim"],
-  n_groups: ["mamba_n_groups"],
-  conv_kernel: ["mamba_d_conv"],
-  chunk_size: ["mamba_chunk_size"],
-  use_conv_bias: ["mamba_conv_bias"],
-  time_step_min: ["mamba_dt_min"],
-  time_step_max: ["mamba_dt_max"],
-  time_step_floor: ["mamba_dt_floor", "mamba_dt_init_floor"],
-  time_step_limit: ["mamba_dt_limit"],
-  layer_norm_epsilon: ["norm_eps", "rms_norm_eps"],
-  layers_block_type: ["layer_types"],
-  n_routed_experts: ["num_local_experts"],
-  torch_dtype: ["dtype"],
-};
-
-const KIND_OF_NAME: Readonly<Record<string, LayerKind>> = {
-  mamba: "mamba", linear_attention: "mamba", M: "mamba",
-  attention: "attention", full_attention: "attention", "*": "attention",
-  mlp: "mlp", "-": "mlp",
-  moe: "moe", E: "moe",
-};
-const LETTER_OF_KIND: Readonly<Record<LayerKind, LayerLetter>> = { mamba: "M", attention: "*", mlp: "-", moe: "E" };
-const FOREIGN: Readonly<Record<string, string>> = {
-  G: "gated delta-net", D: "sparse attention", "+": "multi-head latent attention",
-};
 const DTYPES = ["float32", "float16", "bfloat16"] as const;
-const OVERRIDES = [
-  "intermediate_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size",
-  "moe_shared_expert_intermediate_size",
-] as const;
-const MAX_LAYERS = 4096;
 /** What Python's writers put where they mean "no limit". */
 const NO_LIMIT = 1e30;
 
 /**
- * Reads config.json: text, bytes, or an object of the same keys. Bare Infinity and NaN are accepted in text, and a
+ * Reads config.json: text, bytes, or an object of the same keys. Bare Infinity is accepted in text, and a
  * configuration nested under `llm_config` or `text_config` is unwrapped.
  * Throws ConfigError with one sentence: file, key, expected, found.
  */
@@ -159,7 +119,7 @@ export function parseConfig(
   options: ConfigOptions = {},
 ): NemotronHConfig {
   const what = options.what ?? "config.json";
-  const keys = new ConfigKeys(what, unwrap(readObject(input, what), what), ALIASES);
+  const keys = new ConfigKeys(what, unwrap(readObject(input, what), what));
   const model_type = keys.choice("model_type", "nemotron_h", ["nemotron_h", "nemotron_h_puzzle"]);
   const chain = readChain(keys);
   const moe = readMoE(keys);
@@ -170,7 +130,7 @@ export function parseConfig(
     num_hidden_layers: keys.integer("num_hidden_layers", chain.pattern.length),
     hybrid_override_pattern: chain.pattern,
     block_configs: chain.blocks,
-    max_position_embeddings: keys.integer("max_position_embeddings", 4096),
+    max_position_embeddings: keys.integer("max_position_embeddings", 4096, 1, 2 ** 31 - 1),
     ...readAttention(keys),
     intermediate_size: readIntermediateSize(keys),
     mlp_bias: keys.boolean("mlp_bias", false),
@@ -190,8 +150,9 @@ export function parseConfig(
     ...readTokenIds(keys),
     torch_dtype: keys.choice("torch_dtype", "bfloat16", DTYPES),
   };
-  if (config.num_hidden_layers !== chain.pattern.length) {
-    keys.fail("num_hidden_layers", `${chain.pattern.length}, the length of the layer list`, config.num_hidden_layers);
+  const layers = chain.pattern.length;
+  if (config.num_hidden_layers !== layers) {
+    keys.fail("num_hidden_layers", `${layers}, the length of the layer list`, config.num_hidden_layers);
   }
   checkLayers(keys, config);
   return config;
@@ -216,9 +177,9 @@ export function mtpSpecs(config: NemotronHConfig): readonly LayerSpec[] {
     specOf(config, KIND_OF_NAME[letter]!, width, config.mtp_block_configs?.[i], experts));
 }
 
-/** The letter of a kind of layer in pattern strings. */
-export function letterOf(kind: LayerKind): LayerLetter {
-  return LETTER_OF_KIND[kind];
+/** The same model without its multi-token-prediction block. */
+export function withoutMtp(config: NemotronHConfig): NemotronHConfig {
+  return { ...config, num_nextn_predict_layers: 0, mtp_hybrid_override_pattern: "", mtp_block_configs: null };
 }
 
 /** Mamba-2 inner width: heads * headdim (never derived from `expand`). */
@@ -237,8 +198,9 @@ export function convSize(config: NemotronHConfig): number {
  */
 export function serialiseConfig(config: NemotronHConfig): string {
   const { eos_token_ids: eos, time_step_limit: [low, high], ...rest } = config;
+  const family = config.model_type === "nemotron_h" ? "NemotronH" : "NemotronHPuzzle";
   const entries: Record<string, unknown> = {
-    architectures: [config.model_type === "nemotron_h" ? "NemotronHForCausalLM" : "NemotronHPuzzleForCausalLM"],
+    architectures: [`${family}ForCausalLM`],
     ...rest,
     eos_token_id: eos.length === 1 ? eos[0] : eos,
   };
@@ -270,11 +232,6 @@ function fail(what: string, expected: string, found: unknown): never {
   throw new ConfigError(`${what}: expected ${expected}, found ${show(found)}`);
 }
 
-function asObject(value: unknown): Readonly<Record<string, unknown>> | undefined {
-  const isObject = typeof value === "object" && value !== null && !Array.isArray(value);
-  return isObject ? { ...value } : undefined;
-}
-
 /** Multimodal releases keep the language model's configuration one level down. */
 function unwrap(object: Readonly<Record<string, unknown>>, what: string): Readonly<Record<string, unknown>> {
   for (const key of ["llm_config", "text_config"]) {
@@ -292,7 +249,7 @@ function untied(keys: ConfigKeys): false {
 
 function readAttention(keys: ConfigKeys) {
   const heads = keys.integer("num_attention_heads", 32);
-  // Without the key: 8 where 8 divides the heads of the published default; an explicit null means one per head.
+  // An explicit null means one key head per query head; without the key it is 8.
   const perHead = keys.isNull("num_key_value_heads");
   return {
     num_attention_heads: heads,
@@ -369,109 +326,6 @@ function readTokenIds(keys: ConfigKeys) {
   return { pad_token_id: one("pad_token_id", 0), bos_token_id: one("bos_token_id", 1), eos_token_ids: ids };
 }
 
-interface Chain {
-  readonly pattern: string;
-  readonly blocks: readonly BlockConfig[] | null;
-  readonly mtpPattern: string;
-  readonly mtpBlocks: readonly BlockConfig[] | null;
-}
-
-/** The layer list in whichever of its spellings it comes; several must agree. */
-function readChain(keys: ConfigKeys): Chain {
-  const text = keys.get("hybrid_override_pattern");
-  const [written, ...depths] = text === undefined ? [] : parsePattern(keys, "hybrid_override_pattern", text);
-  const blocks = readBlocks(keys, "block_configs");
-  const pattern = agree(keys, [
-    ["block_configs", blocks && patternOf(blocks)],
-    ["layers_block_type", readKinds(keys, "layers_block_type")],
-    ["hybrid_override_pattern", written],
-  ]);
-  if (pattern === undefined || pattern === "") {
-    return keys.fail("hybrid_override_pattern", "a layer list (or layers_block_type, or block_configs)", pattern);
-  }
-  if (pattern.length > MAX_LAYERS) {
-    keys.fail("hybrid_override_pattern", `at most ${MAX_LAYERS} layers`, pattern.length);
-  }
-
-  const mtpText = keys.get("mtp_hybrid_override_pattern");
-  const mtpWritten = mtpText === undefined ? undefined : parsePattern(keys, "mtp_hybrid_override_pattern", mtpText);
-  if (mtpWritten && mtpWritten.length > 1) {
-    keys.fail("mtp_hybrid_override_pattern", "the layers of one block, without /", mtpText);
-  }
-  const mtpBlocks = readBlocks(keys, "mtp_block_configs");
-  const mtpPattern = agree(keys, [
-    ["mtp_block_configs", mtpBlocks && patternOf(mtpBlocks)],
-    ["mtp_layers_block_type", readKinds(keys, "mtp_layers_block_type")],
-    ["mtp_hybrid_override_pattern", mtpWritten?.[0]],
-    ...depths.map((depth): [string, string] => ["hybrid_override_pattern after /", depth]),
-  ]) ?? "*E";
-  const count = keys.integer("num_nextn_predict_layers", depths.length > 0 ? 1 : 0, 0, 1);
-  if (count === 0) return { pattern, blocks, mtpPattern: "", mtpBlocks: null };
-  if (mtpPattern === "") keys.fail("mtp_hybrid_override_pattern", "at least one layer", "");
-  return { pattern, blocks, mtpPattern, mtpBlocks };
-}
-
-function agree(
-  keys: ConfigKeys, spellings: readonly (readonly [string, string | null | undefined])[],
-): string | undefined {
-  let first: readonly [string, string] | undefined;
-  for (const [key, pattern] of spellings) {
-    if (pattern === undefined || pattern === null) continue;
-    if (first && first[1] !== pattern) keys.fail(key, `the layers of ${first[0]}, ${first[1]}`, pattern);
-    first ??= [key, pattern];
-  }
-  return first?.[1];
-}
-
-/** Splits a pattern at `/`, drops the pipeline separators `|` and checks every letter. */
-function parsePattern(keys: ConfigKeys, key: string, text: unknown): string[] {
-  if (typeof text !== "string") return keys.fail(key, "a string of the letters M * - E", text);
-  [...text].forEach((letter, position) => {
-    if ("M*-E|/".includes(letter)) return;
-    const foreign = Object.hasOwn(FOREIGN, letter) ? ` (${FOREIGN[letter]!}, which is not supported)` : "";
-    throw new ConfigError(
-      `${keys.what}: ${key}: expected M, *, - or E at position ${position}, found ${show(letter)}${foreign}`,
-    );
-  });
-  return text.replaceAll("|", "").split("/");
-}
-
-function readKinds(keys: ConfigKeys, key: string): string | undefined {
-  return keys.list(key)?.map((name, i) => LETTER_OF_KIND[kindOf(keys, `${key}[${i}]`, name)]).join("");
-}
-
-function kindOf(keys: ConfigKeys, key: string, name: unknown): LayerKind {
-  if (typeof name === "string" && Object.hasOwn(KIND_OF_NAME, name)) return KIND_OF_NAME[name]!;
-  return keys.fail(key, "mamba, attention, mlp or moe", name);
-}
-
-function patternOf(blocks: readonly BlockConfig[]): string {
-  return blocks.map(({ block_type }) => LETTER_OF_KIND[block_type]).join("");
-}
-
-function readBlocks(keys: ConfigKeys, key: string): readonly BlockConfig[] | null {
-  return keys.list(key)?.map((entry, i) => {
-    const at = `${key}[${i}]`;
-    const values = asObject(entry) ?? keys.fail(at, "an object with block_type", entry);
-    const block = new ConfigKeys(`${keys.what}: ${at}`, values, ALIASES);
-    const read: { -readonly [K in keyof BlockConfig]: BlockConfig[K] } = {
-      block_type: kindOf(keys, `${at}.block_type`, block.get("block_type")),
-    };
-    for (const name of OVERRIDES) {
-      const size = block.integerOrNull(name, name === "moe_shared_expert_intermediate_size" ? 0 : 1);
-      if (size !== null) read[name] = size;
-    }
-    for (const [name, value] of Object.entries(values)) {
-      const known = name === "block_type" || OVERRIDES.some((override) => override === name) || value === null;
-      // Something else may be repeated for each layer, but changing it there would be lost silently.
-      if (!known && JSON.stringify(value) !== JSON.stringify(keys.get(name))) {
-        block.fail(name, `the model's own value (${show(keys.get(name))})`, value);
-      }
-    }
-    return read;
-  }) ?? null;
-}
-
 function specOf(
   config: NemotronHConfig, kind: LayerKind, width: number, block: BlockConfig | undefined, experts: number,
 ): LayerSpec {
@@ -498,14 +352,15 @@ function specOf(
 
 /** Relations between keys, checked only for the kinds of layers that the model has. */
 function checkLayers(keys: ConfigKeys, config: NemotronHConfig): void {
-  const { hybrid_override_pattern: pattern, mtp_hybrid_override_pattern: mtp, intermediate_size: size } = config;
-  const letters = pattern + mtp;
+  const { hybrid_override_pattern: pattern, intermediate_size: size } = config;
+  const letters = pattern + config.mtp_hybrid_override_pattern;
   const mlps = pattern.split("-").length - 1;
   if (typeof size !== "number" && size.length !== mlps) {
     keys.fail("intermediate_size", `one entry for each of the ${mlps} MLP layers`, size.length);
   }
-  const withoutWidth = mtpSpecs(config).some((spec) => spec.kind === "mlp" && spec.intermediate_size === 0);
-  if (withoutWidth) keys.fail("intermediate_size", "one number for the MLP layers of the prediction block", size);
+  if (mtpSpecs(config).some((spec) => spec.kind === "mlp" && spec.intermediate_size === 0)) {
+    keys.fail("intermediate_size", "one number, for the MLP layers of the prediction block", size);
+  }
   if (letters.includes("*")) {
     const { num_attention_heads: heads, num_key_value_heads: kv } = config;
     keys.divides("num_key_value_heads", kv, "num_attention_heads", heads);
@@ -546,4 +401,8 @@ function checkMoE(keys: ConfigKeys, config: NemotronHConfig, spec: MoESpec): voi
     keys.fail("n_group", `groups of at least 2 of the ${experts} experts`, groups);
   }
   keys.checkInteger("num_experts_per_tok", chosen, 1, (experts / groups) * kept);
+  const matrix = spec.moe_intermediate_size * (spec.moe_latent_size ?? config.hidden_size);
+  if (experts > Math.floor(Number.MAX_SAFE_INTEGER / matrix)) {
+    keys.fail("n_routed_experts", "at most 2^53 - 1 weights in a layer", `${experts} * ${matrix}`);
+  }
 }

@@ -1,8 +1,8 @@
-/** Reads the keys of a model configuration one at a time: aliases, defaults, ranges, and one clear sentence on error. */
+/** Reads the keys of a model configuration: aliases, defaults, ranges, one clear sentence on error. */
 import { ConfigError } from "../tensor/errors.ts";
 
-/** Largest size of anything: it fits a signed 32-bit index, and a product of two is still an exact double. */
-export const MAX_SIZE = 2 ** 31 - 1;
+/** Largest width or count: a product of two is still an exact double. */
+export const MAX_SIZE = 2 ** 26;
 
 /** How a value looks in a message: JSON, cut after 60 characters. */
 export function show(value: unknown): string {
@@ -10,20 +10,37 @@ export function show(value: unknown): string {
   return text.length > 60 ? `${text.slice(0, 60)}...` : text;
 }
 
+/** Other spellings of keys, in releases and in the native classes of other programs. */
+export const ALIASES: Readonly<Record<string, readonly string[]>> = {
+  head_dim: ["attention_head_dim"],
+  n_groups: ["mamba_n_groups"],
+  conv_kernel: ["mamba_d_conv"],
+  chunk_size: ["mamba_chunk_size"],
+  use_conv_bias: ["mamba_conv_bias"],
+  time_step_min: ["mamba_dt_min"],
+  time_step_max: ["mamba_dt_max"],
+  time_step_floor: ["mamba_dt_floor", "mamba_dt_init_floor"],
+  time_step_limit: ["mamba_dt_limit"],
+  layer_norm_epsilon: ["norm_eps", "rms_norm_eps"],
+  layers_block_type: ["layer_types"],
+  n_routed_experts: ["num_local_experts"],
+  torch_dtype: ["dtype"],
+};
+
+/** A copy of a JSON object; undefined for anything else. */
+export function asObject(value: unknown): Readonly<Record<string, unknown>> | undefined {
+  const isObject = typeof value === "object" && value !== null && !Array.isArray(value);
+  return isObject ? { ...value } : undefined;
+}
+
 export class ConfigKeys {
   /** Name of the file or preset, for messages. */
   readonly what: string;
   private readonly values: Readonly<Record<string, unknown>>;
-  private readonly aliases: Readonly<Record<string, readonly string[]>>;
 
-  constructor(
-    what: string,
-    values: Readonly<Record<string, unknown>>,
-    aliases: Readonly<Record<string, readonly string[]>>,
-  ) {
+  constructor(what: string, values: Readonly<Record<string, unknown>>) {
     this.what = what;
     this.values = values;
-    this.aliases = aliases;
   }
 
   /** Throws ConfigError: what, key, expected, found. */
@@ -31,11 +48,11 @@ export class ConfigKeys {
     throw new ConfigError(`${this.what}: ${key}: expected ${expected}, found ${show(found)}`);
   }
 
-  /** The value under a key or one of its aliases; undefined when all are absent or null. Two spellings must agree. */
+  /** The value under a key or an alias; undefined when all are absent or null. Two spellings must agree. */
   get(key: string): unknown {
     let name: string | undefined;
     let value: unknown;
-    for (const spelling of [key, ...(this.aliases[key] ?? [])]) {
+    for (const spelling of [key, ...(ALIASES[key] ?? [])]) {
       if (!Object.hasOwn(this.values, spelling)) continue;
       const candidate = this.values[spelling];
       if (candidate === null || candidate === undefined) continue;

@@ -41,7 +41,8 @@ export class Mamba2 {
   readonly sizes: Mamba2Sizes;
   readonly in_proj: Tensor;
   readonly in_proj_bias: Tensor | null;
-  readonly conv_weight: Tensor;
+  /** (conv channels, 1, window) */
+  readonly conv1d: Tensor;
   readonly conv_bias: Tensor | null;
   readonly A_log: Tensor;
   readonly D: Tensor;
@@ -57,7 +58,7 @@ export class Mamba2 {
     this.sizes = sizes;
     this.in_proj = w.take("in_proj.weight", [d_inner + conv_dim + H, hidden]);
     this.in_proj_bias = sizes.proj_bias ? w.take("in_proj.bias", [d_inner + conv_dim + H]) : null;
-    this.conv_weight = w.take("conv1d.weight", [conv_dim, 1, W]).reshape([conv_dim, W]);
+    this.conv1d = w.take("conv1d.weight", [conv_dim, 1, W]);
     this.conv_bias = sizes.conv_bias ? w.take("conv1d.bias", [conv_dim]) : null;
     this.A_log = w.take("A_log", [H]);
     this.D = w.take("D", [H]);
@@ -75,6 +76,11 @@ export class Mamba2 {
       ssm_state: device.zeros([batch, H, P, N]),
       pending: null,
     };
+  }
+
+  get #convWeight(): Tensor {
+    const [channels, , window] = this.conv1d.shape as [number, number, number];
+    return this.conv1d.reshape([channels, window]);
   }
 
   /** (batch, seqlen, hidden) -> (batch, seqlen, hidden); with a cache the run continues from it and leaves its end there. */
@@ -98,7 +104,7 @@ export class Mamba2 {
     if (!pending) throw new Error("Mamba2.commit: no verification pass came before.");
     const first = (x: Tensor) => x.prefix([1, length, ...x.shape.slice(2)]);
     const [, conv_state] = causal_conv1d(
-      first(pending.xBC), this.conv_weight, this.conv_bias, cache.conv_state, null) as [Tensor, Tensor];
+      first(pending.xBC), this.#convWeight, this.conv_bias, cache.conv_state, null) as [Tensor, Tensor];
     const [, ssm_state] = this.#ssd(
       first(pending.x), first(pending.dt), first(pending.B), first(pending.C), null, cache.ssm_state);
     cache.conv_state.copyFrom(conv_state);
@@ -109,7 +115,7 @@ export class Mamba2 {
     const { nheads: H, headdim: P, dstate: N, ngroups: G } = this.sizes;
     const [B, L] = xBC.shape as [number, number, number];
     const [conv, conv_state] = causal_conv1d(
-      xBC, this.conv_weight, this.conv_bias, cache && cache.conv_state, context.seq_idx) as [Tensor, Tensor];
+      xBC, this.#convWeight, this.conv_bias, cache && cache.conv_state, context.seq_idx) as [Tensor, Tensor];
     const [x, Bmat, C] = split_columns(conv, [H * P, G * N, G * N]) as [Tensor, Tensor, Tensor];
     const x_BLHP = x.reshape([B, L, H, P]);
     const B_BLGN = Bmat.reshape([B, L, G, N]);
@@ -134,7 +140,7 @@ export class Mamba2 {
   #decode(xBC: Tensor, dt: Tensor, cache: Mamba2Cache): Tensor {
     const { nheads: H, headdim: P, dstate: N, ngroups: G, dt_limit } = this.sizes;
     const batch = xBC.shape[0]!;
-    const conv = causal_conv1d_update(cache.conv_state, xBC, this.conv_weight, this.conv_bias);
+    const conv = causal_conv1d_update(cache.conv_state, xBC, this.#convWeight, this.conv_bias);
     const [x, B, C] = split_columns(conv, [H * P, G * N, G * N]) as [Tensor, Tensor, Tensor];
     return selective_state_update(
       cache.ssm_state, x.reshape([batch, H, P]), dt, this.A_log,

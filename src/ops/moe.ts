@@ -18,19 +18,20 @@ const PLAN_WG = 32;
 const groupsFor = (count: number, width = WG): [number] => [Math.ceil(count / width)];
 
 /**
- * Counts tokens per expert.
+ * counts_e += number of choices of expert e, in place: several micro-batches add up.
  *
- * @param topk_idx  u32 [T, K]
- * @returns u32 [E]
+ * @param counts    u32 [E], changed
+ * @param topk_idx  u32 [T, K]; numbers from E on do not count
  */
 export const expert_load = defineOp({
   name: "expert_load",
-  forward(_ctx, topk_idx: Tensor, E: number): Tensor {
-    check(Number.isInteger(E) && E >= 1, "expert_load", "E", "a whole number above 0", E);
-    const counts = topk_idx.device.zeros([E], "u32");
+  mutates: [0],
+  forward(_ctx, counts: Tensor, topk_idx: Tensor): Tensor[] {
+    const E = counts.size;
+    check(E >= 1 && counts.shape.length === 1, "expert_load", "counts", "[E] with an expert", counts);
     const params = { choices: topk_idx.size, per_row: Math.max(topk_idx.size, 1), experts: E };
     launch("moe/expert_load", { bind: { topk_idx, counts }, params, workgroups: groupsFor(topk_idx.size) });
-    return counts;
+    return [];
   },
 });
 

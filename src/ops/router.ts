@@ -87,7 +87,8 @@ function arrange(logits: Tensor, n_group: number): { WG: number; LANES: number; 
   const BLOCKS = Math.max(powerOfTwo(Math.sqrt(E)), LANES);
   const WORDS = Math.ceil(E / 32);
   const bytesPerToken = 4 * (BLOCKS + WORDS + n_group);
-  let width = WG;
+  // Invocations without a token repeat the last one: no more of them than a vector register holds.
+  let width = Math.min(WG, Math.max(LANES, 8, 2 ** Math.ceil(Math.log2(Math.max(T, 1)))));
   while (width > LANES && (width / LANES) * bytesPerToken > 16384) width /= 2;
   return { WG: width, LANES, BLOCKS, GROUPS: n_group, WORDS };
 }

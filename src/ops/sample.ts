@@ -8,8 +8,11 @@ function sizes(op: string, logits: Tensor): { rows: number; vocab: number } {
   return { rows: logits.shape[0]!, vocab: logits.shape[1]! };
 }
 
-/** Rows are long and lie in one workgroup each: hardware wants more invocations for them than a software adapter. */
-const widthFor = (logits: Tensor): { WG: number } => ({ WG: logits.device.info.isSoftware ? 64 : 128 });
+/**
+ * Invocations per row: many on hardware; on software adapters one vector register of them, since each further one makes
+ * every barrier dearer and none runs beside another.
+ */
+const widthFor = (logits: Tensor): { WG: number } => ({ WG: logits.device.info.isSoftware ? 8 : 128 });
 
 /**
  * Index of the largest logit of each row, the lowest index on ties.
@@ -34,8 +37,11 @@ function filterTokens(logits: Tensor, settings: Tensor, op: string): Tensor {
   const params = sizes(op, logits);
   check(settings.size === 4, op, "settings", "[4]", settings);
   const cuts = logits.device.empty([params.rows, 4], "u32");
+  // Wide digits save passes over the row; their histogram (DIGITS * WG sums) must fit, and pay for its clearing.
+  const BITS = logits.device.info.isSoftware && params.vocab > 2048 ? 8 : 4;
   launch("sample/filter", {
-    bind: { logits, settings, cuts }, params, constants: widthFor(logits), workgroups: [params.rows],
+    bind: { logits, settings, cuts }, params, constants: { ...widthFor(logits), BITS, DIGITS: 2 ** BITS },
+    workgroups: [params.rows],
   });
   return cuts;
 }

@@ -54,9 +54,9 @@ function pre_activation(
   return v;
 }
 
-/** Gradients of `causal_conv1d` for (x, weight, bias, initial_state, seq_idx); the states carry none. */
+/** Gradients of `causal_conv1d` for (x, weight, bias, initial_state, seq_idx); none reaches initial_state. */
 export function causal_conv1d_vjp(
-  [dy]: readonly (NdArray | null)[],
+  [dy, dfinal]: readonly (NdArray | null)[],
   x: NdArray, weight: NdArray, bias: NdArray | null, initial_state: NdArray | null, seq_idx: NdArray | null,
 ): (NdArray | null)[] {
   const [B, L, C] = x.shape as [number, number, number];
@@ -79,6 +79,10 @@ export function causal_conv1d_vjp(
           }
         }
       }
+    }
+    for (let t = Math.max(0, L - K); dfinal && t < L; t++) {
+      if (!connected(seq_idx, b, t, L - 1)) continue;
+      for (let c = 0; c < C; c++) dx.data[(b * L + t) * C + c]! += dfinal.data[(b * C + c) * K + t - L + K]!;
     }
   }
   return [dx, dweight, bias === null ? null : dbias, null, null];

@@ -3,10 +3,10 @@ import { ndarray, type NdArray } from "../tensor/ndarray.ts";
 type Grads = readonly (NdArray | null)[];
 
 /** Tokens routed to each expert: counts [E] of topk_idx [T, K]. */
-export function expert_load(topk_idx: NdArray, E: number): NdArray {
-  const counts = ndarray([E]);
-  for (const e of topk_idx.data) counts.data[e]! += 1;
-  return counts;
+export function expert_load(counts: NdArray, topk_idx: NdArray): NdArray {
+  const sums = ndarray(counts.shape, counts.data.slice());
+  for (const e of topk_idx.data) if (e < sums.data.length) sums.data[e]! += 1;
+  return sums;
 }
 
 /** bias_e + rate * sign(mean(counts) - counts_e): what `update_expert_bias` leaves in bias [E]. */

@@ -16,15 +16,15 @@ export interface MetricRecord {
   /** Mean training loss of the step, in nats per scored token. */
   readonly loss?: number;
   /** Mean loss over the validation data, in nats per scored token. */
-  readonly validation_loss?: number;
-  readonly validation_bits_per_byte?: number;
+  readonly val_loss?: number;
+  readonly val_bits_per_byte?: number;
   /** Learning rate of the step. */
   readonly lr?: number;
   /** Norm of all gradients before clipping. */
   readonly grad_norm?: number;
   /** Tokens seen since the first step. */
   readonly tokens?: number;
-  readonly tokens_per_second?: number;
+  readonly tokens_per_s?: number;
   /** Seconds of training since the first step, pauses left out. */
   readonly seconds?: number;
   readonly [name: string]: MetricValue | undefined;

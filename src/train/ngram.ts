@@ -20,8 +20,8 @@ export interface NgramBaselines {
   readonly trigram: NgramScore;
 }
 
-/** Keys of triples stay exact in a double: the cube of this is the last below 2^53. */
-const MAX_VOCABULARY = 208063;
+/** Base of the keys of pairs and triples: the largest whose cube is exact in a double (below 2^53). */
+const BASE = 208063;
 
 /** The probabilities of `token` after `previous` by the models of order 1, 2 and 3. */
 export type NgramProbabilities = [unigram: number, bigram: number, trigram: number];
@@ -31,8 +31,8 @@ export type NgramProbabilities = [unigram: number, bigram: number, trigram: numb
  * each. Positions without enough context in their document use the longest one they have; a document's first
  * token is not scored, as in training.
  *
- * @param vocabSize  number of tokens, V; every token of both corpora is below it, and V <= 208063
- * @throws UsageError  when a token is out of range
+ * @param vocabSize  number of tokens, V; every token of both corpora is below it
+ * @throws UsageError  when a token is out of range, or the training data has over 208062 different ones
  */
 export function ngramBaselines(
   train: TokenCorpus,
@@ -65,29 +65,33 @@ export function ngramBaselines(
  */
 export class NgramModel {
   readonly vocabSize: number;
+  /** Number of each token in the order of first use, from 1; 0 for tokens that the training data lacks. */
+  readonly #numbers: Uint32Array;
+  #used = 0;
+  // All that follows goes by these numbers.
   readonly #unigram: Uint32Array;
   #total = 0;
   #kinds = 0;
-  /** Pairs: count(b c), keyed b*V + c, and per context b its count and kinds. */
+  /** Pairs: count(b c), keyed b*BASE + c, and per context b its count and kinds. */
   readonly #pairs = new CountTable();
   readonly #pairCount: Uint32Array;
   readonly #pairKinds: Uint32Array;
-  /** Triples: count(a b c), keyed (a*V + b)*V + c, and per context a*V + b its count and kinds. */
+  /** Triples: count(a b c), keyed (a*BASE + b)*BASE + c, and per context a*BASE + b its count and kinds. */
   readonly #triples = new CountTable();
   readonly #tripleCount = new CountTable();
   readonly #tripleKinds = new CountTable();
   readonly #result: NgramProbabilities = [0, 0, 0];
 
   constructor(train: TokenCorpus, vocabSize: number) {
-    if (!Number.isInteger(vocabSize) || vocabSize < 1 || vocabSize > MAX_VOCABULARY) {
-      throw new UsageError(`The n-gram vocabulary must hold 1 to ${MAX_VOCABULARY} tokens, found ${vocabSize}.`);
-    }
     this.vocabSize = vocabSize;
-    this.#unigram = new Uint32Array(vocabSize);
-    this.#pairCount = new Uint32Array(vocabSize);
-    this.#pairKinds = new Uint32Array(vocabSize);
+    this.#numbers = new Uint32Array(vocabSize);
+    const tokens = Math.min(vocabSize, train.tokens.length) + 1;
+    this.#unigram = new Uint32Array(tokens);
+    this.#pairCount = new Uint32Array(tokens);
+    this.#pairKinds = new Uint32Array(tokens);
     forEachScored(train, vocabSize, (token, previous, beforePrevious) => {
-      this.#count(token, previous, beforePrevious);
+      const before = beforePrevious < 0 ? -1 : this.#number(beforePrevious);
+      this.#count(this.#number(token), this.#number(previous), before);
     });
   }
 
@@ -98,36 +102,41 @@ export class NgramModel {
    * @param beforePrevious  -1 where the document has no such token; the trigram then equals the bigram
    */
   probabilities(token: number, previous: number, beforePrevious: number): NgramProbabilities {
-    const V = this.vocabSize;
     const p = this.#result;
-    p[0] = this.#kinds === 0
-      ? 1 / V
-      : (this.#unigram[token]! + this.#kinds / V) / (this.#total + this.#kinds);
-    const pairKinds = this.#pairKinds[previous]!;
-    p[1] = pairKinds === 0
-      ? p[0]
-      : (this.#pairs.get(previous * V + token) + pairKinds * p[0]) / (this.#pairCount[previous]! + pairKinds);
+    const c = this.#numbers[token]!;
+    const b = this.#numbers[previous]!;
+    const uniform = 1 / this.vocabSize;
+    p[0] = interpolate(this.#unigram[c]!, this.#total, this.#kinds, uniform);
+    p[1] = interpolate(this.#pairs.get(b * BASE + c), this.#pairCount[b]!, this.#pairKinds[b]!, p[0]);
     p[2] = p[1];
     if (beforePrevious >= 0) {
-      const context = beforePrevious * V + previous;
+      const context = this.#numbers[beforePrevious]! * BASE + b;
       const kinds = this.#tripleKinds.get(context);
-      const count = this.#tripleCount.get(context);
-      if (kinds > 0) p[2] = (this.#triples.get(context * V + token) + kinds * p[1]) / (count + kinds);
+      p[2] = interpolate(this.#triples.get(context * BASE + c), this.#tripleCount.get(context), kinds, p[1]);
     }
     return p;
   }
 
+  #number(token: number): number {
+    const number = (this.#numbers[token] ||= ++this.#used);
+    if (number < BASE) return number;
+    throw new UsageError(`An n-gram model takes at most ${BASE - 1} different tokens; the data has more.`);
+  }
+
   #count(token: number, previous: number, beforePrevious: number): void {
-    const V = this.vocabSize;
     if (this.#unigram[token]!++ === 0) this.#kinds++;
     this.#total++;
-    if (this.#pairs.add(previous * V + token) === 1) this.#pairKinds[previous]!++;
+    if (this.#pairs.add(previous * BASE + token) === 1) this.#pairKinds[previous]!++;
     this.#pairCount[previous]!++;
     if (beforePrevious < 0) return;
-    const context = beforePrevious * V + previous;
-    if (this.#triples.add(context * V + token) === 1) this.#tripleKinds.add(context);
+    const context = beforePrevious * BASE + previous;
+    if (this.#triples.add(context * BASE + token) === 1) this.#tripleKinds.add(context);
     this.#tripleCount.add(context);
   }
+}
+
+function interpolate(count: number, total: number, kinds: number, lower: number): number {
+  return kinds === 0 ? lower : (count + kinds * lower) / (total + kinds);
 }
 
 /** Calls `visit` for every token but the first of each document; a missing second token before it is -1. */
@@ -154,8 +163,8 @@ function forEachScored(
 }
 
 /**
- * Counts of non-negative integer keys below 2^53: open addressing with linear probing, at most half full. Flat
- * arrays, since a `Map` boxes every key beyond 31 bits.
+ * Counts of non-negative integer keys below 2^53: open addressing with linear probing, at most half full.
+ * Flat arrays, since a `Map` boxes every key beyond 31 bits.
  */
 class CountTable {
   #keys = new Float64Array(1 << 10).fill(-1);

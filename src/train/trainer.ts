@@ -173,7 +173,7 @@ export class Trainer {
       accumulate(scalars, scale(parts, 1 / micros));
       loss.routing.forEach(({ index, layer }) => {
         const i = this.#moeLayers().findIndex(({ path }) => path === layer);
-        expert_load(index, loads[i]!);
+        expert_load(loads[i]!, index);
       });
       if (micros === 1) this.#recordUpdate(gradients, scalars, loads);
       else for (const [key, sum] of sums) {

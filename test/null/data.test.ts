@@ -8,12 +8,16 @@ import { iterateDocuments, readDocuments, typescriptDeclarations } from "../../s
 import { type Document, parseJsonLines, splitDocuments } from "../../src/train/data.ts";
 import { MetricsWriter, readMetrics } from "../../src/train/metrics.node.ts";
 import { parseMetrics } from "../../src/train/metrics.ts";
-import { BatchPacker, IGNORED, bitsPerByte, mtpInputs, mtpLabels, tokenizeDocuments } from "../../src/train/packing.ts";
+import {
+  BatchPacker, IGNORED, bitsPerByte, mtpInputs, mtpLabels, tokenizeDocuments,
+} from "../../src/train/packing.ts";
 import { permutation } from "../../src/train/random.ts";
 
 const END = 256;
 const tokenizer = { eosId: END, encode: (text: string) => new TextEncoder().encode(text) };
-const corpusOf = (...texts: string[]) => tokenizeDocuments(texts.map((text) => ({ name: text, text })), tokenizer);
+const corpusOf = (...texts: string[]) => {
+  return tokenizeDocuments(texts.map((text) => ({ name: text, text })), tokenizer);
+};
 
 let folder: string;
 beforeEach(() => (folder = mkdtempSync(join(tmpdir(), "krait-data-"))));
@@ -101,12 +105,15 @@ describe("typescriptDeclarations", () => {
   });
 
   test("shares the bytes among the packages and cuts at a line's end", () => {
-    put("m/big/a.d.ts", "0123456789\n".repeat(100));
+    put("m/big/a.d.ts", "0123456789\n".repeat(3));
+    put("m/big/b.d.ts", "abcdefghij\n".repeat(100));
+    put("m/big/c.d.ts", "short\n");
     put("m/small/a.d.ts", "tiny\n");
     put("m/wide/a.d.ts", "é\n".repeat(200));
     const documents = typescriptDeclarations(join(folder, "m"), { maxBytes: 105 });
     expect(documents).toEqual([
-      { name: "big/a.d.ts", text: "0123456789\n".repeat(4) },
+      { name: "big/a.d.ts", text: "0123456789\n".repeat(3) },
+      { name: "big/b.d.ts", text: "abcdefghij\n" },
       { name: "small/a.d.ts", text: "tiny\n" },
       { name: "wide/a.d.ts", text: "é\n".repeat(16) },
     ]);
@@ -128,8 +135,10 @@ describe("splitDocuments", () => {
     expect(validation.length).toBeGreaterThanOrEqual(30);
     expect(validation.length).toBeLessThanOrEqual(40);
     const place = new Map(equal.map((d, i) => [d, i]));
-    const ascending = (side: readonly Document[]) => side.every((d, i) => !i || place.get(side[i - 1]!)! < place.get(d)!);
-    expect(ascending(train) && ascending(validation)).toBe(true);
+    for (const side of [train, validation]) {
+      const places = side.map((d) => place.get(d)!);
+      expect(places).toEqual(places.toSorted((a, b) => a - b));
+    }
     expect(new Set([...train, ...validation])).toEqual(new Set(equal));
     expect(train.length + validation.length).toBe(400);
   });
@@ -151,7 +160,8 @@ describe("splitDocuments", () => {
   });
 
   test("gives both sides something, the small part to validation when sizes are unequal", () => {
-    const [large, small] = [{ name: "large", text: "x".repeat(1000) }, { name: "small", text: "y".repeat(300) }];
+    const large = { name: "large", text: "x".repeat(1000) };
+    const small = { name: "small", text: "y".repeat(300) };
     for (let seed = 0; seed < 8; seed++) {
       expect(splitDocuments([large, small], { seed })).toEqual({ train: [large], validation: [small] });
     }
@@ -186,6 +196,8 @@ describe("tokenizeDocuments", () => {
     fc.assert(fc.property(fc.string({ unit: "grapheme", minLength: 1 }), (text) => {
       expect(corpusOf(text).bytes).toBe(new TextEncoder().encode(text).length);
     }));
+    const edges = ["\x7f", "\x80", "\u07ff", "\u0800", "\uffff", "😀"];
+    expect(edges.map((text) => corpusOf(text).bytes)).toEqual([1, 2, 2, 3, 3, 4]);
   });
 
   test("refuses documents without tokens", () => expect(() => corpusOf("", "")).toThrow(FormatError));
@@ -193,7 +205,8 @@ describe("tokenizeDocuments", () => {
 
 describe("BatchPacker", () => {
   const rowsOf = (values: Int32Array, width: number) => {
-    return Array.from({ length: values.length / width }, (_, r) => [...values.subarray(r * width, (r + 1) * width)]);
+    const starts = Array.from({ length: values.length / width }, (_, row) => row * width);
+    return starts.map((from) => [...values.subarray(from, from + width)]);
   };
 
   test("cuts documents into rows with shifted labels and document numbers", () => {
@@ -210,7 +223,8 @@ describe("BatchPacker", () => {
 
   test("scores every token but a document's first exactly once per epoch, whatever the sizes", () => {
     const texts = fc.array(fc.string({ minLength: 1, maxLength: 20 }), { minLength: 1, maxLength: 8 });
-    const sizes = fc.record({ batch: fc.integer({ min: 1, max: 5 }), seqlen: fc.integer({ min: 1, max: 30 }) });
+    const upTo = (max: number) => fc.integer({ min: 1, max });
+    const sizes = fc.record({ batch: upTo(5), seqlen: upTo(30) });
     fc.assert(fc.property(texts, sizes, fc.nat(), (documents, { batch, seqlen }, seed) => {
       const corpus = corpusOf(...documents);
       const packer = new BatchPacker(corpus, { batch, seqlen, seed });
@@ -263,7 +277,9 @@ describe("BatchPacker", () => {
   test("continues exactly from a saved state, and from a step's number", () => {
     const whole = new BatchPacker(corpus, options);
     const batches = Array.from({ length: 120 }, () => whole.next());
-    for (const at of [0, 1, 40, 41, 42, 119]) {
+    for (const at of [119, 0, 1, 40, 41, 42]) {
+      whole.seek(at); // from a later epoch back to an earlier one, too
+      expect(whole.next()).toEqual(batches[at]);
       const first = new BatchPacker(corpus, options);
       for (let i = 0; i < at; i++) first.next();
       const resumed = new BatchPacker(corpus, options);
@@ -330,7 +346,8 @@ test("multi-token prediction looks further ahead, and scores within one document
 
 describe("permutation", () => {
   test("is a permutation, different for every seed and step", () => {
-    const orders = [[0, 0], [0, 1], [1, 0], [2 ** 32, 0]].map(([seed, step]) => permutation(50, seed!, step!));
+    const keys = [[0, 0], [0, 1], [1, 0], [2 ** 32, 0]] as const;
+    const orders = keys.map(([seed, step]) => permutation(50, seed, step));
     for (const order of orders) expect([...order].sort((a, b) => a - b)).toEqual([...Array(50).keys()]);
     expect(new Set(orders.map((order) => order.join())).size).toBe(4);
   });
@@ -348,7 +365,7 @@ describe("metrics.jsonl", () => {
 
   test("keeps every record, values that are not finite too", () => {
     const records = [
-      { step: 0, validation_loss: 5.5 },
+      { step: 0, val_loss: 5.5 },
       { step: 1, loss: NaN, grad_norm: Infinity, lr: 1e-7, mtp_loss: [1.5, NaN], note: "a\nb" },
       { step: 2, loss: -Infinity, stopped: null },
     ];
@@ -376,8 +393,9 @@ describe("metrics.jsonl", () => {
   });
 
   test("names the line that is damaged", () => {
-    expect(() => parseMetrics('{"step":1}\n{"step"\n{"step":3}\n', "m")).toThrow(/^m line 2: expected a JSON object/);
-    expect(() => parseMetrics('{"loss":1}\n', "m")).toThrow(/^m line 1: expected an object with a whole "step"/);
+    const parse = (content: string) => () => parseMetrics(content, "m");
+    expect(parse('{"step":1}\n{"step"\n{"step":3}\n')).toThrow(/^m line 2: expected a JSON object/);
+    expect(parse('{"loss":1}\n')).toThrow(/^m line 1: expected an object with a whole "step"/);
     expect(() => readMetrics(path())).toThrow(/does not exist/);
   });
 });

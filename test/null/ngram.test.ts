@@ -7,20 +7,22 @@ import { type TokenCorpus, tokenizeDocuments } from "../../src/train/packing.ts"
 const END = 256;
 const VOCAB = 257;
 const tokenizer = { eosId: END, encode: (text: string) => new TextEncoder().encode(text) };
-const corpusOf = (...texts: string[]) => tokenizeDocuments(texts.map((text) => ({ name: "", text })), tokenizer);
+const corpusOf = (...texts: string[]) => {
+  return tokenizeDocuments(texts.map((text) => ({ name: "", text })), tokenizer);
+};
 
 /** The formula of the model, straight from counts over all positions and without tables. */
-function wittenBell(train: TokenCorpus, context: readonly number[], token: number, vocab: number, order: number): number {
-  if (order === 0) return 1 / vocab;
+function wittenBell(train: TokenCorpus, context: readonly number[], token: number, order: number): number {
+  if (order === 0) return 1 / VOCAB;
   const history = context.slice(context.length - (order - 1));
-  if (history.length < order - 1) return wittenBell(train, context, token, vocab, order - 1);
+  if (history.length < order - 1) return wittenBell(train, context, token, order - 1);
   const seen: number[] = [];
   for (let i = 1; i < train.tokens.length; i++) {
     const start = train.starts.findLast((s) => s <= i)!;
     if (i === start || i - (order - 1) < start) continue;
     if (history.every((h, k) => train.tokens[i - (order - 1) + k] === h)) seen.push(train.tokens[i]!);
   }
-  const lower = wittenBell(train, context, token, vocab, order - 1);
+  const lower = wittenBell(train, context, token, order - 1);
   const kinds = new Set(seen).size;
   if (kinds === 0) return lower;
   return (seen.filter((t) => t === token).length + kinds * lower) / (seen.length + kinds);
@@ -52,7 +54,7 @@ describe("NgramModel", () => {
         for (const token of [97, 99, END, 5]) {
           const found = model.probabilities(token, context.at(-1)!, context.at(-2) ?? -1);
           for (let order = 1; order <= 3; order++) {
-            expect(found[order - 1]).toBeCloseTo(wittenBell(train, context, token, VOCAB, order), 12);
+            expect(found[order - 1]).toBeCloseTo(wittenBell(train, context, token, order), 12);
           }
         }
       }
@@ -72,19 +74,24 @@ describe("NgramModel", () => {
 
   test("refuses tokens and vocabularies out of range", () => {
     expect(() => new NgramModel(corpusOf("a"), 200)).toThrow(UsageError);
-    expect(() => new NgramModel(corpusOf("a"), 200)).toThrow(/Token 1 of the corpus is 256, expected .* below 200/);
-    expect(() => new NgramModel(corpusOf("a"), 300_000)).toThrow(/found 300000/);
+    expect(() => new NgramModel(corpusOf("a"), 200)).toThrow(/Token 1 .* is 256, expected .* below 200/);
+    const tokens = Int32Array.from({ length: 210_000 }, (_, i) => i);
+    const many = { tokens, starts: Int32Array.of(0), bytes: 1, scored: 209_999, eosId: 0 };
+    expect(() => new NgramModel(many, 210_000)).toThrow(/at most 208062 different tokens/);
   });
 
   test("tells triples apart in the largest vocabulary", () => {
-    const V = 208_063;
-    const tokens = Int32Array.of(V - 1, V - 1, V - 2, V - 1, V - 1, V - 3);
-    const corpus = { tokens, starts: Int32Array.of(0), bytes: 6, scored: 5, eosId: 0 };
-    const model = new NgramModel(corpus, V);
-    const [, , seen] = model.probabilities(V - 2, V - 1, V - 1);
-    const [, , never] = model.probabilities(V - 4, V - 1, V - 1);
-    expect(seen).toBeGreaterThan(0.25);
-    expect(never).toBeLessThan(0.01);
+    // Every token once, then triples of the last ones, whose keys are the largest.
+    const V = 208_062;
+    const tokens = Int32Array.from({ length: V + 6 }, (_, i) => i);
+    tokens.set([V - 1, V - 1, V - 2, V - 1, V - 1, V - 3], V);
+    const corpus = { tokens, starts: Int32Array.of(0), bytes: 1, scored: V + 5, eosId: 0 };
+    const model = new NgramModel(corpus, 1 << 20);
+    const trigram = (token: number) => model.probabilities(token, V - 1, V - 1)[2];
+    expect(trigram(V - 2)).toBeGreaterThan(0.2);
+    expect(trigram(V - 3)).toBeGreaterThan(0.2);
+    expect(trigram(V - 4)).toBeLessThan(0.01);
+    expect(trigram(V + 4)).toBeLessThan(0.01);
   });
 });
 

@@ -18,7 +18,8 @@ function setup(options: ProgressOptions & { tty?: boolean; columns?: number } = 
 
 /** The lines that a terminal would show. */
 function shown(text: string): string[] {
-  return text.replaceAll(HIDE, "").replaceAll(SHOW, "").split("\n").map((line) => line.split("\r\x1b[2K").at(-1)!);
+  const lines = text.replaceAll(HIDE, "").replaceAll(SHOW, "").split("\n");
+  return lines.map((line) => line.split("\r\x1b[2K").at(-1)!);
 }
 
 describe("Progress on a terminal", () => {
@@ -69,6 +70,7 @@ describe("Progress on a terminal", () => {
   test("writes lines above itself", () => {
     const { screen, progress } = setup({ total: 4 });
     progress.log("before");
+    expect(screen.text).toBe("\r\x1b[2Kbefore\n"); // nothing to draw yet
     progress.update({ step: 1 });
     progress.log("a sample");
     expect(shown(screen.text).slice(0, 2)).toEqual(["before", "a sample"]);
@@ -152,7 +154,8 @@ describe("terminal texts", () => {
   ])("formatCount(%d) is %s", (count, text) => expect(formatCount(count)).toBe(text));
 
   test.each([
-    [0.25, "0.25 s"], [8, "8 s"], [9.996, "10.0 s"], [59.96, "1 min 00 s"], [245, "4 min 05 s"], [3599.7, "1 h 00 min"],
+    [0.25, "0.25 s"], [8, "8 s"], [9.996, "10.0 s"],
+    [59.96, "1 min 00 s"], [245, "4 min 05 s"], [3599.7, "1 h 00 min"],
     [7620, "2 h 07 min"], [273_600, "3 d 4 h"], [Infinity, "?"], [NaN, "?"], [-1, "?"],
   ])("formatDuration(%d) is %s", (seconds, text) => expect(formatDuration(seconds)).toBe(text));
 

@@ -1,0 +1,102 @@
+// y[m] = W x[m] (+ bias) in f32 for few rows m: decoding.
+//
+// x [M, K], W [N, K], y [M, N]. The time goes into reading W once per row of x. Two shapes of the same sum:
+// matvec_quad: an invocation computes four outputs alone (CPU-emulated adapters: many loads and no exchange);
+// matvec: 16 invocations share one output, neighbours read neighbours in memory, and a workgroup of 64 computes four
+// outputs. `grouped`: row m uses the matrix of the expert e with offsets[e] <= m < offsets[e + 1]. `vec4`: K is a multiple
+// of 4. Accumulation: f32, fixed order.
+
+import package::lib::index::workgroup_index;
+
+@if(vec4) alias V = vec4f;
+@else alias V = f32;
+@if(vec4) const WIDTH: u32 = 4;
+@else const WIDTH: u32 = 1;
+
+struct Params { m: u32, n: u32, k: u32, experts: u32 }
+
+@group(0) @binding(0) var<storage, read> x: array<V>;
+@group(0) @binding(1) var<storage, read> weight: array<V>;
+@group(0) @binding(2) var<storage, read_write> y: array<f32>;
+@group(0) @binding(3) var<storage, read> bias: array<f32>;
+@group(0) @binding(4) var<storage, read> offsets: array<u32>;
+@group(1) @binding(0) var<uniform> params: Params;
+
+override WG: u32 = 16;                        // of matvec_quad
+const LANES: u32 = 16;                        // invocations per output of matvec
+
+// Where the matrix of a row begins; `experts` for a row that no expert owns.
+fn expert_of(row: u32) -> u32 {
+  @if(!grouped) return 0u;
+  @else {
+    var e = 0u;
+    while (e < params.experts && offsets[e + 1u] <= row) { e++; }
+    return e;
+  }
+}
+
+fn product(u: V, v: V, sum: f32) -> f32 {
+  @if(vec4) return sum + dot(u, v);
+  @else return fma(u, v, sum);
+}
+
+fn put(row: u32, column: u32, sum: f32) {
+  if (row >= params.m || column >= params.n) { return; }
+  var value = sum;
+  @if(bias) value += bias[column];
+  y[row * params.n + column] = value;
+}
+
+@compute @workgroup_size(WG)
+fn matvec_quad(
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+) {
+  let quads = (params.n + 3u) / 4u;
+  let i = workgroup_index(wid, nwg) * WG + lane;
+  let row = i / quads;
+  if (row >= params.m) { return; }
+  let expert = expert_of(row);
+  if (expert >= max(params.experts, 1u)) { return; }
+  let steps = params.k / WIDTH;
+  let column = i % quads * 4u;
+  let w = (expert * params.n + min(column + vec4u(0u, 1u, 2u, 3u), vec4u(params.n - 1u))) * steps;
+  var s = vec4f();
+  for (var k = 0u; k < steps; k++) {
+    let u = x[row * steps + k];
+    s = vec4f(product(u, weight[w.x + k], s.x), product(u, weight[w.y + k], s.y),
+      product(u, weight[w.z + k], s.z), product(u, weight[w.w + k], s.w));
+  }
+  put(row, column, s.x);
+  put(row, column + 1u, s.y);
+  put(row, column + 2u, s.z);
+  put(row, column + 3u, s.w);
+}
+
+var<workgroup> partial: array<f32, 64>;
+
+@compute @workgroup_size(64)
+fn matvec(
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+) {
+  let quads = (params.n + 3u) / 4u;
+  let group = workgroup_index(wid, nwg);
+  let row = group / quads;
+  let column = group % quads * 4u + lane / LANES;
+  var expert = params.experts;
+  if (row < params.m) { expert = expert_of(row); }
+  var s = 0.0;
+  if (row < params.m && column < params.n && expert < max(params.experts, 1u)) {
+    let steps = params.k / WIDTH;
+    let w = (expert * params.n + column) * steps;
+    for (var k = lane % LANES; k < steps; k += LANES) {
+      s = product(x[row * steps + k], weight[w + k], s);
+    }
+  }
+  partial[lane] = s;
+  workgroupBarrier();
+  if (lane % LANES == 0u && expert < max(params.experts, 1u)) {
+    var total = 0.0;
+    for (var i = 0u; i < LANES; i++) { total += partial[lane + i]; }
+    put(row, column, total);
+  }
+}

@@ -1,0 +1,83 @@
+import { Generator } from "../../infer/engine.ts";
+import { generateText, type TextRun } from "../../infer/text.ts";
+import { openDevice } from "../../tensor/device.ts";
+import { UsageError } from "../../tensor/errors.ts";
+import { defineCommand } from "../args.ts";
+import { findTokenizer, openModel } from "../models.ts";
+import { colours, wantsColour } from "../terminal.ts";
+
+export const generate = defineCommand({
+  name: "generate",
+  summary: "Continue a prompt.",
+  options: {
+    model: { type: "string", value: "DIR", required: true, help: "A checkpoint folder, or the output folder of a training run." },
+    prompt: { type: "string", value: "TEXT", help: "What to continue." },
+    promptTokens: { type: "string", value: "IDS", help: "The prompt as token ids with commas between them, instead of --prompt." },
+    maxTokens: { type: "integer", min: 1, default: 200, help: "Most tokens to add." },
+    temperature: { type: "number", min: 0, default: 0, help: "0 takes the most probable token." },
+    topK: { type: "integer", min: 0, default: 0, help: "Draw from the K most probable tokens; 0: all." },
+    topP: { type: "number", min: 0, max: 1, default: 1, help: "Draw from the most probable tokens that reach this probability." },
+    minP: { type: "number", min: 0, max: 1, default: 0, help: "Leave out tokens below this share of the best one's probability." },
+    seed: { type: "integer", min: 0, default: 0, help: "Decides the draws." },
+    stop: { type: "string", value: "TEXT", multiple: true, help: "End before this text appears." },
+    draft: { type: "integer", min: 0, max: 16, default: 0, help: "Tokens that the model's own MTP head drafts per pass; 0: none." },
+    adapter: { type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found." },
+    json: { type: "boolean", help: "Print one JSON object instead of the text." },
+  },
+  examples: [
+    'krait generate --model runs/first --prompt "export function "',
+    'krait generate --model runs/first --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 7 --draft 3',
+  ],
+  async run({ options, stdout, stderr, env, signal }) {
+    if ((options.prompt === undefined) === (options.promptTokens === undefined)) {
+      throw new UsageError("Give the prompt either as --prompt TEXT or as --prompt-tokens IDS.");
+    }
+    const device = await openDevice(options.adapter ? { adapter: options.adapter } : {});
+    try {
+      const { model, folder } = await openModel(device, options.model);
+      const { tokenizer } = findTokenizer(folder, model.config.vocab_size);
+      const prompt = options.prompt === undefined
+        ? parseIds(options.promptTokens!)
+        : [...(tokenizer.bosId === null ? [] : [tokenizer.bosId]), ...tokenizer.encode(options.prompt)];
+      const generator = new Generator(model, prompt.length + options.maxTokens + options.draft);
+      const run: TextRun = generateText(generator, tokenizer, prompt, {
+        maxTokens: options.maxTokens, draft: options.draft, stopStrings: options.stop, signal,
+        sampling: {
+          temperature: options.temperature, top_k: options.topK, top_p: options.topP, min_p: options.minP, seed: options.seed,
+        },
+      });
+      if (!options.json && options.prompt !== undefined) stdout.write(options.prompt);
+      let text = "";
+      for await (const piece of run.pieces) {
+        text += piece;
+        if (!options.json) stdout.write(piece);
+      }
+      const { stats } = generator;
+      const speed = (1000 * Math.max(0, stats.tokens - 1)) / Math.max(stats.decodeMs, 1e-9);
+      const summary = {
+        text, tokens: run.tokens, prompt_tokens: stats.promptTokens, prefill_ms: stats.prefillMs, decode_ms: stats.decodeMs,
+        tokens_per_s: speed, passes: stats.passes, drafted: stats.drafted, accepted: stats.accepted,
+        acceptance: stats.drafted > 0 ? stats.accepted / stats.drafted : null, stopped: run.stopped,
+      };
+      if (options.json) stdout.write(`${JSON.stringify(summary)}\n`);
+      else {
+        const drafts = stats.drafted > 0
+          ? `, ${stats.accepted} of ${stats.drafted} drafts accepted (${(100 * stats.accepted / stats.drafted).toFixed(0)} %)` : "";
+        stdout.write("\n");
+        stderr.write(colours(wantsColour(stderr, env)).dim(
+          `${stats.tokens} tokens, ${speed.toFixed(1)} tokens/s after a prompt of ${stats.promptTokens} in ` +
+          `${stats.prefillMs.toFixed(0)} ms${drafts}, on ${device.info.id}\n`));
+      }
+      generator.dispose();
+    } finally {
+      device.destroy();
+    }
+  },
+});
+
+function parseIds(text: string): number[] {
+  return text.split(",").map((part) => {
+    if (!/^\s*\d+\s*$/.test(part)) throw new UsageError(`--prompt-tokens must be numbers with commas between them, found "${part}".`);
+    return Number(part);
+  });
+}

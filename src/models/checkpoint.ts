@@ -1,0 +1,109 @@
+/** Models to and from checkpoint files in the published layout. */
+import type { Folder } from "../io/files.ts";
+import { openTensors, safetensorsPieces, type TensorEntry, type TensorReader } from "../io/safetensors.ts";
+import type { Device } from "../tensor/device.ts";
+import { sizeOf } from "../tensor/ndarray.ts";
+import { unscoped } from "../tensor/scope.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { listParameters, type Parameter, resolveTensors, tensorsOf } from "./checkpoint_names.ts";
+import { type NemotronHConfig, serialiseConfig } from "./config.ts";
+import type { HostArray, Outputs } from "./evaluate.ts";
+import { NemotronH } from "./nemotron_h.ts";
+
+/**
+ * Finds every parameter in a checkpoint and hands it over, one after the other.
+ * @param take gets the canonical name, a function that reads the values as float32, and the parameter
+ * @throws FormatError when a tensor is missing, extra or of another shape, before anything is read.
+ */
+export async function readParameters(
+  config: NemotronHConfig, reader: TensorReader,
+  take: (name: string, values: () => Promise<Float32Array>, parameter: Parameter) => Promise<void>, what?: string,
+): Promise<void> {
+  for (const { parameter, from, tensors } of resolveTensors(config, reader.tensors, what ? { what } : {})) {
+    await take(parameter.name, async () => {
+      if (from === "whole") return reader.readTensorF32(tensors[0]!);
+      const values = new Float32Array(sizeOf(parameter.shape));
+      for (const [i, name] of tensors.entries()) {
+        values.set(await reader.readTensorF32(name), i * (values.length / tensors.length));
+      }
+      return values;
+    }, parameter);
+  }
+}
+
+/**
+ * Loads a checkpoint folder (model.safetensors, or shards with an index) onto a device.
+ * @param trainable parameters require gradients
+ * @throws FormatError for a checkpoint that does not fit the config; OutOfMemoryError when it does not fit the device.
+ */
+export async function loadModel(
+  device: Device, config: NemotronHConfig, folder: Folder, trainable = false,
+): Promise<NemotronH> {
+  const reader = await openTensors(folder);
+  const parameters = new Map<string, Tensor>();
+  try {
+    await readParameters(config, reader, async (name, values, parameter) => {
+      const data = await values();
+      const tensor = unscoped(() => device.tensor(data, parameter.shape));
+      tensor.requiresGrad = trainable && parameter.trainable;
+      parameters.set(name, tensor);
+    }, folder.name);
+    return new NemotronH(config, parameters);
+  } catch (error) {
+    for (const tensor of parameters.values()) tensor.dispose();
+    throw error;
+  } finally {
+    await reader.close();
+  }
+}
+
+/** A float32 tensor, read back when its turn to be written comes. */
+export function tensorEntry(name: string, tensor: Tensor): TensorEntry {
+  return { name, dtype: "F32", shape: tensor.shape, bytes: async () => bytesOf(await tensor.read()) };
+}
+
+/** The model's parameters under their published names, one tensor per expert. */
+export function parameterEntries(model: NemotronH): TensorEntry[] {
+  return listParameters(model.config).flatMap((parameter) => {
+    const tensor = model.parameters.get(parameter.name)!;
+    if (parameter.kind !== "expert") return [tensorEntry(parameter.name, tensor)];
+    // The experts of one parameter come in order, and are read back once.
+    let stacked: Promise<Float32Array> | null = null;
+    return tensorsOf(parameter).map(({ name, shape, expert }): TensorEntry => ({
+      name, dtype: "F32", shape,
+      bytes: async () => {
+        stacked ??= tensor.read() as Promise<Float32Array>;
+        const size = sizeOf(shape);
+        return bytesOf((await stacked).subarray(expert! * size, (expert! + 1) * size));
+      },
+    }));
+  });
+}
+
+/** config.json and model.safetensors. */
+export function modelFiles(model: NemotronH): Record<string, string | AsyncIterable<Uint8Array>> {
+  return {
+    "config.json": serialiseConfig(model.config),
+    "model.safetensors": safetensorsPieces(parameterEntries(model), { format: "pt" }),
+  };
+}
+
+/** Outputs by name, with the gradients of stacked experts taken apart as checkpoints name them. */
+export function gradientEntries(config: NemotronHConfig, outputs: Outputs): [string, HostArray][] {
+  const experts = new Map(listParameters(config).filter(({ kind }) => kind === "expert").map((p) => [p.name, p]));
+  return [...outputs].flatMap(([name, array]): [string, HostArray][] => {
+    const [, prefix, parameter] = /^((?:mtp\.)?grad\.)(.*)$/.exec(name) ?? [];
+    const stacked = parameter === undefined ? undefined : experts.get(parameter);
+    if (!stacked) return [[name, array]];
+    return tensorsOf(stacked).map((tensor) => {
+      const size = sizeOf(tensor.shape);
+      return [prefix! + tensor.name, {
+        dtype: array.dtype, shape: tensor.shape, data: array.data.subarray(tensor.expert! * size, (tensor.expert! + 1) * size),
+      }];
+    });
+  });
+}
+
+function bytesOf(values: Float32Array | Int32Array | Uint32Array): Uint8Array {
+  return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
+}

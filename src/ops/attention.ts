@@ -1,0 +1,139 @@
+import { launch } from "../kernel/launch.ts";
+import { check } from "../tensor/check.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { copyColumns } from "./elementwise.ts";
+import { defineOp } from "./op.ts";
+
+export interface AttentionOptions {
+  /** Multiplies the scores, usually 1 / sqrt(Dh). */
+  readonly scale: number;
+  /** i32 [B, L] of document numbers, or null; needs Lk = L. A query sees only keys of its own number. */
+  readonly seq_idx?: Tensor | null;
+}
+
+interface Saved {
+  readonly q: Tensor;
+  readonly k: Tensor;
+  readonly v: Tensor;
+  readonly out: Tensor;
+  readonly lse: Tensor;
+  readonly options: AttentionOptions;
+  /** Dh as the caller knows it. */
+  readonly width: number;
+}
+
+const ROWS_WG = 8; // invocations of a workgroup that own four rows each
+const DELTA_WG = 64;
+
+/** What the kernels share: sizes, overrides, conditions. */
+function common(q: Tensor, k: Tensor, { scale, seq_idx }: AttentionOptions) {
+  const [batch, seqlen, nheads, Dh] = q.shape as [number, number, number, number];
+  const [, kv_seqlen, nkv_heads] = k.shape as [number, number, number];
+  const conditions: ("subgroups" | "seq_idx")[] = q.device.hasSubgroups ? ["subgroups"] : [];
+  if (seq_idx) conditions.push("seq_idx");
+  return {
+    params: { batch, seqlen, kv_seqlen, nheads, nkv_heads, scale }, constants: { WG: ROWS_WG, HEAD_VEC4: Dh / 4 }, conditions,
+    // Without the condition `seq_idx` the variable is bound but never read, so any tensor will do.
+    seq_idx: seq_idx ?? q,
+  };
+}
+
+function forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): { out: Tensor; lse: Tensor } {
+  const { seq_idx, ...how } = common(q, k, options);
+  const { batch, seqlen, nheads } = how.params;
+  const out = q.device.empty(q.shape);
+  const lse = q.device.empty([batch, nheads, seqlen]);
+  launch("attention/attention", {
+    bind: { q, k, v, out, lse, seq_idx }, ...how,
+    workgroups: [q.size === 0 ? 0 : batch * nheads * Math.ceil(seqlen / (4 * ROWS_WG))],
+  });
+  return { out, lse };
+}
+
+function backward({ q, k, v, out, lse, options }: Saved, dout: Tensor, wants: { q: boolean; kv: boolean }) {
+  const { seq_idx, ...how } = common(q, k, options);
+  const { batch, seqlen, kv_seqlen, nheads, nkv_heads } = how.params;
+  const { device } = q;
+  const total = batch * nheads * seqlen;
+  const stats = device.empty([total, 2]);
+  launch("attention/attention_delta", {
+    bind: { out, dout, lse, stats }, params: { seqlen, nheads, total },
+    constants: { WG: DELTA_WG, HEAD_VEC4: how.constants.HEAD_VEC4 }, workgroups: [Math.ceil(total / DELTA_WG)],
+  });
+  let [dq, dk, dv]: (Tensor | null)[] = [null, null, null];
+  if (wants.q) {
+    dq = device.empty(q.shape);
+    launch("attention/attention_dq", {
+      bind: { q, k, v, dout, stats, dq, seq_idx }, ...how,
+      workgroups: [q.size === 0 ? 0 : batch * nheads * Math.ceil(seqlen / (4 * ROWS_WG))],
+    });
+  }
+  if (wants.kv) {
+    dk = device.empty(k.shape);
+    dv = device.empty(v.shape);
+    launch("attention/attention_dkv", {
+      bind: { q, k, v, dout, stats, dk, dv, seq_idx }, ...how,
+      workgroups: [k.size === 0 ? 0 : batch * nkv_heads * Math.ceil(kv_seqlen / (4 * ROWS_WG))],
+    });
+  }
+  return { dq, dk, dv };
+}
+
+/** The last dimension widened to a multiple of four with zeros: a score gains nothing from them. */
+function widened(x: Tensor): Tensor {
+  const Dh = x.shape.at(-1)!;
+  if (Dh % 4 === 0) return x;
+  return resized(x, 4 * Math.ceil(Dh / 4));
+}
+
+function resized(x: Tensor, cols: number): Tensor {
+  const Dh = x.shape.at(-1)!;
+  if (Dh === cols) return x;
+  const shape = [...x.shape.slice(0, -1), cols];
+  const y = cols > Dh ? x.device.zeros(shape) : x.device.empty(shape);
+  const rows = shape.slice(0, -1).reduce((a, b) => a * b, 1);
+  copyColumns(rows, Math.min(Dh, cols), { tensor: x, cols: Dh, first: 0 }, { tensor: y, cols, first: 0 });
+  return y;
+}
+
+/**
+ * softmax(scale * q k^T) v, causal, with grouped key and value heads; no L x Lk matrix is ever in memory.
+ *
+ * @param q  f32 [B, L, Hq, Dh], Dh at most 256; query t is at absolute position t + (Lk - L)
+ * @param k  f32 [B, Lk, Hkv, Dh], Lk >= L, Hq a multiple of Hkv; v has the same shape. Query head h reads head
+ *   floor(h / (Hq / Hkv))
+ * @returns f32 [B, L, Hq, Dh]
+ * @throws ShapeError for shapes that do not belong together
+ *
+ * Numerics  f32 throughout, online softmax; saves the log-sum-exp [B, Hq, L]. Sums have a fixed order.
+ * Cost      2 B Hq L Lk Dh multiply-adds forward (half of it with Lk = L), 3.5 times that backward.
+ * Source    Dao 2023, FlashAttention-2 (arXiv 2307.08691).
+ */
+export const attention = defineOp({
+  name: "attention",
+  forward(ctx, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): Tensor {
+    check(q.shape.length === 4, "attention", "q", "[B, L, Hq, Dh]", q);
+    const [B, L, Hq, Dh] = q.shape as [number, number, number, number];
+    const [, Lk = 0, Hkv = 0] = k.shape;
+    check(Dh <= 256, "attention", "the head width of q", "at most 256", q);
+    check(
+      k.shape.length === 4 && k.shape[0] === B && k.shape[3] === Dh && Lk >= L, "attention", "k",
+      `[${B}, Lk >= ${L}, Hkv, ${Dh}]`, k,
+    );
+    check(v.shape.join() === k.shape.join(), "attention", "v", `[${k.shape.join(", ")}]`, v);
+    check(Hkv > 0 ? Hq % Hkv === 0 : Hq === 0, "attention", "the number of key heads", `a divisor of ${Hq}`, Hkv);
+    const { seq_idx } = options;
+    if (seq_idx) {
+      check(seq_idx.shape.join() === `${B},${L}` && Lk === L, "attention", "seq_idx", `[${B}, ${Lk}] with Lk = L`, seq_idx);
+    }
+    const wide = { q: widened(q), k: widened(k), v: widened(v) };
+    const { out, lse } = forward(wide.q, wide.k, wide.v, options);
+    ctx.save({ ...wide, out, lse, options, width: Dh });
+    return resized(out, Dh);
+  },
+  backward(saved: Saved, [dout], needs) {
+    if (!dout) return [];
+    const { dq, dk, dv } = backward(saved, widened(dout), { q: needs[0]!, kv: needs[1]! || needs[2]! });
+    return [dq, dk, dv].map((gradient) => gradient && resized(gradient, saved.width));
+  },
+});

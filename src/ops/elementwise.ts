@@ -1,0 +1,227 @@
+import { launch } from "../kernel/launch.ts";
+import { check } from "../tensor/check.ts";
+import type { Device } from "../tensor/device.ts";
+import { UsageError } from "../tensor/errors.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { defineOp } from "./op.ts";
+
+const WG = 64;
+
+/** How `size` elements in a row are shared out. Few invocations with much work each suit a CPU, many suit a GPU. */
+function spread(device: Device, size: number) {
+  const isWide = size % 4 === 0;
+  const count = isWide ? size / 4 : size;
+  const EACH = device.info.isSoftware ? 16 : 2;
+  return {
+    count, constants: { WG, EACH }, conditions: isWide ? ["vec4" as const] : [],
+    workgroups: [Math.ceil(count / (WG * EACH))] as [number],
+  };
+}
+
+function checkSameShape(op: string, what: string, found: Tensor, like: Tensor): void {
+  check(found.shape.join() === like.shape.join(), op, what, `[${like.shape.join(", ")}]`, found);
+}
+
+/**
+ * a + b
+ *
+ * @param a  f32, any shape; b has the same shape
+ * @throws ShapeError when the shapes differ
+ */
+export const add = defineOp({
+  name: "add",
+  forward(_ctx, a: Tensor, b: Tensor): Tensor {
+    checkSameShape("add", "b", b, a);
+    const y = a.device.empty(a.shape);
+    const { count, ...how } = spread(a.device, a.size);
+    launch("elementwise/add", { entry: "add", bind: { a, b, y }, params: { count }, ...how });
+    return y;
+  },
+  backward: (_saved, [dy]) => [dy, dy],
+});
+
+/**
+ * dst += src, in place.
+ *
+ * @param dst  f32, any shape, changed; src has the same shape
+ * @throws ShapeError when the shapes differ
+ */
+export const accumulate = defineOp({
+  name: "accumulate",
+  mutates: [0],
+  forward(_ctx, dst: Tensor, src: Tensor): Tensor[] {
+    checkSameShape("accumulate", "src", src, dst);
+    const { count, ...how } = spread(dst.device, dst.size);
+    launch("elementwise/add", { entry: "accumulate", bind: { dst, src }, params: { count }, ...how });
+    return [];
+  },
+});
+
+type Curve = "relu2" | "silu";
+
+function unary(x: Tensor, curve: Curve | null, s = 0): Tensor {
+  const y = x.device.empty(x.shape);
+  const { count, conditions, ...how } = spread(x.device, x.size);
+  launch("elementwise/unary", {
+    bind: { x, y }, params: { count, s }, conditions: curve ? [...conditions, curve] : conditions, ...how,
+  });
+  return y;
+}
+
+function unaryBackward(x: Tensor, dy: Tensor, curve: Curve): Tensor {
+  const dx = x.device.empty(x.shape);
+  const { count, conditions, ...how } = spread(x.device, x.size);
+  launch("elementwise/unary_backward", {
+    bind: { x, dy, dx }, params: { count }, conditions: curve === "silu" ? [...conditions, curve] : conditions, ...how,
+  });
+  return dx;
+}
+
+/** x * s for a number s. x f32, any shape. */
+export const scale = defineOp({
+  name: "scale",
+  forward(ctx, x: Tensor, s: number): Tensor {
+    ctx.save({ s });
+    return unary(x, null, s);
+  },
+  backward: ({ s }: { s: number }, [dy]) => (dy ? [unary(dy, null, s)] : []),
+});
+
+/** max(x, 0)^2. x f32, any shape; dx = 2 max(x, 0) dy. */
+export const relu2 = defineOp({
+  name: "relu2",
+  forward(ctx, x: Tensor): Tensor {
+    ctx.save({ x });
+    return unary(x, "relu2");
+  },
+  backward: ({ x }: { x: Tensor }, [dy]) => (dy ? [unaryBackward(x, dy, "relu2")] : []),
+});
+
+/** x * sigmoid(x). x f32, any shape; dx = dy * s * (1 + x * (1 - s)) with s = sigmoid(x). */
+export const silu = defineOp({
+  name: "silu",
+  forward(ctx, x: Tensor): Tensor {
+    ctx.save({ x });
+    return unary(x, "silu");
+  },
+  backward: ({ x }: { x: Tensor }, [dy]) => (dy ? [unaryBackward(x, dy, "silu")] : []),
+});
+
+/** A block of columns of a matrix stored row by row: `cols` values per row, of which `width` from `first` on. */
+export interface ColumnBlock {
+  readonly tensor: Tensor;
+  readonly cols: number;
+  readonly first: number;
+}
+
+/** dst[r, dst.first + c] = src[r, src.first + c] for r < rows and c < width. */
+export function copyColumns(rows: number, width: number, src: ColumnBlock, dst: ColumnBlock): void {
+  const isWide = [width, src.cols, src.first, dst.cols, dst.first].every((n) => n % 4 === 0);
+  const unit = isWide ? 4 : 1;
+  const parts = Math.max(1, Math.ceil(width / unit / (src.tensor.device.info.isSoftware ? 16 : 2)));
+  launch("elementwise/columns", {
+    bind: { src: src.tensor, dst: dst.tensor },
+    params: {
+      rows, width: width / unit, src_cols: src.cols / unit, src_first: src.first / unit, dst_cols: dst.cols / unit,
+      dst_first: dst.first / unit, parts,
+    },
+    constants: { WG }, conditions: isWide ? ["vec4"] : [],
+    workgroups: [width === 0 ? 0 : Math.ceil((rows * parts) / WG)],
+  });
+}
+
+const columnsOf = (x: Tensor): number => x.shape.at(-1)!;
+const rowsOf = (x: Tensor): number => x.shape.slice(0, -1).reduce((a, b) => a * b, 1);
+const withColumns = (x: Tensor, cols: number): number[] => [...x.shape.slice(0, -1), cols];
+
+/**
+ * Columns of x as separate tensors.
+ *
+ * @param x       f32 [..., C]
+ * @param widths  columns of each part, adding up to C
+ * @returns one tensor [..., width] per part (copies); backward writes them side by side
+ * @throws ShapeError when the widths do not add up
+ */
+export const split_columns = defineOp({
+  name: "split_columns",
+  forward(ctx, x: Tensor, widths: readonly number[]): Tensor[] {
+    check(x.shape.length > 0, "split_columns", "x", "[..., C]", x);
+    const cols = columnsOf(x);
+    const total = widths.reduce((a, b) => a + b, 0);
+    check(total === cols, "split_columns", "the sum of the widths", String(cols), total);
+    ctx.save({ shape: x.shape, widths });
+    let first = 0;
+    return widths.map((width) => {
+      const part = x.device.empty(withColumns(x, width), x.dtype);
+      copyColumns(rowsOf(x), width, { tensor: x, cols, first }, { tensor: part, cols: width, first: 0 });
+      first += width;
+      return part;
+    });
+  },
+  backward({ shape, widths }: { shape: readonly number[]; widths: readonly number[] }, grads) {
+    const device = grads.find((grad) => grad !== null)!.device;
+    const dx = grads.includes(null) ? device.zeros(shape) : device.empty(shape);
+    let first = 0;
+    widths.forEach((width, i) => {
+      const grad = grads[i];
+      const dst = { tensor: dx, cols: columnsOf(dx), first };
+      if (grad) copyColumns(rowsOf(dx), width, { tensor: grad, cols: width, first: 0 }, dst);
+      first += width;
+    });
+    return [dx];
+  },
+});
+
+/**
+ * a and b side by side.
+ *
+ * @param a  f32 [..., Ca]; b f32 [..., Cb]
+ * @returns f32 [..., Ca + Cb]
+ * @throws ShapeError when they differ in another dimension than the last
+ */
+export const concat_columns = defineOp({
+  name: "concat_columns",
+  forward(ctx, a: Tensor, b: Tensor): Tensor {
+    check(a.shape.length > 0, "concat_columns", "a", "[..., Ca]", a);
+    const [Ca, Cb] = [columnsOf(a), b.shape.at(-1) ?? 0];
+    check(b.shape.join() === withColumns(a, Cb).join(), "concat_columns", "b", `[${withColumns(a, Cb).join(", ")}]`, b);
+    const y = a.device.empty(withColumns(a, Ca + Cb));
+    copyColumns(rowsOf(a), Ca, { tensor: a, cols: Ca, first: 0 }, { tensor: y, cols: Ca + Cb, first: 0 });
+    copyColumns(rowsOf(a), Cb, { tensor: b, cols: Cb, first: 0 }, { tensor: y, cols: Ca + Cb, first: Ca });
+    ctx.save({ widths: [Ca, Cb] });
+    return y;
+  },
+  backward: ({ widths }: { widths: number[] }, [dy]) => (dy ? split_columns(dy, widths) : []),
+});
+
+/**
+ * Later rows moved to the front: y[b, t] = x[b, t + n] for t < L - n.
+ *
+ * @param x  f32 [B, L, D]
+ * @param n  0 .. L
+ * @returns f32 [B, L - n, D]; backward puts zeros into the first n rows
+ * @throws ShapeError for another rank, UsageError for an n out of range
+ */
+export const shift_rows = defineOp({
+  name: "shift_rows",
+  forward(ctx, x: Tensor, n: number): Tensor {
+    check(x.shape.length === 3, "shift_rows", "x", "[B, L, D]", x);
+    const [B, L, D] = x.shape as [number, number, number];
+    if (!Number.isInteger(n) || n < 0 || n > L) {
+      throw new UsageError(`shift_rows: n must be a whole number from 0 to ${L}, found ${n}.`);
+    }
+    const kept = (L - n) * D;
+    const y = x.device.empty([B, L - n, D]);
+    copyColumns(B, kept, { tensor: x, cols: L * D, first: n * D }, { tensor: y, cols: kept, first: 0 });
+    ctx.save({ shape: x.shape, n });
+    return y;
+  },
+  backward({ shape, n }: { shape: readonly number[]; n: number }, [dy]) {
+    if (!dy) return [];
+    const [B, L, D] = shape as [number, number, number];
+    const kept = (L - n) * D;
+    const dx = n === 0 ? dy.device.empty(shape) : dy.device.zeros(shape);
+    copyColumns(B, kept, { tensor: dy, cols: kept, first: 0 }, { tensor: dx, cols: L * D, first: n * D });
+    return [dx];
+  },
+});

@@ -1,0 +1,52 @@
+import { launch } from "../kernel/launch.ts";
+import { check } from "../tensor/check.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { defineOp } from "./op.ts";
+
+const WG = 64;
+const LANES = 32; // as in embedding_backward.wgsl
+
+/**
+ * y[t] = weight[ids[t]]; an id outside the table gives zeros and no gradient.
+ *
+ * @param ids     i32 [...]
+ * @param weight  f32 [V, D]
+ * @returns f32 [..., D]
+ * @throws ShapeError when weight is not a matrix
+ */
+export const embedding = defineOp({
+  name: "embedding",
+  forward(ctx, ids: Tensor, weight: Tensor): Tensor {
+    check(weight.shape.length === 2, "embedding", "weight", "[V, D]", weight);
+    const [vocab, D] = weight.shape as [number, number];
+    const y = weight.device.empty([...ids.shape, D]);
+    const { cols, conditions } = vectors(D);
+    launch("elementwise/embedding", {
+      bind: { ids, weight, y }, params: { tokens: ids.size, vocab, cols }, conditions,
+      workgroups: [Math.ceil((ids.size * cols) / WG)],
+    });
+    ctx.save({ ids, shape: weight.shape });
+    return y;
+  },
+  backward({ ids, shape }: { ids: Tensor; shape: readonly number[] }, [dy]) {
+    if (!dy) return [];
+    const [vocab, D] = shape as [number, number];
+    const { device } = ids;
+    const dweight = device.empty(shape);
+    const mask = device.zeros([vocab], "u32");
+    const head = device.empty([vocab, LANES], "u32");
+    const next = device.empty([ids.size], "u32");
+    const { cols, conditions } = vectors(D);
+    const params = { tokens: ids.size, vocab, cols };
+    launch("elementwise/embedding_backward", { entry: "link", bind: { ids, mask, head, next }, params, workgroups: [1] });
+    launch("elementwise/embedding_backward", {
+      entry: "gather", bind: { dy, mask, head, next, dweight }, params, conditions,
+      workgroups: [Math.ceil((vocab * cols) / WG)],
+    });
+    return [null, dweight];
+  },
+});
+
+function vectors(D: number): { cols: number; conditions: "vec4"[] } {
+  return D % 4 === 0 ? { cols: D / 4, conditions: ["vec4"] } : { cols: D, conditions: [] };
+}

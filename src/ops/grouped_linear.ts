@@ -1,0 +1,70 @@
+import { check } from "../tensor/check.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { groupedTiles, product, productKernel, type ProductKernel, tileRows, vectorProduct } from "./gemm.ts";
+import { defineOp } from "./op.ts";
+
+export interface GroupedLinearOptions {
+  /** Which kernel computes it; default: the one that suits the adapter and the shape. */
+  readonly kernel?: ProductKernel | "matvec" | "matvec_quad";
+}
+
+/** Up to so many rows are taken one by one: experts then have about one row each. */
+const FEW_ROWS = 8;
+
+/**
+ * y[s] = weight[e] x[s] for the rows offsets[e] <= s < offsets[e + 1] of every expert e.
+ *
+ * The offsets are read on the GPU only. The gradient of an expert without rows is exactly zero.
+ *
+ * @param x        f32 [S, K], rows sorted by expert
+ * @param weight   f32 [E, N, K]
+ * @param offsets  u32 [E + 1], ascending from 0 to S
+ * @returns f32 [S, N]
+ * @throws ShapeError when the widths or the number of experts differ
+ */
+export const grouped_linear = defineOp({
+  name: "grouped_linear",
+  forward(ctx, x: Tensor, weight: Tensor, offsets: Tensor, options: GroupedLinearOptions = {}): Tensor {
+    check(x.shape.length === 2, "grouped_linear", "x", "[S, K]", x);
+    const [S, K] = x.shape as [number, number];
+    check(weight.shape.length === 3 && weight.shape[2] === K, "grouped_linear", "weight", `[E, N, ${K}]`, weight);
+    const [E, N] = weight.shape as [number, number, number];
+    check(offsets.shape.length === 1 && offsets.size === E + 1, "grouped_linear", "offsets", `[${E + 1}]`, offsets);
+    const y = x.device.empty([S, N]);
+    ctx.save({ x, weight, offsets, options });
+    const few = x.device.info.isSoftware ? "matvec_quad" : "matvec";
+    const kernel = options.kernel ?? (S <= FEW_ROWS ? few : productKernel(x));
+    if (kernel === "matvec" || kernel === "matvec_quad") vectorProduct(kernel, x, weight, null, y, offsets);
+    else {
+      product({
+        m: S, n: N, k: K, a: { tensor: x, row: K, col: 1 }, b: { tensor: weight, row: 1, col: K, batch: N * K },
+        c: { tensor: y, row: N }, tiles: groupedTiles(offsets, S, tileRows(kernel)), kernel,
+      });
+    }
+    return y;
+  },
+  backward(
+    { x, weight, offsets, options }: { x: Tensor; weight: Tensor; offsets: Tensor; options: GroupedLinearOptions },
+    [dy], needs,
+  ) {
+    if (!dy) return [];
+    const [S, K] = x.shape as [number, number];
+    const [E, N] = weight.shape as [number, number, number];
+    const kernel = options.kernel === "tile" || options.kernel === "quad" ? options.kernel : productKernel(x);
+    const dx = needs[0] ? x.device.empty(x.shape) : null;
+    if (dx) {
+      product({
+        m: S, n: K, k: N, a: { tensor: dy, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1, batch: N * K },
+        c: { tensor: dx, row: K }, tiles: groupedTiles(offsets, S, tileRows(kernel)), kernel,
+      });
+    }
+    const dweight = needs[1] ? x.device.empty(weight.shape) : null;
+    if (dweight) {
+      product({
+        m: N, n: K, k: S, batches: E, a: { tensor: dy, row: 1, col: N }, b: { tensor: x, row: K, col: 1 },
+        c: { tensor: dweight, row: K, batch: N * K }, offsets, kernel,
+      });
+    }
+    return [dx, dweight];
+  },
+});

@@ -1,0 +1,101 @@
+import { check } from "../tensor/check.ts";
+import { sizeOf } from "../tensor/ndarray.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import {
+  type Matrix, product, type ProductKernel, sumRows, type VectorKernel, vectorKernel, vectorProduct,
+} from "./gemm.ts";
+import { defineOp, type Op } from "./op.ts";
+
+export interface MatmulOptions {
+  /** a is stored [..., K, M]. */
+  readonly transA?: boolean;
+  /** b is stored [..., N, K]. */
+  readonly transB?: boolean;
+  /** Which kernel computes it; default: the one that suits the adapter and the shape. */
+  readonly kernel?: ProductKernel | VectorKernel;
+}
+
+/**
+ * C = op(A) op(B) for every leading index, where op transposes the last two dimensions if asked.
+ *
+ * The `quad` kernel serves software adapters, `tile` GPUs; one or two rows times a transposed matrix take a `matvec`.
+ *
+ * @param a  f32 [..., M, K], or [..., K, M] with `transA`
+ * @param b  f32 [..., K, N] with the same leading extents, or one matrix [K, N] for all of them; [N, K] with `transB`
+ * @returns f32 [..., M, N]
+ * @throws ShapeError when the inner or the leading extents differ
+ */
+export const matmul: Op<[a: Tensor, b: Tensor, options?: MatmulOptions], Tensor> = defineOp({
+  name: "matmul",
+  forward(ctx, a: Tensor, b: Tensor, options: MatmulOptions = {}): Tensor {
+    const { transA = false, transB = false, kernel } = options;
+    check(a.shape.length >= 2, "matmul", "a", "[..., M, K]", a);
+    check(b.shape.length >= 2, "matmul", "b", "[..., K, N]", b);
+    const lead = a.shape.slice(0, -2);
+    const [M, K] = [a.shape.at(transA ? -1 : -2)!, a.shape.at(transA ? -2 : -1)!];
+    const N = b.shape.at(transB ? -2 : -1)!;
+    const inner = transB ? `N, ${K}` : `${K}, N`;
+    check(b.shape.at(transB ? -1 : -2) === K, "matmul", "b", `[..., ${inner}]`, b);
+    const shared = b.shape.length === 2;
+    check(shared || b.shape.slice(0, -2).join() === lead.join(), "matmul", "b", `[${[...lead, inner].join(", ")}]`, b);
+
+    const c = a.device.empty([...lead, M, N]);
+    ctx.save({ a, b, options });
+    const fold = shared && !transA; // one tall matrix instead of a batch
+    const count = sizeOf(lead);
+    const [batches, m] = fold ? [1, count * M] : [count, M];
+    const chosen = kernel ?? (fold && transB ? vectorKernel(a, m) : null);
+    if (chosen === "matvec" || chosen === "matvec_quad") {
+      check(fold && transB, "matmul", "b", "one matrix [N, K] with transB for a matvec kernel", b);
+      vectorProduct(chosen, a, b, null, c);
+    } else {
+      product({
+        m, n: N, k: K, batches, a: matrix(a, M, K, transA), b: { ...matrix(b, K, N, transB), batch: shared ? 0 : K * N },
+        c: { tensor: c, row: N, batch: M * N }, kernel: chosen ?? undefined,
+      });
+    }
+    return c;
+  },
+  backward({ a, b, options }: { a: Tensor; b: Tensor; options: MatmulOptions }, [dc], needs) {
+    if (!dc) return [];
+    const { transA = false, transB = false } = options;
+    const kernel = options.kernel === "tile" || options.kernel === "quad" ? { kernel: options.kernel } : {};
+    const by = (transposes: MatmulOptions): MatmulOptions => ({ ...transposes, ...kernel });
+    const summed = b.shape.length === 2 && a.shape.length > 2; // one B collects the gradients of a batch
+    let da: Tensor | null = null;
+    if (needs[0]) {
+      if (!transA) da = matmul(dc, b, by({ transB: !transB }));
+      else if (summed) da = timesTransposed(b, dc, a.shape, transB);
+      else da = matmul(b, dc, by({ transA: transB, transB: true }));
+    }
+    let db: Tensor | null = null;
+    if (needs[1]) {
+      const [x, y] = summed && !transA ? [flat(a), flat(dc)] : [a, dc];
+      const each = transB ? matmul(y, x, by({ transA: true, transB: transA })) : matmul(x, y, by({ transA: !transA }));
+      db = each;
+      if (summed && transA) {
+        db = b.device.empty(b.shape);
+        sumRows(each, sizeOf(a.shape.slice(0, -2)), b.size, db);
+      }
+    }
+    return [da, db];
+  },
+});
+
+/** da [..., K, M] = op(B) dC^T for one matrix B shared by a batch. */
+function timesTransposed(b: Tensor, dc: Tensor, shape: readonly number[], transB: boolean): Tensor {
+  const [K, M, N] = [shape.at(-2)!, shape.at(-1)!, dc.shape.at(-1)!];
+  const da = dc.device.empty(shape);
+  product({
+    m: K, n: M, k: N, batches: sizeOf(shape.slice(0, -2)), a: { ...matrix(b, K, N, transB), batch: 0 },
+    b: matrix(dc, N, M, true), c: { tensor: da, row: M, batch: K * M },
+  });
+  return da;
+}
+
+const flat = (x: Tensor): Tensor => x.reshape([sizeOf(x.shape.slice(0, -1)), x.shape.at(-1)!]);
+
+/** The matrix [rows, cols] of every batch element, stored plain or transposed. */
+function matrix(tensor: Tensor, rows: number, cols: number, transposed: boolean): Matrix {
+  return transposed ? { tensor, row: 1, col: rows, batch: rows * cols } : { tensor, row: cols, col: 1, batch: rows * cols };
+}

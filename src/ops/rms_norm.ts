@@ -1,0 +1,107 @@
+import { launch } from "../kernel/launch.ts";
+import { check } from "../tensor/check.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { defineOp } from "./op.ts";
+
+/** The input of a norm over `ngroups` groups of n columns; with z it is x * silu(z). */
+export interface NormInput {
+  readonly x: Tensor;
+  readonly z: Tensor | null;
+  readonly weight: Tensor;
+  readonly ngroups: number;
+}
+
+/** Sizes of the kernels, and how the rows are shared out: four to an invocation, or one to a workgroup. */
+function plan({ x, z, weight, ngroups }: NormInput) {
+  const n = weight.size / ngroups;
+  const tokens = weight.size === 0 ? 0 : x.size / weight.size;
+  const isWide = n % 4 === 0;
+  // A workgroup per row needs barriers, which are dear on a CPU; with only a few rows they are the smaller evil.
+  const byRows = x.device.info.isSoftware && tokens * ngroups >= 64;
+  const WG = byRows ? 16 : x.device.info.isSoftware ? 32 : n > 1024 ? 256 : 64;
+  const conditions: ("vec4" | "gated")[] = isWide ? ["vec4"] : [];
+  if (z) conditions.push("gated");
+  return {
+    byRows, tokens, n, cols: isWide ? n / 4 : n, constants: { WG }, conditions,
+    workgroups: [byRows ? Math.ceil((Math.ceil(tokens / 4) * ngroups) / WG) : tokens * ngroups] as [number],
+  };
+}
+
+/** Launches the norm; `rstd` [tokens, ngroups] is what the backward pass needs beside the input. */
+export function normForward(input: NormInput, eps: number): { out: Tensor; rstd: Tensor } {
+  const { x, z, weight, ngroups } = input;
+  const { byRows, tokens, n, cols, ...how } = plan(input);
+  const out = x.device.empty(x.shape);
+  const rstd = x.device.empty([tokens, ngroups]);
+  launch("norm/rms_norm", {
+    // Without the condition `gated` z is bound but never read, so any tensor will do.
+    entry: byRows ? "rms_norm_rows" : "rms_norm_row", bind: { x, z: z ?? x, weight, out, rstd },
+    params: { tokens, ngroups, cols, n, eps }, ...how,
+  });
+  return { out, rstd };
+}
+
+/** Gradients of the norm; those that are not wanted are null. */
+export function normBackward(
+  input: NormInput, rstd: Tensor, dout: Tensor, wants: { input: boolean; weight: boolean },
+): { dx: Tensor | null; dz: Tensor | null; dweight: Tensor | null } {
+  const { x, z, weight, ngroups } = input;
+  const { device } = x;
+  const { byRows, tokens, n, cols, ...how } = plan(input);
+  let dx: Tensor | null = null;
+  let dz: Tensor | null = null;
+  if (wants.input) {
+    dx = device.empty(x.shape);
+    dz = device.empty(z ? z.shape : [0]); // not written without z
+    launch("norm/rms_norm_backward", {
+      entry: byRows ? "rms_norm_backward_rows" : "rms_norm_backward_row",
+      bind: { x, z: z ?? x, weight, rstd, dout, dx, dz }, params: { tokens, ngroups, cols, n }, ...how,
+    });
+  }
+  let dweight: Tensor | null = null;
+  if (wants.weight) {
+    dweight = device.empty(weight.shape);
+    const per_part = Math.max(32, Math.ceil(tokens / 256));
+    const nparts = Math.ceil(tokens / per_part);
+    const partial = device.empty([nparts, weight.size]);
+    const params = { tokens, ngroups, cols, per_part, nparts };
+    const WG = device.info.isSoftware ? 16 : 64;
+    launch("norm/weight_gradient", {
+      entry: "sum_tokens", bind: { x, z: z ?? x, rstd, dout, partial }, params, constants: { WG },
+      conditions: how.conditions, workgroups: [Math.ceil((nparts * ngroups * cols) / WG)],
+    });
+    launch("norm/weight_gradient", {
+      entry: "sum_parts", bind: { partial, dweight }, params, constants: { WG },
+      conditions: how.conditions, workgroups: [Math.ceil((ngroups * cols) / WG)],
+    });
+  }
+  return { dx, dz: z && dz, dweight };
+}
+
+/**
+ * weight * x / sqrt(mean(x^2) + eps), the mean over the last dimension.
+ *
+ * @param x       f32 [..., D]
+ * @param weight  f32 [D]
+ * @returns f32 [..., D]
+ * @throws ShapeError for a weight of another width
+ *
+ * Source: Zhang & Sennrich 2019 (arXiv 1910.07467).
+ */
+export const rms_norm = defineOp({
+  name: "rms_norm",
+  forward(ctx, x: Tensor, weight: Tensor, eps: number): Tensor {
+    const D = x.shape.at(-1) ?? 0;
+    check(x.shape.length > 0, "rms_norm", "x", "[..., D]", x);
+    check(weight.shape.length === 1 && weight.shape[0] === D, "rms_norm", "weight", `[${D}]`, weight);
+    const input = { x, z: null, weight, ngroups: 1 };
+    const { out, rstd } = normForward(input, eps);
+    ctx.save({ input, rstd });
+    return out;
+  },
+  backward({ input, rstd }: { input: NormInput; rstd: Tensor }, [dout], needs) {
+    if (!dout) return [];
+    const { dx, dweight } = normBackward(input, rstd, dout, { input: needs[0]!, weight: needs[1]! });
+    return [dx, dweight];
+  },
+});

@@ -1,0 +1,73 @@
+/** What a training checkpoint holds beside the model, and how a run continues from it. */
+import { openSafetensors, safetensorsPieces } from "../io/safetensors.ts";
+import type { CheckpointContent, SavedCheckpoint } from "../io/checkpoint_files.ts";
+import { modelFiles, readParameters, tensorEntry } from "../models/checkpoint.ts";
+import { FormatError } from "../tensor/errors.ts";
+import type { PackingState } from "./packing.ts";
+import type { Recipe } from "./recipe.ts";
+import type { TrainingRun } from "./run.ts";
+
+/** state.json: where the run stands. */
+export interface SavedRun {
+  readonly format: "krait-training-state";
+  /** Updates done. */
+  readonly steps: number;
+  readonly recipe: Recipe;
+  readonly packing: PackingState;
+  /** Hash of the tokens and of their order. */
+  readonly data: string;
+}
+
+export function savedRun(run: TrainingRun, recipe: Recipe): SavedRun {
+  return {
+    format: "krait-training-state", steps: run.trainer.steps, recipe,
+    packing: run.packer.state, data: run.packer.fingerprint,
+  };
+}
+
+/** The files of a training checkpoint: the model's own, the optimiser's moments and the run's state. */
+export function checkpointFiles(
+  run: TrainingRun, modelExtras: Readonly<Record<string, string>>, state: SavedRun,
+): Record<string, CheckpointContent> {
+  const { moments } = run.trainer.optimizer;
+  const entries = [...moments].flatMap(([name, pair]) => (["m", "v"] as const).map((moment) => tensorEntry(`${moment}.${name}`, pair[moment])));
+  return {
+    ...modelFiles(run.model), ...modelExtras,
+    "optimizer.safetensors": safetensorsPieces(entries),
+    "state.json": `${JSON.stringify(state, null, 2)}\n`,
+  };
+}
+
+/** Reads state.json of a checkpoint. @throws FormatError when it has none, or not of this kind. */
+export async function readSavedRun(checkpoint: SavedCheckpoint): Promise<SavedRun> {
+  const text = new TextDecoder().decode(await checkpoint.read("state.json"));
+  const state = JSON.parse(text) as SavedRun;
+  if (state.format !== "krait-training-state") throw new FormatError(`${checkpoint.path}: state.json is no training state.`);
+  return state;
+}
+
+/**
+ * Puts a run where a checkpoint left off: parameters, moments, position in the data.
+ * @throws FormatError when the checkpoint belongs to other data or another model.
+ */
+export async function restoreRun(run: TrainingRun, checkpoint: SavedCheckpoint): Promise<SavedRun> {
+  const state = await readSavedRun(checkpoint);
+  if (state.data !== run.packer.fingerprint) {
+    throw new FormatError(
+      `${checkpoint.path} was trained on other data, or with another order of it: expected fingerprint ${state.data}, ` +
+      `found ${run.packer.fingerprint}.`);
+  }
+  const model = await openSafetensors(await checkpoint.open("model.safetensors"));
+  await readParameters(run.model.config, model, async (name, values) => {
+    run.model.parameters.get(name)!.write(await values());
+  });
+  await model.close();
+  const moments = await openSafetensors(await checkpoint.open("optimizer.safetensors"));
+  for (const [name, pair] of run.trainer.optimizer.moments) {
+    for (const moment of ["m", "v"] as const) pair[moment].write(await moments.readTensorF32(`${moment}.${name}`));
+  }
+  await moments.close();
+  run.packer.restore(state.packing);
+  run.trainer.steps = state.steps;
+  return state;
+}

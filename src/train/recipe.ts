@@ -1,0 +1,82 @@
+/** The numbers of a training run, with defaults that suit the tiny presets. */
+import { UsageError } from "../tensor/errors.ts";
+import { makeSchedule, type Schedule } from "./schedule.ts";
+
+export interface Recipe {
+  /** Optimiser updates. */
+  readonly steps: number;
+  readonly seed: number;
+  /** Rows per micro-batch, positions per row, micro-batches per update. */
+  readonly batch: number;
+  readonly seqlen: number;
+  readonly accumulate: number;
+  /** Peak learning rate, and its share that is left at the end. */
+  readonly lr: number;
+  readonly min_lr: number;
+  readonly schedule: "wsd" | "cosine" | "constant";
+  /** Steps of warm-up, and of the final decay (WSD). */
+  readonly warmup: number;
+  readonly decay: number;
+  readonly beta1: number;
+  readonly beta2: number;
+  readonly eps: number;
+  readonly weight_decay: number;
+  /** Largest global gradient norm. */
+  readonly clip: number;
+  readonly mtp_depths: number;
+  readonly mtp_scale: number;
+  readonly aux_coeff: number;
+  readonly bias_rate: number;
+  /** Steps between evaluations; 0: only at the end. Rows of validation text per evaluation; 0: all. */
+  readonly eval_every: number;
+  readonly eval_rows: number;
+}
+
+/** Published values where the model family has them (Nemotron 3 reports: AdamW 0.9/0.95, decay 0.1, clip 1, MTP 0.3). */
+export const RECIPE: Recipe = {
+  steps: 300, seed: 0, batch: 8, seqlen: 128, accumulate: 1,
+  lr: 4e-3, min_lr: 4e-5, schedule: "wsd", warmup: 20, decay: 100,
+  beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1,
+  mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, bias_rate: 1e-3, eval_every: 0, eval_rows: 0,
+};
+
+/**
+ * Fills in a recipe. Without given lengths the warm-up is a fifteenth and the decay a third of the run.
+ * @throws UsageError for a value out of range.
+ */
+export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key] | undefined }): Recipe {
+  const set = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)) as Partial<Recipe>;
+  const steps = set.steps ?? RECIPE.steps;
+  const recipe: Recipe = {
+    ...RECIPE,
+    warmup: Math.min(Math.ceil(steps / 15), 200),
+    decay: Math.floor(steps / 3),
+    min_lr: (set.lr ?? RECIPE.lr) / 100,
+    ...set,
+  };
+  const ranges: [keyof Recipe, boolean, string][] = [
+    ["steps", Number.isInteger(recipe.steps) && recipe.steps >= 1, "a whole number of at least 1"],
+    ["batch", Number.isInteger(recipe.batch) && recipe.batch >= 1, "a whole number of at least 1"],
+    ["seqlen", Number.isInteger(recipe.seqlen) && recipe.seqlen >= 2, "a whole number of at least 2"],
+    ["accumulate", Number.isInteger(recipe.accumulate) && recipe.accumulate >= 1, "a whole number of at least 1"],
+    ["mtp_depths", Number.isInteger(recipe.mtp_depths) && recipe.mtp_depths >= 0 && recipe.mtp_depths < recipe.seqlen - 1,
+      "a whole number from 0 to the row's length minus 2"],
+    ["weight_decay", recipe.weight_decay >= 0, "at least 0"],
+    ["clip", recipe.clip > 0, "above 0"],
+  ];
+  for (const [name, holds, expected] of ranges) {
+    if (!holds) throw new UsageError(`The recipe's ${name} must be ${expected}, found ${recipe[name]}.`);
+  }
+  scheduleOf(recipe);
+  return recipe;
+}
+
+/** The learning rate by step. */
+export function scheduleOf(recipe: Recipe): Schedule {
+  const { lr: peak, min_lr: min, warmup, decay, steps } = recipe;
+  switch (recipe.schedule) {
+    case "wsd": return makeSchedule({ kind: "wsd", peak, min, warmup, decay, steps, shape: "linear" });
+    case "cosine": return makeSchedule({ kind: "cosine", peak, min, warmup, steps });
+    case "constant": return makeSchedule({ kind: "constant", peak, warmup });
+  }
+}

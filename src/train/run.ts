@@ -1,0 +1,62 @@
+/** A whole training run without files: data, model, trainer, evaluation. The command line and the worker drive it. */
+import type { NemotronH } from "../models/nemotron_h.ts";
+import { BatchPacker, bitsPerByte, type TokenCorpus } from "./packing.ts";
+import { type Recipe, scheduleOf } from "./recipe.ts";
+import { type StepMetrics, Trainer } from "./trainer.ts";
+
+export interface RunStep extends StepMetrics {
+  readonly tokens_per_s: number;
+  /** Tokens of all steps so far. */
+  readonly tokens: number;
+}
+
+export interface Evaluation {
+  /** Mean cross entropy of the next token, nats. */
+  readonly loss: number;
+  readonly bits_per_byte: number;
+}
+
+export class TrainingRun {
+  readonly model: NemotronH;
+  readonly recipe: Recipe;
+  readonly trainer: Trainer;
+  readonly packer: BatchPacker;
+  readonly validation: TokenCorpus;
+  readonly #validationPacker: BatchPacker;
+
+  /** @param train, validation token corpora of the model's vocabulary */
+  constructor(model: NemotronH, recipe: Recipe, train: TokenCorpus, validation: TokenCorpus) {
+    const { batch, seqlen, seed, accumulate, beta1, beta2 } = recipe;
+    this.model = model;
+    this.recipe = recipe;
+    this.validation = validation;
+    this.packer = new BatchPacker(train, { batch, seqlen, seed });
+    this.#validationPacker = new BatchPacker(validation, { batch, seqlen, seed });
+    this.trainer = new Trainer(model, {
+      ...recipe, accumulate, schedule: scheduleOf(recipe), betas: [beta1, beta2],
+      mtp_depths: model.mtp ? recipe.mtp_depths : 0,
+    });
+  }
+
+  /** One update. @throws KraitError when the loss is no longer finite. */
+  async step(): Promise<RunStep> {
+    const { accumulate, batch, seqlen } = this.recipe;
+    const start = performance.now();
+    const metrics = await this.trainer.step(Array.from({ length: accumulate }, () => this.packer.next()));
+    const tokens = accumulate * batch * seqlen;
+    return {
+      ...metrics, tokens: (metrics.step + 1) * tokens, tokens_per_s: (1000 * tokens) / (performance.now() - start),
+    };
+  }
+
+  /** Loss on the validation text: `eval_rows` rows spread over it, or all of it. */
+  async evaluate(rows = this.recipe.eval_rows): Promise<Evaluation> {
+    const batches = this.#validationPacker.sequential(rows > 0 ? rows : undefined);
+    const loss = await this.trainer.evaluate(batches);
+    return { loss, bits_per_byte: bitsPerByte(loss, this.validation) };
+  }
+
+  dispose(): void {
+    this.trainer.dispose();
+  }
+}

@@ -1,0 +1,322 @@
+/** Training, pausing and writing with one model: what the worker does, without the messages around it. */
+import { Generator } from "../infer/engine.ts";
+import { generateText } from "../infer/text.ts";
+import { encodeSafetensors } from "../io/safetensors.ts";
+import { countParameters } from "../models/accounting.ts";
+import { parameterEntries } from "../models/checkpoint.ts";
+import { serialiseConfig } from "../models/config.ts";
+import { NemotronH } from "../models/nemotron_h.ts";
+import { createParameters } from "../models/parameters.ts";
+import { preset } from "../models/presets.ts";
+import { type Device, openDevice } from "../tensor/device.ts";
+import { UsageError } from "../tensor/errors.ts";
+import { byteTokenizer } from "../text/byte_tokenizer.ts";
+import { splitDocuments } from "../train/data.ts";
+import { ngramBaselines } from "../train/ngram.ts";
+import { bitsPerByte, tokenizeDocuments } from "../train/packing.ts";
+import { makeRecipe } from "../train/recipe.ts";
+import { TrainingRun } from "../train/run.ts";
+import { failureOf } from "./failure.ts";
+import type {
+  AdapterSummary, CheckpointFiles, DataEvent, Failure, Memory, Phase, Task, TrainingEvent, TrainOptions, TrainResult, WorkerEvent,
+  WriteOptions, WriteResult,
+} from "./protocol.ts";
+
+/** Steps whose mean gives speed and time left. */
+const SPEED_WINDOW = 16;
+
+/** One model on one device. Tasks that would disturb each other are refused. */
+export class Session {
+  readonly #onLost: (failure: Failure) => void;
+  #device: Device | null = null;
+  #model: NemotronH | null = null;
+  /** The task that has the device; training gives it away while it is paused. */
+  #working: Promise<void> | null = null;
+  #training: AbortController | null = null;
+  #writing: AbortController | null = null;
+  /** Ends the pause; null when none is asked for. */
+  #pause: Latch | null = null;
+
+  /** @param onLost called when the device is lost, whatever runs */
+  constructor(onLost: (failure: Failure) => void) {
+    this.#onLost = onLost;
+  }
+
+  /** Opens the best adapter. @throws AdapterError when there is none. */
+  async open(): Promise<AdapterSummary> {
+    const { id, name, kind } = (await this.#usableDevice()).info;
+    return { id, name, kind };
+  }
+
+  /**
+   * Trains a new model in place of the one before.
+   * @throws FormatError without enough text; UsageError for a recipe out of range, or while something else runs;
+   *   KraitError when the loss is no longer finite; the device's failure.
+   */
+  async train(options: TrainOptions, emit: (event: TrainingEvent) => void): Promise<TrainResult> {
+    if (this.#training) throw new UsageError("Training is already under way; stop it before another run.");
+    const work = this.#begin("training");
+    const abort = this.#training = new AbortController();
+    try {
+      return await this.#train(options, emit, abort.signal, work);
+    } finally {
+      this.#training = null;
+      this.#pause = null;
+      work.end();
+      if (this.#device?.failure) this.#close();
+    }
+  }
+
+  /** Pauses training after its running step, or as soon as it starts. */
+  pause(): void {
+    if (this.#training) this.#pause ??= latch();
+  }
+
+  resume(): void {
+    this.#pause?.end();
+    this.#pause = null;
+  }
+
+  /** Ends a task after its running step or pass. */
+  stop(task: Task): void {
+    if (task === "generate") return this.#writing?.abort();
+    this.#training?.abort();
+    this.resume();
+  }
+
+  /**
+   * Continues a prompt.
+   * @throws UsageError without a model, for settings out of range, or while something else runs; the device's failure.
+   */
+  async generate(options: WriteOptions, emit: (event: WorkerEvent) => void): Promise<WriteResult> {
+    const model = this.#trained();
+    const { prompt, maxTokens, temperature, seed, draft } = options;
+    const tokenizer = byteTokenizer(model.config.vocab_size);
+    const tokens = tokenizer.encode(prompt);
+    const work = this.#begin("generation");
+    const abort = this.#writing = new AbortController();
+    const generator = new Generator(model, tokens.length + maxTokens + draft);
+    try {
+      const run = generateText(generator, tokenizer, tokens, {
+        maxTokens, draft, signal: abort.signal,
+        sampling: { temperature, seed, top_k: 0, top_p: 1, min_p: 0 },
+      });
+      for await (const text of run.pieces) emit({ kind: "text", text });
+      const { stats } = generator;
+      return {
+        promptTokens: stats.promptTokens, tokens: run.tokens.length,
+        prompt_tokens_per_s: rate(stats.promptTokens, stats.prefillMs),
+        tokens_per_s: rate(stats.tokens - 1, stats.decodeMs), // the first token comes with the prompt
+        passes: stats.passes, drafted: stats.drafted, accepted: stats.accepted,
+        stopped: abort.signal.aborted, memory: memoryOf(model.device),
+      };
+    } finally {
+      this.#writing = null;
+      generator.dispose();
+      work.end();
+      if (this.#device?.failure) this.#close();
+    }
+  }
+
+  /** The model as files. @throws UsageError without a model, or while something else runs; the device's failure. */
+  async checkpoint(): Promise<CheckpointFiles> {
+    const model = this.#trained();
+    const work = this.#begin("saving");
+    try {
+      return {
+        weights: await encodeSafetensors(parameterEntries(model), { format: "pt" }),
+        config: serialiseConfig(model.config),
+      };
+    } finally {
+      work.end();
+    }
+  }
+
+  async #train(
+    options: TrainOptions, emit: (event: TrainingEvent) => void, signal: AbortSignal, work: Work,
+  ): Promise<TrainResult> {
+    let phase: Phase | null = null;
+    const enter = (next: Phase) => {
+      if (phase !== next) emit({ kind: "phase", phase: next });
+      phase = next;
+    };
+    enter("preparing");
+    const { data, config, recipe, train, validation } = plan(options);
+    emit(data);
+    const { steps } = recipe;
+    const device = await this.#usableDevice();
+    this.#forget();
+    const model = this.#model = new NemotronH(config, createParameters(device, config, recipe.seed));
+    const run = new TrainingRun(model, recipe, train, validation);
+    const clock = new StepClock(recipe.batch * recipe.seqlen * recipe.accumulate);
+    let done = 0;
+    let evaluatedAt = 0;
+    let bits_per_byte: number | null = null;
+    const evaluate = async () => {
+      enter("evaluating");
+      const start = performance.now();
+      const result = await run.evaluate();
+      clock.total += performance.now() - start;
+      ({ bits_per_byte } = result);
+      evaluatedAt = done;
+      emit({ kind: "evaluation", step: done, ...result });
+    };
+    try {
+      while (done < steps && !signal.aborted) {
+        if (this.#pause) {
+          enter("paused");
+          await work.interrupt(this.#pause.over);
+          continue;
+        }
+        enter(done === 0 ? "compiling" : "training");
+        const since = performance.now();
+        const { loss, lr, grad_norm } = await run.step();
+        done++;
+        clock.add(performance.now() - since);
+        emit({
+          kind: "step", step: done, loss, bits_per_byte: bitsPerByte(loss, train), lr, grad_norm,
+          tokens_per_s: clock.tokensPerSecond, seconds_left: clock.secondsFor(steps - done), memory: memoryOf(device),
+        });
+        if (recipe.eval_every > 0 && done % recipe.eval_every === 0) await evaluate();
+      }
+      if (done > 0 && evaluatedAt < done) await evaluate();
+    } catch (error) {
+      this.#forget(); // the weights of a failed run are worth nothing
+      throw error;
+    } finally {
+      run.dispose();
+      device.pool.trim();
+    }
+    return {
+      steps: done, stopped: done < steps, seconds: clock.total / 1000, bits_per_byte, memory: memoryOf(device),
+    };
+  }
+
+  #trained(): NemotronH {
+    if (!this.#model) throw new UsageError("There is no model yet; train one first.");
+    return this.#model;
+  }
+
+  /** Takes the device for one task. @throws UsageError when another has it. */
+  #begin(what: string): Work {
+    if (this.#working) throw new UsageError(`The worker is busy; pause or stop what runs before ${what}.`);
+    const take = () => {
+      const { over, end } = latch();
+      this.#working = over;
+      return () => {
+        this.#working = null;
+        end();
+      };
+    };
+    let end = take();
+    return {
+      end: () => end(),
+      interrupt: async (over) => {
+        end();
+        await over;
+        while (this.#working) await this.#working; // whoever uses the pause finishes first
+        end = take();
+      },
+    };
+  }
+
+  async #usableDevice(): Promise<Device> {
+    if (this.#device?.failure) this.#close();
+    if (this.#device) return this.#device;
+    const device = this.#device = await openDevice();
+    void device.gpuDevice.lost.then(({ reason }) => {
+      if (reason !== "destroyed" && device.failure) this.#onLost(failureOf(device.failure));
+    });
+    return device;
+  }
+
+  #forget(): void {
+    this.#model?.dispose();
+    this.#model = null;
+  }
+
+  #close(): void {
+    this.#model = null; // its memory goes with the device
+    this.#device?.destroy();
+    this.#device = null;
+  }
+}
+
+/** Everything about a run that needs no device. */
+function plan({ documents, preset: name = "tiny", recipe: given = {} }: TrainOptions) {
+  const config = preset(name);
+  const tokenizer = byteTokenizer(config.vocab_size);
+  const { steps } = makeRecipe(given);
+  const { eval_every = Math.ceil(steps / 10), eval_rows = 64 } = given;
+  const recipe = makeRecipe({ ...given, eval_every, eval_rows });
+  const split = splitDocuments(documents, { seed: recipe.seed });
+  const train = tokenizeDocuments(split.train, tokenizer);
+  const validation = tokenizeDocuments(split.validation, tokenizer);
+  const { unigram, bigram, trigram } = ngramBaselines(train, validation, config.vocab_size);
+  const data: DataEvent = {
+    kind: "data", parameters: countParameters(config).total, steps,
+    train_bytes: train.bytes, validation_bytes: validation.bytes,
+    baselines: { unigram: unigram.bitsPerByte, bigram: bigram.bitsPerByte, trigram: trigram.bitsPerByte },
+  };
+  return { data, config, recipe, train, validation };
+}
+
+/** A promise and what fulfils it. */
+interface Latch {
+  readonly over: Promise<void>;
+  readonly end: () => void;
+}
+
+function latch(): Latch {
+  let end = () => {};
+  const over = new Promise<void>((resolve) => {
+    end = resolve;
+  });
+  return { over, end };
+}
+
+interface Work {
+  end(): void;
+  /** Gives the device away until `over` and until it is free again. */
+  interrupt(over: Promise<void>): Promise<void>;
+}
+
+/** Speed and time left from the last steps; the first compiles shaders and counts for the total only. */
+class StepClock {
+  /** Milliseconds. */
+  total = 0;
+  readonly #tokens: number;
+  #recent: number[] = [];
+  #isFirst = true;
+
+  constructor(tokens: number) {
+    this.#tokens = tokens;
+  }
+
+  add(milliseconds: number): void {
+    this.total += milliseconds;
+    this.#recent = this.#isFirst ? [] : [...this.#recent, milliseconds].slice(-SPEED_WINDOW);
+    this.#isFirst = false;
+  }
+
+  get #mean(): number | null {
+    return this.#recent.length === 0 ? null : this.#recent.reduce((a, b) => a + b) / this.#recent.length;
+  }
+
+  get tokensPerSecond(): number {
+    return rate(this.#tokens, this.#mean ?? this.total);
+  }
+
+  secondsFor(steps: number): number | null {
+    return this.#mean === null ? null : (steps * this.#mean) / 1000;
+  }
+}
+
+function rate(count: number, milliseconds: number): number {
+  return milliseconds > 0 ? (1000 * count) / milliseconds : 0;
+}
+
+function memoryOf(device: Device): Memory {
+  const { liveBytes: live, peakBytes: peak, heldBytes: held } = device.pool;
+  return { live, peak, held };
+}

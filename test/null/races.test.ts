@@ -1,0 +1,182 @@
+/**
+ * Race detection: every entry point with workgroup memory or barriers is interpreted in lockstep on a small shape, and no
+ * two invocations of a workgroup may touch the same bytes between two barriers unless both read.
+ *
+ * The interpreter cannot size workgroup arrays by an `override` and models subgroups wrongly, so overrides are given as
+ * constants and the condition `subgroups` stays off.
+ */
+import { describe, expect, test } from "vitest";
+import { link } from "../../src/kernel/link.ts";
+import { manifest } from "../../src/kernel/manifest.ts";
+import { shaderSource } from "../../src/kernel/sources.node.ts";
+import { Draw } from "../ops/suite.ts";
+import { barriersOf, findRaces, usesSharedMemory } from "../support/race_detector.ts";
+
+type Values = Float32Array | Int32Array | Uint32Array;
+
+/** One small launch. Storage buffers hold their initial contents; a number means so many zeros. */
+interface Launch {
+  readonly bind: Readonly<Record<string, Values | number>>;
+  readonly params: Readonly<Record<string, number>>;
+  readonly constants?: Readonly<Record<string, number>>;
+  readonly conditions?: readonly string[];
+  readonly workgroups: readonly number[];
+}
+
+interface KernelShape {
+  readonly bindings: Readonly<Record<string, { binding: number; access: string }>>;
+  readonly params: Readonly<Record<string, string>>;
+  readonly entries: Readonly<Record<string, readonly string[]>>;
+}
+
+const r = new Draw(7);
+const normal = (size: number) => Float32Array.from(r.normal([size]).data);
+const integers = (size: number, below: number) => Int32Array.from(r.integers([size], 0, below).data);
+const u32 = (...values: number[]) => Uint32Array.from(values);
+/** Settings of a sampler: temperature, top_k, top_p, min_p. */
+const settings = Float32Array.from([0.8, 6, 0.7, 0.01]);
+const sampled = { logits: normal(2 * 21), params: { rows: 2, vocab: 21 }, constants: { WG: 16 }, workgroups: [2] } as const;
+/** Bits of the largest logit, key and index of the last token kept: here all of them. */
+const cuts = u32(0x40000000, 1, 20, 0, 0x40000000, 1, 20, 0);
+const MATMUL = {
+  m: 5, n: 6, k: 18, batches: 1, row_tiles: 1, splits: 1, split_k: 18, a_row: 18, a_col: 1, a_batch: 90, b_row: 6, b_col: 1,
+  b_batch: 108, c_row: 6, c_batch: 30, c_split: 30, b_offset: 0, c_offset: 0,
+};
+
+/** By `kernel:entry`. A kernel with workgroup memory or barriers that is not here fails the run. */
+const LAUNCHES: Readonly<Record<string, Launch>> = {
+  "loss/cross_entropy:chunk_lse": {
+    bind: { logits: normal(3 * 20), labels: integers(3, 20), lse: 3, picked: 3 },
+    params: { rows: 3, stride: 20, width: 20, chunk: 0, vocab: 20 }, constants: { WG: 16 }, workgroups: [4],
+  },
+  "loss/cross_entropy:mean": {
+    bind: { labels: integers(11, 20), lse: normal(11), picked: normal(11), loss: 1, scale: 1 },
+    params: { rows: 11, stride: 20, width: 20, chunk: 0, vocab: 20 }, constants: { WG: 16 }, workgroups: [1],
+  },
+  "mamba2/state_passing_backward:exponents": {
+    bind: { dA_cumsum: 16, start: 4, prev_states: normal(48), dstates: normal(48), dcumsum: 16 },
+    params: { nheads: 2, cells: 12, nchunks: 2, chunk_size: 4, total: 4 }, constants: { WG: 16 }, workgroups: [4],
+  },
+  "matmul/matmul_tile:matmul_tile": {
+    bind: { a: normal(90), b: normal(108), c: 30, bias: normal(6), tiles: 1 }, params: MATMUL, conditions: ["bias"],
+    workgroups: [1],
+  },
+  "matmul/matvec:matvec": {
+    bind: { x: normal(40), weight: normal(120), y: 12, bias: normal(6), offsets: 1 },
+    params: { m: 2, n: 6, k: 20, experts: 0 }, constants: { WG: 16 }, workgroups: [4],
+  },
+  "moe/expert_bias:expert_bias": {
+    bind: { bias: 11, counts: Uint32Array.from(integers(11, 9)) },
+    params: { experts: 11, rate: 0.01 }, constants: { WG: 16 }, workgroups: [1],
+  },
+  "moe/plan:scan_experts": {
+    bind: { offsets: Uint32Array.from(integers(14, 5)) },
+    params: { choices: 12, experts: 13, pieces: 1, length: 12 }, constants: { WG: 16 }, workgroups: [1],
+  },
+  "moe/plan:small": {
+    bind: { topk_idx: Uint32Array.from(integers(20, 5)), offsets: 6, slot_token: 20, token_slot: 20 },
+    params: { choices: 20, experts: 5, pieces: 1, length: 20 }, constants: { WG: 16 }, workgroups: [1],
+  },
+  "moe/router:router": {
+    bind: { logits: normal(3 * 12), bias: normal(12), keys: 4 * 12, topk_weight: 9, topk_idx: 9 },
+    params: { tokens: 3, experts: 12, topk: 3, topk_group: 2, normalise: 1, scaling: 2.5 },
+    constants: { WG: 16, LANES: 4, BLOCKS: 8, GROUPS: 4, WORDS: 1 }, workgroups: [1],
+  },
+  "moe/router_aux_loss:total": {
+    bind: { value: normal(11), loss: 1 },
+    params: { tokens: 11, seqlen: 11, experts: 4, factor: 1, inverse_batch: 1 }, constants: { WG: 16 }, workgroups: [1],
+  },
+  "moe/unpermute_backward:unpermute_backward": {
+    bind: {
+      y: normal(6 * 10), topk_weight: normal(6), token_slot: u32(3, 1, 0, 5, 4, 2), dout: normal(3 * 10), dy: 60, dweight: 6,
+    },
+    params: { choices: 6, cols: 10, topk: 2 }, constants: { WG: 16, LANES: 4 }, workgroups: [2],
+  },
+  "norm/rms_norm:rms_norm_row": {
+    bind: { x: normal(40), z: normal(40), weight: normal(20), out: 40, rstd: 4 },
+    params: { tokens: 2, ngroups: 2, cols: 10, n: 10, eps: 1e-5 }, constants: { WG: 16 }, conditions: ["gated"],
+    workgroups: [4],
+  },
+  "norm/rms_norm_backward:rms_norm_backward_row": {
+    bind: { x: normal(40), z: normal(40), weight: normal(20), rstd: normal(4), dout: normal(40), dx: 40, dz: 40 },
+    params: { tokens: 2, ngroups: 2, cols: 10, n: 10 }, constants: { WG: 16 }, conditions: ["gated"], workgroups: [4],
+  },
+  "optim/global_norm:squares": {
+    bind: { x: normal(70), partial: 3 }, params: { count: 70, first: 0, max_norm: 1 }, constants: { WG: 16, EACH: 2 },
+    workgroups: [3],
+  },
+  "optim/global_norm:total": {
+    bind: { partial: normal(11), norm: 1 }, params: { count: 11, first: 0, max_norm: 1 }, constants: { WG: 16, EACH: 2 },
+    workgroups: [1],
+  },
+  "sample/argmax:argmax": { bind: { logits: sampled.logits, token: 2 }, ...sampled },
+  "sample/draw:draw": {
+    bind: { logits: sampled.logits, settings, cuts, counter: u32(1, 2, 3, 4), token: 2 }, ...sampled,
+  },
+  "sample/filter:filter_tokens": { bind: { logits: sampled.logits, settings, cuts: 8 }, ...sampled },
+  "sample/probabilities:probabilities": {
+    bind: { logits: sampled.logits, settings, cuts, probability: 42 }, ...sampled,
+  },
+};
+
+const kernels = Object.entries(manifest as Readonly<Record<string, KernelShape>>);
+
+/** Links a kernel for its launch. */
+function linked(name: string): string {
+  const launch = LAUNCHES[name]!;
+  const { code } = link(name.split(":")[0]!, shaderSource, {
+    conditions: launch.conditions ?? [], constants: launch.constants ?? {},
+  });
+  const left = /\boverride\s+(\w+)/.exec(code);
+  if (left) throw new Error(`The launch of ${name} gives no constant for ${left[1]}.`);
+  return code;
+}
+
+/** Interprets a launch: what went wrong, and what the buffers hold afterwards. */
+function run(name: string, code: string): { messages: string[]; buffers: Record<string, Uint32Array> } {
+  const [kernel, entry] = name.split(":") as [keyof typeof manifest, string];
+  const launch = LAUNCHES[name]!;
+  const shape: KernelShape = manifest[kernel];
+  const params = new DataView(new ArrayBuffer(Math.max(16, 4 * Object.keys(shape.params).length)));
+  Object.entries(shape.params).forEach(([field, type], i) => {
+    const value = launch.params[field];
+    if (value === undefined) throw new Error(`The launch of ${name} gives no ${field}.`);
+    if (type === "f32") params.setFloat32(4 * i, value, true);
+    else params.setInt32(4 * i, value, true);
+  });
+  const buffers: Record<string, Uint32Array> = {};
+  const storage: Record<number, ArrayBuffer> = {};
+  for (const buffer of shape.entries[entry]!) {
+    if (buffer === "params" || !code.includes(`> ${buffer}:`)) continue;
+    const given = launch.bind[buffer];
+    if (given === undefined) throw new Error(`The launch of ${name} binds no ${buffer}.`);
+    const bytes = typeof given === "number" ? new ArrayBuffer(4 * given) : given.slice().buffer as ArrayBuffer;
+    buffers[buffer] = new Uint32Array(bytes);
+    storage[shape.bindings[buffer]!.binding] = bytes;
+  }
+  return { messages: findRaces(code, entry, launch.workgroups, storage, params.buffer), buffers };
+}
+
+test("every entry point with workgroup memory has a launch here, and no other", () => {
+  const needed = kernels.flatMap(([kernel, { entries }]) => {
+    const { code } = link(kernel, shaderSource);
+    return Object.keys(entries).filter((entry) => usesSharedMemory(code, entry)).map((entry) => `${kernel}:${entry}`);
+  });
+  expect(Object.keys(LAUNCHES).sort()).toEqual(needed.sort());
+});
+
+describe("no races", () => {
+  for (const name of Object.keys(LAUNCHES)) {
+    test(name, () => expect(run(name, linked(name)).messages.slice(0, 3)).toEqual([]));
+  }
+});
+
+describe("a removed barrier is reported", () => {
+  for (const name of Object.keys(LAUNCHES)) {
+    const code = linked(name);
+    barriersOf(code, name.split(":")[1]!).forEach(([start, end], i) => test(`${name}, barrier ${i + 1}`, () => {
+      expect(run(name, code.slice(0, start) + code.slice(end)).messages.length).toBeGreaterThan(0);
+    }));
+  }
+});
+for (const n of Object.keys(LAUNCHES)) { const {buffers}=run(n, linked(n)); for (const [k,b] of Object.entries(buffers)) process.stdout.write(`${n} ${k} ${[...new Float32Array(b.buffer)].slice(0,24).map(x=>x.toPrecision(4))} u32 ${[...b].slice(0,16)}\n`);}

@@ -1,0 +1,46 @@
+import { grouped_linear } from "../../src/ops/grouped_linear.ts";
+import * as ref from "../../src/reference/grouped_linear.ts";
+import { type Draw, opSamples, type Sample } from "./suite.ts";
+
+/** Rows per expert, with the widths N and K. */
+function grouped(name: string, counts: number[], [N, K]: [number, number], ...options: unknown[]): Sample {
+  const offsets = counts.reduce<number[]>((ends, count) => [...ends, ends.at(-1)! + count], [0]);
+  return {
+    name, reduction: Math.max(N, K, ...counts),
+    args: (r: Draw) => [
+      r.normal([offsets.at(-1)!, K]), r.normal([counts.length, N, K]), r.of([offsets.length], offsets, "u32"), ...options,
+    ],
+  };
+}
+
+const uneven = [5, 0, 17, 1, 0, 40];
+
+export default opSamples({
+  op: grouped_linear, reference: ref.grouped_linear, vjp: ref.grouped_linear_vjp,
+  samples: [
+    grouped("whole vectors, experts without rows", uneven, [20, 16]),
+    grouped("odd widths", uneven, [19, 13]),
+    grouped("odd outputs", uneven, [18, 12]),
+    grouped("odd inputs", uneven, [24, 11]),
+    grouped("whole tiles", [16, 32, 16], [32, 16]),
+    grouped("all rows with the last expert", [0, 0, 0, 37], [8, 12]),
+    grouped("one expert", [33], [12, 8]),
+    grouped("one row each", Array.from({ length: 12 }, () => 1), [16, 24]),
+    grouped("few rows", [1, 0, 2, 0, 3], [18, 20]),
+    grouped("few rows, odd", [1, 0, 2, 0, 3], [9, 7]),
+    grouped("matvec", [1, 0, 2, 0, 3], [18, 20], { kernel: "matvec" }),
+    grouped("workgroup tile", [5, 0, 70, 1], [70, 12], { kernel: "tile" }),
+    grouped("workgroup tile, odd", [5, 0, 70, 1], [9, 19], { kernel: "tile" }),
+    grouped("no rows", [0, 0, 0], [8, 12]),
+  ],
+  errors: [
+    {
+      name: "weight of the wrong width", message: /grouped_linear.*weight.*\[E, N, 4\].*\[2, 3, 5\]/,
+      args: (r) => [r.normal([2, 4]), r.normal([2, 3, 5]), r.of([3], [0, 1, 2], "u32")],
+    },
+    {
+      name: "offsets for another number of experts", message: /grouped_linear.*offsets.*\[3\].*\[4\]/,
+      args: (r) => [r.normal([2, 4]), r.normal([2, 3, 4]), r.of([4], [0, 1, 2, 2], "u32")],
+    },
+  ],
+});

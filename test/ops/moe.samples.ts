@@ -1,0 +1,105 @@
+import { expert_load, moe_permute, moe_plan, moe_unpermute, update_expert_bias } from "../../src/ops/moe.ts";
+import * as ref from "../../src/reference/moe.ts";
+import { type Draw, type HostTensor, opSamples } from "./suite.ts";
+
+/** K different experts for each of T tokens, ascending as the router writes them. */
+function choices(r: Draw, T: number, K: number, E: number): HostTensor {
+  const chosen: number[] = [];
+  for (let t = 0; t < T; t++) {
+    const experts = Array.from({ length: E }, (_, e) => e);
+    for (let k = 0; k < K; k++) {
+      const at = k + Math.floor(r.next() * (E - k));
+      [experts[k], experts[at]] = [experts[at]!, experts[k]!];
+    }
+    chosen.push(...experts.slice(0, K).sort((a, b) => a - b));
+  }
+  return r.of([T, K], chosen, "u32");
+}
+
+function plan(r: Draw, T: number, K: number, E: number) {
+  const { offsets, slot_token, token_slot } = ref.moe_plan(choices(r, T, K, E), E);
+  return {
+    offsets: r.of(offsets.shape, [...offsets.data], "u32"),
+    slot_token: r.of(slot_token.shape, [...slot_token.data], "u32"),
+    token_slot: r.of(token_slot.shape, [...token_slot.data], "u32"),
+  };
+}
+
+export default [
+  opSamples({
+    op: expert_load, reference: ref.expert_load,
+    samples: [
+      { name: "no tokens", args: (r) => [r.of([4], [0, 0, 0, 0], "u32"), choices(r, 0, 2, 4)] },
+      { name: "one token", args: (r) => [r.of([9], [0, 0, 0, 0, 0, 0, 0, 0, 0], "u32"), choices(r, 1, 3, 9)] },
+      { name: "all to one expert", args: (r) => [r.of([5], [0, 0, 0, 0, 0], "u32"), r.integers([200, 1], 3, 4, "u32")] },
+      { name: "added to earlier counts, odd sizes", args: (r) => [r.integers([13], 0, 99, "u32"), choices(r, 333, 3, 13)] },
+    ],
+    errors: [{
+      name: "no experts", args: (r) => [r.of([0], [], "u32"), choices(r, 1, 1, 1)], message: /expert_load.*counts must be.*found \[0\]/,
+    }],
+  }),
+  opSamples({
+    op: update_expert_bias, reference: ref.update_expert_bias,
+    samples: [
+      { name: "busy, idle and balanced", args: (r) => [r.normal([4], 0.1), r.of([4], [5, 3, 1, 3], "u32"), 1e-3] },
+      { name: "a mean between two counts", args: (r) => [r.normal([3], 0.1), r.of([3], [2, 2, 1], "u32"), 1e-3] },
+      { name: "no tokens at all", args: (r) => [r.normal([5], 0.1), r.of([5], [0, 0, 0, 0, 0], "u32"), 1e-3] },
+      { name: "large counts", args: (r) => [r.normal([2], 0.1), r.of([2], [2000000001, 2000000000], "u32"), 1e-3] },
+      { name: "512 experts", args: (r) => [r.normal([512], 0.1), r.integers([512], 0, 9, "u32"), 1e-3] },
+    ],
+    errors: [
+      { name: "counts of another width", args: (r) => [r.normal([4]), r.integers([3], 0, 9, "u32"), 1], message: /counts.*\[4\].*\[3\]/ },
+    ],
+  }),
+  opSamples({
+    op: moe_plan, reference: ref.moe_plan,
+    samples: [
+      { name: "no tokens", args: (r) => [choices(r, 0, 2, 4), 4] },
+      { name: "one token", args: (r) => [choices(r, 1, 22, 512), 512] },
+      { name: "the most choices of the small kernel", args: (r) => [choices(r, 60, 2, 16), 16] },
+      { name: "the fewest of the large one", args: (r) => [choices(r, 64, 2, 16), 16] },
+      { name: "one expert", args: (r) => [choices(r, 300, 1, 1), 1] },
+      { name: "experts without tokens", args: (r) => [r.integers([777, 1], 3, 5, "u32"), 40] },
+      { name: "odd sizes", args: (r) => [choices(r, 701, 3, 37), 37] },
+      { name: "512 experts", args: (r) => [choices(r, 300, 22, 512), 512] },
+    ],
+    errors: [
+      { name: "a flat list", args: (r) => [r.integers([4], 0, 2, "u32"), 2], message: /moe_plan.*topk_idx.*\[T, K\].*\[4\]/ },
+    ],
+  }),
+  opSamples({
+    op: moe_permute, reference: ref.moe_permute, vjp: ref.moe_permute_vjp,
+    samples: [
+      { name: "no tokens", args: (r) => [r.normal([0, 8]), plan(r, 0, 2, 4), 2] },
+      { name: "no columns", args: (r) => [r.normal([3, 0]), plan(r, 3, 2, 4), 2] },
+      { name: "one token", args: (r) => [r.normal([1, 12]), plan(r, 1, 3, 5), 3] },
+      { name: "odd width", args: (r) => [r.normal([37, 77]), plan(r, 37, 3, 7), 3] },
+      { name: "wide rows", args: (r) => [r.normal([19, 300]), plan(r, 19, 2, 8), 2] },
+      { name: "one choice each", args: (r) => [r.normal([33, 20]), plan(r, 33, 1, 4), 1] },
+    ],
+    errors: [
+      { name: "a plan of another size", args: (r) => [r.normal([3, 4]), plan(r, 2, 2, 4), 2], message: /moe_permute.*plan.*6 choices.*\[4\]/ },
+    ],
+  }),
+  opSamples({
+    op: moe_unpermute, reference: ref.moe_unpermute, vjp: ref.moe_unpermute_vjp,
+    samples: [
+      { name: "no tokens", args: (r) => [r.normal([0, 8]), r.normal([0, 2]), plan(r, 0, 2, 4)] },
+      { name: "no columns", args: (r) => [r.normal([6, 0]), r.normal([3, 2]), plan(r, 3, 2, 4)] },
+      { name: "one token", args: (r) => [r.normal([3, 12]), r.normal([1, 3]), plan(r, 1, 3, 5)] },
+      { name: "odd width", args: (r) => [r.normal([111, 77]), r.normal([37, 3]), plan(r, 37, 3, 7)], reduction: 77 },
+      { name: "wide rows", args: (r) => [r.normal([38, 300]), r.normal([19, 2]), plan(r, 19, 2, 8)], reduction: 300 },
+      { name: "22 of 32", args: (r) => [r.normal([110, 4]), r.normal([5, 22]), plan(r, 5, 22, 32)] },
+    ],
+    errors: [
+      {
+        name: "rows that do not match the weights",
+        args: (r) => [r.normal([5, 4]), r.normal([3, 2]), plan(r, 3, 2, 4)], message: /moe_unpermute.*y.*\[6, D\].*\[5, 4\]/,
+      },
+      {
+        name: "a plan of another size",
+        args: (r) => [r.normal([6, 4]), r.normal([3, 2]), plan(r, 2, 2, 4)], message: /moe_unpermute.*plan.*6 choices.*\[4\]/,
+      },
+    ],
+  }),
+];
