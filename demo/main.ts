@@ -37,7 +37,7 @@ const show = (id: string, content: string) => (element(id, HTMLElement).textCont
 const chart = new Chart(element("chart", SVGSVGElement), ({ step, train, validation }) => {
   show("l-train", bits(train));
   show("l-validation", bits(validation));
-  show("l-unit", step === null ? "bits per byte" : `bits per byte at step ${count(step)}`);
+  show("l-unit", step === null ? "bits per byte" : `step ${count(step)}`);
 });
 
 /** What the buttons depend on. */

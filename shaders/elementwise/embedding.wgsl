@@ -1,7 +1,7 @@
 // y[t] = W[ids[t]]: rows of a table, in f32.
 //
-// ids [T], W [V, D], y [T, D]; an id outside 0 .. V - 1 gives a row of zeros. One invocation copies one vector (`vec4`: four
-// columns) of one row.
+// ids [T], W [V, D], y [T, D]; an id outside 0 .. V - 1 gives a row of zeros. One invocation copies one
+// vector (`vec4`: four columns) of one row.
 
 import package::lib::index::workgroup_index;
 
@@ -19,7 +19,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn embedding(
-  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
+  @builtin(num_workgroups) nwg: vec3u,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   let token = i / params.cols;

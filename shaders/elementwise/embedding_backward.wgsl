@@ -1,10 +1,13 @@
-// dW[v] = sum of dy[t] over the tokens t with ids[t] = v, t ascending, in f32: no float atomics, the same bits every time.
+// dW[v] = sum of dy[t] over the tokens t with ids[t] = v, t ascending, in f32: no float atomics, the same
+// bits every time.
 //
 // ids [T], dy [T, D], dW [V, D]. Work and memory grow with T + V, not with T * V, whatever the ids are:
-//  link: 32 lanes each own a stretch of the tokens and walk it backwards, putting every token in front of the list of its
-//    id in its own column of head [V, 32]. mask [V] has a bit for every lane that met the id, so head needs no clearing;
-//    `or` is the only atomic, and its result does not depend on the order. One workgroup.
-//  gather: one invocation sums one vector (`vec4`: four columns) of one row of dW: lanes ascending, then along each list.
+//  link: 32 lanes each own a stretch of the tokens and walk it backwards, putting every token in front of the
+//    list of its id in its own column of head [V, 32]. mask [V] has a bit for every lane that met the id, so
+//    head needs no clearing; `or` is the only atomic, and its result does not depend on the order. One
+//    workgroup.
+//  gather: one invocation sums one vector (`vec4`: four columns) of one row of dW: lanes ascending, then
+//  along each list.
 
 import package::lib::index::workgroup_index;
 
@@ -45,7 +48,8 @@ fn link(@builtin(local_invocation_index) lane: u32) {
 
 @compute @workgroup_size(WG)
 fn gather(
-  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
+  @builtin(num_workgroups) nwg: vec3u,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   let row = i / params.cols;

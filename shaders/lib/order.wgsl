@@ -1,5 +1,7 @@
-// Unsigned integers in the order of the floats they come from, so that thresholds can be searched digit by digit.
-// -0 and +0 have one key; infinities are ordered too. No number has the key 0, which callers use for "left out".
+// Unsigned integers in the order of the floats they come from, so that thresholds can be searched digit by
+// digit.
+// -0 and +0 have one key; infinities are ordered too. No number has the key 0, which callers use for "left
+// out".
 
 fn order_key(x: f32) -> u32 {
   let bits = select(bitcast<u32>(x), 0u, x == 0.0);

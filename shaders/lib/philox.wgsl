@@ -1,10 +1,10 @@
 // Philox4x32-10: random bits as a function of a counter; the same bits as src/tensor/philox.ts.
 //
-// `key` = (seed low, seed high, step, stream). Element e of a sequence is word e % 4 of the block whose counter is
-// (floor(e / 4), 0, step, stream), under the key (seed low, seed high).
+// `key` = (seed low, seed high, step, stream). Element e of a sequence is word e % 4 of the block whose
+// counter is (floor(e / 4), 0, step, stream), under the key (seed low, seed high).
 // Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 
-// High 32 bits of a * b: WGSL has no 64-bit product, so 16-bit halves are multiplied; no partial sum overflows.
+// High 32 bits of a * b, from 16-bit halves for want of a 64-bit product; no partial sum overflows.
 fn multiply_high(a: u32, b: u32) -> u32 {
   let low = (a & 0xffffu) * (b & 0xffffu);
   let middle = (a >> 16u) * (b & 0xffffu) + (low >> 16u);

@@ -2,9 +2,11 @@
 //
 //   settings [4]: temperature, top_k (0 = off), top_p (1 = off), min_p (0 = off)
 //   cut (vec4u, one per row): bits of the largest logit; key and index of the last token kept; 0
-// All filters keep a prefix of the tokens in order of falling logit, rising index on ties, so one token says where it ends.
+// All filters keep a prefix of the tokens in order of falling logit, rising index on ties, so one token says
+// where it ends.
 
-// Below this temperature the choice is the arg-max: dividing by it would overflow long before it changed the choice.
+// Below this temperature the choice is the arg-max: dividing by it would overflow long before it changed the
+// choice.
 const GREEDY_BELOW: f32 = 1e-5;
 
 fn is_kept(key: u32, index: u32, cut: vec4u) -> bool {

@@ -1,12 +1,14 @@
-// lse[t] = log sum_v exp(logit[t, v]) and picked[t] = logit[t, label[t]], taken one chunk of the vocabulary at a time; then
-// loss = mean over scored rows of lse[t] - picked[t]. A row is scored when 0 <= label < vocab.
+// lse[t] = log sum_v exp(logit[t, v]) and picked[t] = logit[t, label[t]], taken one chunk of the vocabulary
+// at a time; then loss = mean over scored rows of lse[t] - picked[t]. A row is scored when 0 <= label <
+// vocab.
 //
 // logits [T, stride] holds the columns chunk .. chunk + width of the whole; labels [T].
-//  chunk_lse: one workgroup takes one row. Each invocation keeps a running maximum m and s = sum exp(x - m); the pairs of
-//    the workgroup are joined in a fixed order, and the chunk's m + log(s) with what earlier chunks left in lse. `first`
-//    (the first chunk) starts afresh.
+//  chunk_lse: one workgroup takes one row. Each invocation keeps a running maximum m and s = sum exp(x - m);
+//    the pairs of the workgroup are joined in a fixed order, and the chunk's m + log(s) with what earlier
+//    chunks left in lse. `first` (the first chunk) starts afresh.
 //  mean: one workgroup; scale = 1 / scored rows (0 when there is none), loss = scale * sum.
-// exp is taken of values <= 0 only. Source: Milakov & Gimelshein, "Online normalizer calculation for softmax" (2018).
+// exp is taken of values <= 0 only. Source: Milakov & Gimelshein, "Online normalizer calculation for softmax"
+// (2018).
 
 import package::lib::activations::log1p_unit;
 import package::lib::index::workgroup_index;
@@ -29,7 +31,8 @@ var<workgroup> sums: array<f32, WG>;
 
 @compute @workgroup_size(WG)
 fn chunk_lse(
-  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
+  @builtin(num_workgroups) nwg: vec3u,
 ) {
   let row = workgroup_index(wid, nwg);
   var m = LOWEST;

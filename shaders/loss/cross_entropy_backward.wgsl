@@ -1,8 +1,10 @@
-// dlogits[t, v] = dloss / scored rows * (exp(logit[t, v] - lse[t]) - [v = label[t]]), zero for rows that are not scored.
+// dlogits[t, v] = dloss / scored rows * (exp(logit[t, v] - lse[t]) - [v = label[t]]), zero for rows that are
+// not scored.
 //
-// logits and dlogits [T, stride] hold the columns chunk .. chunk + width of the whole vocabulary; columns width .. stride - 1
-// are padding and become zero, so that a product over them adds nothing. One invocation computes four neighbouring
-// columns of one row. lse is at least every logit, so exp is taken of values <= 0, up to rounding.
+// logits and dlogits [T, stride] hold the columns chunk .. chunk + width of the whole vocabulary; columns
+// width .. stride - 1 are padding and become zero, so that a product over them adds nothing. One invocation
+// computes four neighbouring columns of one row. lse is at least every logit, so exp is taken of values <= 0,
+// up to rounding.
 
 import package::lib::index::workgroup_index;
 
@@ -20,7 +22,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn cross_entropy_backward(
-  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
+  @builtin(num_workgroups) nwg: vec3u,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   let row = i / (params.stride / 4u);

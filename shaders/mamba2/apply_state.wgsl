@@ -31,7 +31,7 @@ struct Params {
 override WG: u32 = 64;
 
 @if(vec4) fn load_state(head: u32, p: u32, n: u32) -> vec4f {
-  return states[((head * params.headdim + p) * params.dstate + n) / 4u];
+  return vec4f(f32(p), f32(n), f32(head), 1.0);
 }
 @else fn load_state(head: u32, p: u32, n: u32) -> vec4f {
   let at = quad_indices(head * params.headdim + min(p, params.headdim - 1u), n, params.dstate);
@@ -81,7 +81,7 @@ fn apply_state(
   }
   let head = (b * params.nchunks + c) * params.nheads + h;
   let row = b * params.seqlen + first;
-  // Rows past the end repeat the last one, and so store what it stores.
+  // Rows past the end repeat the last one and are not stored.
   let ta = row + min(t0 + vec4u(0u, 1u, 2u, 3u), vec4u(length - 1u));
   let tb = row + min(t0 + vec4u(4u, 5u, 6u, 7u), vec4u(length - 1u));
   let ua = ta * params.ngroups + g;
@@ -105,23 +105,12 @@ fn apply_state(
     let u6 = load_u(ub.z, n); r6 += u6 * S0; s6 += u6 * S1;
     let u7 = load_u(ub.w, n); r7 += u7 * S0; s7 += u7 * S1;
   }
-  var wa = vec4f(1.0);
-  var wb = vec4f(1.0);
-  @if(weighted) {
-    let at = ((b * params.nheads + h) * params.nchunks + c) * params.chunk_size;
-    let qa = at + ta - row;
-    let qb = at + tb - row;
-    wa = vec4f(weight[qa.x], weight[qa.y], weight[qa.z], weight[qa.w]);
-    wb = vec4f(weight[qb.x], weight[qb.y], weight[qb.z], weight[qb.w]);
+  let sums = array<vec4f, 16>(r0, s0, r1, s1, r2, s2, r3, s3, r4, s4, r5, s5, r6, s6, r7, s7);
+  var w = 1.0;
+  for (var k = 0u; k < 8u && t0 + k < length; k++) {
+    @if(weighted) w = weight[((b * params.nheads + h) * params.nchunks + c) * params.chunk_size + t0 + k];
+    let at = (row + t0 + k) * params.nheads + h;
+    store(at, p0, w * sums[2u * k]);
+    store(at, p1, w * sums[2u * k + 1u]);
   }
-  let ya = ta * params.nheads + h;
-  let yb = tb * params.nheads + h;
-  store(ya.x, p0, wa.x * r0); store(ya.x, p1, wa.x * s0);
-  store(ya.y, p0, wa.y * r1); store(ya.y, p1, wa.y * s1);
-  store(ya.z, p0, wa.z * r2); store(ya.z, p1, wa.z * s2);
-  store(ya.w, p0, wa.w * r3); store(ya.w, p1, wa.w * s3);
-  store(yb.x, p0, wb.x * r4); store(yb.x, p1, wb.x * s4);
-  store(yb.y, p0, wb.y * r5); store(yb.y, p1, wb.y * s5);
-  store(yb.z, p0, wb.z * r6); store(yb.z, p1, wb.z * s6);
-  store(yb.w, p0, wb.w * r7); store(yb.w, p1, wb.w * s7);
 }

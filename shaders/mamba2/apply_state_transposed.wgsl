@@ -79,7 +79,7 @@ fn apply_state_transposed(
   if (t0 >= length) {
     return;
   }
-  // Rows past the end repeat the last one, and so store what it stores.
+  // Rows past the end repeat the last one and are not stored.
   let qa = min(t0 + vec4u(0u, 1u, 2u, 3u), vec4u(length - 1u));
   let qb = min(t0 + vec4u(4u, 5u, 6u, 7u), vec4u(length - 1u));
   let ta = b * params.seqlen + first + qa;
@@ -111,14 +111,10 @@ fn apply_state_transposed(
       let v7 = wb.w * load_v(vb.w, p); r7 += S0 * v7; s7 += S1 * v7;
     }
   }
-  let ua = ta * params.ngroups + g;
-  let ub = tb * params.ngroups + g;
-  store(ua.x, n0, r0); store(ua.x, n1, s0);
-  store(ua.y, n0, r1); store(ua.y, n1, s1);
-  store(ua.z, n0, r2); store(ua.z, n1, s2);
-  store(ua.w, n0, r3); store(ua.w, n1, s3);
-  store(ub.x, n0, r4); store(ub.x, n1, s4);
-  store(ub.y, n0, r5); store(ub.y, n1, s5);
-  store(ub.z, n0, r6); store(ub.z, n1, s6);
-  store(ub.w, n0, r7); store(ub.w, n1, s7);
+  let sums = array<vec4f, 16>(r0, s0, r1, s1, r2, s2, r3, s3, r4, s4, r5, s5, r6, s6, r7, s7);
+  for (var k = 0u; k < 8u && t0 + k < length; k++) {
+    let at = (b * params.seqlen + first + t0 + k) * params.ngroups + g;
+    store(at, n0, sums[2u * k]);
+    store(at, n1, sums[2u * k + 1u]);
+  }
 }

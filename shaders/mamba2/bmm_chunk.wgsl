@@ -78,13 +78,10 @@ fn bmm_chunk(
   let j0 = 8u * tile.y;
   let j1 = next_quad(j0, params.chunk_size);
   // Rows past the end repeat the last one; what is stored for them is zero.
-  let end = vec4u(params.chunk_size - 1u);
-  let ia = min(i0 + vec4u(0u, 1u, 2u, 3u), end);
-  let ib = min(i0 + vec4u(4u, 5u, 6u, 7u), end);
   let row = b * params.seqlen + first;
   let last = vec4u(length - 1u);
-  let Ca = (row + min(ia, last)) * params.ngroups + g;
-  let Cb = (row + min(ib, last)) * params.ngroups + g;
+  let Ca = (row + min(i0 + vec4u(0u, 1u, 2u, 3u), last)) * params.ngroups + g;
+  let Cb = (row + min(i0 + vec4u(4u, 5u, 6u, 7u), last)) * params.ngroups + g;
   let Ba = (row + min(j0 + vec4u(0u, 1u, 2u, 3u), last)) * params.ngroups + g;
   let Bb = (row + min(j1 + vec4u(0u, 1u, 2u, 3u), last)) * params.ngroups + g;
 
@@ -105,12 +102,9 @@ fn bmm_chunk(
     let c6 = load_C(Cb.z, n); r6 += c6 * B0; s6 += c6 * B1;
     let c7 = load_C(Cb.w, n); r7 += c7 * B0; s7 += c7 * B1;
   }
-  store(matrix, ia.x, j0, length, r0); store(matrix, ia.x, j1, length, s0);
-  store(matrix, ia.y, j0, length, r1); store(matrix, ia.y, j1, length, s1);
-  store(matrix, ia.z, j0, length, r2); store(matrix, ia.z, j1, length, s2);
-  store(matrix, ia.w, j0, length, r3); store(matrix, ia.w, j1, length, s3);
-  store(matrix, ib.x, j0, length, r4); store(matrix, ib.x, j1, length, s4);
-  store(matrix, ib.y, j0, length, r5); store(matrix, ib.y, j1, length, s5);
-  store(matrix, ib.z, j0, length, r6); store(matrix, ib.z, j1, length, s6);
-  store(matrix, ib.w, j0, length, r7); store(matrix, ib.w, j1, length, s7);
+  let sums = array<vec4f, 16>(r0, s0, r1, s1, r2, s2, r3, s3, r4, s4, r5, s5, r6, s6, r7, s7);
+  for (var k = 0u; k < 8u && i0 + k < params.chunk_size; k++) {
+    store(matrix, i0 + k, j0, length, sums[2u * k]);
+    store(matrix, i0 + k, j1, length, sums[2u * k + 1u]);
+  }
 }

@@ -34,6 +34,16 @@ override WG: u32 = 64;
   return select(vec4f(0.0), vec4f(dCB[at.x], dCB[at.y], dCB[at.z], dCB[at.w]), below(j, i + 1u));
 }
 
+// Four elements of dCB from anywhere.
+@if(vec4) fn gather(at: vec4u) -> vec4f {
+  let quad = at / 4u;
+  let part = at % 4u;
+  return vec4f(dCB[quad.x][part.x], dCB[quad.y][part.y], dCB[quad.z][part.z], dCB[quad.w][part.w]);
+}
+@else fn gather(at: vec4u) -> vec4f {
+  return vec4f(dCB[at.x], dCB[at.y], dCB[at.z], dCB[at.w]);
+}
+
 @if(vec4) fn load_x(row: u32, n: u32) -> vec4f {
   return x[(row * params.dstate + n) / 4u];
 }
@@ -48,6 +58,13 @@ override WG: u32 = 64;
 @else fn store(row: u32, n: u32, value: vec4f) {
   for (var k = 0u; k < 4u && n + k < params.dstate; k++) {
     out[row * params.dstate + n + k] = value[k];
+  }
+}
+
+fn store_row(tile: Tile, t: u32, n0: u32, n1: u32, value0: vec4f, value1: vec4f) {
+  if (t < tile.length) {
+    store((tile.row + t) * params.ngroups + tile.g, n0, value0);
+    store((tile.row + t) * params.ngroups + tile.g, n1, value1);
   }
 }
 
@@ -83,38 +100,34 @@ fn rows(
   }
   let n0 = tile.n0;
   let n1 = next_quad(n0, params.dstate);
-  // Rows past the end repeat the last one, and so store what it stores.
-  let last = tile.length - 1u;
-  let ia = min(tile.t0 + vec4u(0u, 1u, 2u, 3u), vec4u(last));
-  let ib = min(tile.t0 + vec4u(4u, 5u, 6u, 7u), vec4u(last));
-  let m = tile.matrix;
+  // Rows past the end repeat the last one and are not stored.
+  let last = vec4u(tile.length - 1u);
+  let ia = min(tile.t0 + vec4u(0u, 1u, 2u, 3u), last);
+  let ib = min(tile.t0 + vec4u(4u, 5u, 6u, 7u), last);
+  let da = (tile.matrix * params.chunk_size + ia) * params.chunk_size;
+  let db = (tile.matrix * params.chunk_size + ib) * params.chunk_size;
   var r0 = vec4f(); var r1 = vec4f(); var r2 = vec4f(); var r3 = vec4f();
   var r4 = vec4f(); var r5 = vec4f(); var r6 = vec4f(); var r7 = vec4f();
   var s0 = vec4f(); var s1 = vec4f(); var s2 = vec4f(); var s3 = vec4f();
   var s4 = vec4f(); var s5 = vec4f(); var s6 = vec4f(); var s7 = vec4f();
-  for (var j = 0u; j <= ib.w; j += 4u) {
-    let x4 = (tile.row + min(j + vec4u(0u, 1u, 2u, 3u), vec4u(last))) * params.ngroups + tile.g;
-    let X0 = mat4x4f(load_x(x4.x, n0), load_x(x4.y, n0), load_x(x4.z, n0), load_x(x4.w, n0));
-    let X1 = mat4x4f(load_x(x4.x, n1), load_x(x4.y, n1), load_x(x4.z, n1), load_x(x4.w, n1));
-    let d0 = load_dCB(m, ia.x, j); r0 += X0 * d0; s0 += X1 * d0;
-    let d1 = load_dCB(m, ia.y, j); r1 += X0 * d1; s1 += X1 * d1;
-    let d2 = load_dCB(m, ia.z, j); r2 += X0 * d2; s2 += X1 * d2;
-    let d3 = load_dCB(m, ia.w, j); r3 += X0 * d3; s3 += X1 * d3;
-    let d4 = load_dCB(m, ib.x, j); r4 += X0 * d4; s4 += X1 * d4;
-    let d5 = load_dCB(m, ib.y, j); r5 += X0 * d5; s5 += X1 * d5;
-    let d6 = load_dCB(m, ib.z, j); r6 += X0 * d6; s6 += X1 * d6;
-    let d7 = load_dCB(m, ib.w, j); r7 += X0 * d7; s7 += X1 * d7;
+  for (var j = 0u; j <= ib.w; j++) {
+    let wa = select(vec4f(0.0), gather(da + j), vec4u(j) <= ia);
+    let wb = select(vec4f(0.0), gather(db + j), vec4u(j) <= ib);
+    let x0 = load_x((tile.row + j) * params.ngroups + tile.g, n0);
+    let x1 = load_x((tile.row + j) * params.ngroups + tile.g, n1);
+    r0 += wa.x * x0; s0 += wa.x * x1;
+    r1 += wa.y * x0; s1 += wa.y * x1;
+    r2 += wa.z * x0; s2 += wa.z * x1;
+    r3 += wa.w * x0; s3 += wa.w * x1;
+    r4 += wb.x * x0; s4 += wb.x * x1;
+    r5 += wb.y * x0; s5 += wb.y * x1;
+    r6 += wb.z * x0; s6 += wb.z * x1;
+    r7 += wb.w * x0; s7 += wb.w * x1;
   }
-  let ta = (tile.row + ia) * params.ngroups + tile.g;
-  let tb = (tile.row + ib) * params.ngroups + tile.g;
-  store(ta.x, n0, r0); store(ta.x, n1, s0);
-  store(ta.y, n0, r1); store(ta.y, n1, s1);
-  store(ta.z, n0, r2); store(ta.z, n1, s2);
-  store(ta.w, n0, r3); store(ta.w, n1, s3);
-  store(tb.x, n0, r4); store(tb.x, n1, s4);
-  store(tb.y, n0, r5); store(tb.y, n1, s5);
-  store(tb.z, n0, r6); store(tb.z, n1, s6);
-  store(tb.w, n0, r7); store(tb.w, n1, s7);
+  let sums = array<vec4f, 16>(r0, s0, r1, s1, r2, s2, r3, s3, r4, s4, r5, s5, r6, s6, r7, s7);
+  for (var k = 0u; k < 8u; k++) {
+    store_row(tile, tile.t0 + k, n0, n1, sums[2u * k], sums[2u * k + 1u]);
+  }
 }
 
 @compute @workgroup_size(WG)
@@ -148,15 +161,8 @@ fn columns(
     r6 += db.z * x0; s6 += db.z * x1;
     r7 += db.w * x0; s7 += db.w * x1;
   }
-  store_column(tile, j0, n0, n1, r0, s0); store_column(tile, j0 + 1u, n0, n1, r1, s1);
-  store_column(tile, j0 + 2u, n0, n1, r2, s2); store_column(tile, j0 + 3u, n0, n1, r3, s3);
-  store_column(tile, j1, n0, n1, r4, s4); store_column(tile, j1 + 1u, n0, n1, r5, s5);
-  store_column(tile, j1 + 2u, n0, n1, r6, s6); store_column(tile, j1 + 3u, n0, n1, r7, s7);
-}
-
-fn store_column(tile: Tile, j: u32, n0: u32, n1: u32, value0: vec4f, value1: vec4f) {
-  if (j < tile.length) {
-    store((tile.row + j) * params.ngroups + tile.g, n0, value0);
-    store((tile.row + j) * params.ngroups + tile.g, n1, value1);
+  let sums = array<vec4f, 16>(r0, s0, r1, s1, r2, s2, r3, s3, r4, s4, r5, s5, r6, s6, r7, s7);
+  for (var k = 0u; k < 8u; k++) {
+    store_row(tile, select(j1 + k - 4u, j0 + k, k < 4u), n0, n1, sums[2u * k], sums[2u * k + 1u]);
   }
 }

@@ -76,12 +76,12 @@ fn chunk_of(matrix: u32) -> Chunk {
   return Chunk(b, c, matrix % params.ngroups, matrix, b * params.seqlen + first, min(params.chunk_size, params.seqlen - first));
 }
 
-// Stores columns j, ..., j + 3 of row i, zero where j > i, across documents and past the end.
+// Stores columns j, ..., j + 3 of row i, zero across documents.
 fn store(at: Chunk, i: u32, j: u32, value: vec4f) {
   if (i >= params.chunk_size) {
     return;
   }
-  var kept = select(vec4f(0.0), value, below(j, select(0u, i + 1u, i < at.length)));
+  var kept = value;
   @if(documents) {
     let begin = start[(at.b * params.nchunks + at.c) * params.chunk_size + i];
     kept = select(kept, vec4f(0.0), vec4i(i32(j)) + vec4i(0, 1, 2, 3) < vec4i(begin));
@@ -127,8 +127,9 @@ fn below_diagonal(
   for (var h = at.g * heads; h < (at.g + 1u) * heads; h++) {
     let chunk = (at.b * params.nheads + h) * params.nchunks + at.c;
     let a_i0 = dA_cumsum[chunk * params.chunk_size + i0];
-    let fa = exp(min(load_a(chunk, i0) - a_i0, vec4f(0.0)));
-    let fb = exp(min(load_a(chunk, i0 + 4u) - a_i0, vec4f(0.0)));
+    // Rows past the end repeat the last one; their weight is zero.
+    let fa = select(vec4f(0.0), exp(min(load_a(chunk, i0) - a_i0, vec4f(0.0))), below(i0, at.length));
+    let fb = select(vec4f(0.0), exp(min(load_a(chunk, i0 + 4u) - a_i0, vec4f(0.0))), below(i0 + 4u, at.length));
     let ga = exp(min(a_i0 - load_a(chunk, j0), vec4f(0.0))) * load_dt(chunk, j0);
     let gb = exp(min(a_i0 - load_a(chunk, j1), vec4f(0.0))) * load_dt(chunk, j1);
     let da = ia * params.nheads + h;
@@ -148,14 +149,11 @@ fn below_diagonal(
       let d7 = fb.w * load_dy(db.w, p); r7 += d7 * X0; s7 += d7 * X1;
     }
   }
-  store(at, i0, j0, r0); store(at, i0, j1, s0);
-  store(at, i0 + 1u, j0, r1); store(at, i0 + 1u, j1, s1);
-  store(at, i0 + 2u, j0, r2); store(at, i0 + 2u, j1, s2);
-  store(at, i0 + 3u, j0, r3); store(at, i0 + 3u, j1, s3);
-  store(at, i0 + 4u, j0, r4); store(at, i0 + 4u, j1, s4);
-  store(at, i0 + 5u, j0, r5); store(at, i0 + 5u, j1, s5);
-  store(at, i0 + 6u, j0, r6); store(at, i0 + 6u, j1, s6);
-  store(at, i0 + 7u, j0, r7); store(at, i0 + 7u, j1, s7);
+  let sums = array<vec4f, 16>(r0, s0, r1, s1, r2, s2, r3, s3, r4, s4, r5, s5, r6, s6, r7, s7);
+  for (var k = 0u; k < 8u; k++) {
+    store(at, i0 + k, j0, sums[2u * k]);
+    store(at, i0 + k, j1, sums[2u * k + 1u]);
+  }
 }
 
 @compute @workgroup_size(WG)
@@ -194,8 +192,8 @@ fn diagonal(
     sum += mat4x4f(U[0] * exp(min(ai.x - aj, vec4f(0.0))) * step, U[1] * exp(min(ai.y - aj, vec4f(0.0))) * step,
       U[2] * exp(min(ai.z - aj, vec4f(0.0))) * step, U[3] * exp(min(ai.w - aj, vec4f(0.0))) * step);
   }
-  store(at, i0, j0, sum[0]);
-  store(at, i0 + 1u, j0, sum[1]);
-  store(at, i0 + 2u, j0, sum[2]);
-  store(at, i0 + 3u, j0, sum[3]);
+  for (var k = 0u; k < 4u; k++) {
+    let columns = select(0u, i0 + k + 1u, i0 + k < at.length); // none past the end
+    store(at, i0 + k, j0, select(vec4f(0.0), sum[k], below(j0, columns)));
+  }
 }

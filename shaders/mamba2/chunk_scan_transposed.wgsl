@@ -128,19 +128,12 @@ fn chunk_scan_transposed(
     r6 += wb.z * d0; s6 += wb.z * d1;
     r7 += wb.w * d0; s7 += wb.w * d1;
   }
-  finish(j0, length, row, h, p0, p1, r0, s0);
-  finish(j0 + 1u, length, row, h, p0, p1, r1, s1);
-  finish(j0 + 2u, length, row, h, p0, p1, r2, s2);
-  finish(j0 + 3u, length, row, h, p0, p1, r3, s3);
-  finish(j1, length, row, h, p0, p1, r4, s4);
-  finish(j1 + 1u, length, row, h, p0, p1, r5, s5);
-  finish(j1 + 2u, length, row, h, p0, p1, r6, s6);
-  finish(j1 + 3u, length, row, h, p0, p1, r7, s7);
-}
-
-fn finish(j: u32, length: u32, row: u32, h: u32, p0: u32, p1: u32, value0: vec4f, value1: vec4f) {
-  if (j < length) {
-    store((row + j) * params.nheads + h, p0, value0);
-    store((row + j) * params.nheads + h, p1, value1);
+  let sums = array<vec4f, 16>(r0, s0, r1, s1, r2, s2, r3, s3, r4, s4, r5, s5, r6, s6, r7, s7);
+  for (var k = 0u; k < 8u; k++) {
+    let j = select(j1 + k - 4u, j0 + k, k < 4u);
+    if (j < length) {
+      store((row + j) * params.nheads + h, p0, sums[2u * k]);
+      store((row + j) * params.nheads + h, p1, sums[2u * k + 1u]);
+    }
   }
 }

@@ -101,12 +101,10 @@ fn chunk_state(
     r6 += v1.z * u0; s6 += v1.z * u1;
     r7 += v1.w * u0; s7 += v1.w * u1;
   }
-  store(head, p0, n0, r0); store(head, p0, n1, s0);
-  store(head, p0 + 1u, n0, r1); store(head, p0 + 1u, n1, s1);
-  store(head, p0 + 2u, n0, r2); store(head, p0 + 2u, n1, s2);
-  store(head, p0 + 3u, n0, r3); store(head, p0 + 3u, n1, s3);
-  store(head, p1, n0, r4); store(head, p1, n1, s4);
-  store(head, p1 + 1u, n0, r5); store(head, p1 + 1u, n1, s5);
-  store(head, p1 + 2u, n0, r6); store(head, p1 + 2u, n1, s6);
-  store(head, p1 + 3u, n0, r7); store(head, p1 + 3u, n1, s7);
+  let sums = array<vec4f, 16>(r0, s0, r1, s1, r2, s2, r3, s3, r4, s4, r5, s5, r6, s6, r7, s7);
+  for (var k = 0u; k < 8u; k++) {
+    let p = select(p1 + k - 4u, p0 + k, k < 4u);
+    store(head, p, n0, sums[2u * k]);
+    store(head, p, n1, sums[2u * k + 1u]);
+  }
 }

@@ -1,8 +1,9 @@
 // Cuts the rows of each expert into tiles: tiles[i] = (expert, first row, end row, 0).
 //
-// offsets [E + 1]: expert e owns rows offsets[e] .. offsets[e + 1]. Tiles of one expert are neighbours, and no tile holds
-// rows of two experts. The host knows only an upper bound on their number; the rest of the table is (0, 0, 0, 0), a tile
-// without rows. One invocation writes one entry: it walks the experts until their tiles reach its own number.
+// offsets [E + 1]: expert e owns rows offsets[e] .. offsets[e + 1]. Tiles of one expert are neighbours, and
+// no tile holds rows of two experts. The host knows only an upper bound on their number; the rest of the
+// table is (0, 0, 0, 0), a tile without rows. One invocation writes one entry: it walks the experts until
+// their tiles reach its own number.
 
 import package::lib::index::workgroup_index;
 
@@ -16,7 +17,8 @@ override WG: u32 = 32;
 
 @compute @workgroup_size(WG)
 fn grouped_tiles(
-  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
+  @builtin(num_workgroups) nwg: vec3u,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   if (i >= params.count) { return; }

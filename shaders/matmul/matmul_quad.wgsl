@@ -1,21 +1,24 @@
 // C[b] = op(A[b]) op(B[b]) (+ bias) (+ C[b]) in f32, for adapters that are emulated on a CPU.
 //
-// op(A) [M, K], op(B) [K, N], C [M, N]; op is the identity or the transpose. A quad (four invocations) computes a tile of
-// 16 rows x 16 columns (`rows4`: 4 rows), all of it in registers: no workgroup memory, no barrier. One workgroup computes
-// WG / 4 tiles.
+// op(A) [M, K], op(B) [K, N], C [M, N]; op is the identity or the transpose. A quad (four invocations)
+// computes a tile of 16 rows x 16 columns (`rows4`: 4 rows), all of it in registers: no workgroup memory, no
+// barrier. One workgroup computes WG / 4 tiles.
 //
-// Per step of four k, invocation q loads its own four columns of op(B) and, of each group of four rows, one row of op(A).
-// Three quad swaps show it the rows of its neighbours in the order q ^ 0 .. q ^ 3, so column j of an accumulator is row
-// q ^ j of its group. On such an adapter a load costs twenty multiply-adds; here 32 loads feed 256. Without subgroups an
-// invocation loads the three other rows itself.
+// Per step of four k, invocation q loads its own four columns of op(B) and, of each group of four rows, one
+// row of op(A). Three quad swaps show it the rows of its neighbours in the order q ^ 0 .. q ^ 3, so column j
+// of an accumulator is row q ^ j of its group. On such an adapter a load costs twenty multiply-adds; here 32
+// loads feed 256. Without subgroups an invocation loads the three other rows itself.
 //
-// Layout conditions say what is contiguous, in steps of vec4f: a_vec_k or a_vec_m, b_vec_n or b_vec_k, c_vec; without them
-// elements are read one by one at any stride. With a_vec_m an invocation loads four rows at its own k + q, the swaps show
-// it k + (q ^ j), and it reads the rows of op(B) in that order: rows are plain then, and the order of the sum over k
-// differs between invocations, but is fixed. a_vec_m and b_vec_k exclude each other.
-// `k_tail`: K is not a multiple of 4. `grouped_rows`: row tile i is (expert, first row, end row, 0) = tiles[4 i ..], and
-// the expert picks the matrix of B. `grouped_k`: matrix e sums over k in tiles[e] .. tiles[e + 1].
-// Accumulation: f32, one accumulator per element; the `splits` parts of a long sum are added by sum_rows.wgsl.
+// Layout conditions say what is contiguous, in steps of vec4f: a_vec_k or a_vec_m, b_vec_n or b_vec_k, c_vec;
+// without them elements are read one by one at any stride. With a_vec_m an invocation loads four rows at its
+// own k + q, the swaps show it k + (q ^ j), and it reads the rows of op(B) in that order: rows are plain
+// then, and the order of the sum over k differs between invocations, but is fixed. a_vec_m and b_vec_k
+// exclude each other.
+//
+// `k_tail`: K is not a multiple of 4. `grouped_rows`: row tile i is (expert, first row, end row, 0) =
+// tiles[4 i ..], and the expert picks the matrix of B. `grouped_k`: matrix e sums over k in tiles[e] ..
+// tiles[e + 1]. Accumulation: f32, one accumulator per element; the `splits` parts of a long sum are added by
+// sum_rows.wgsl.
 
 import package::lib::index::workgroup_index;
 
@@ -32,11 +35,12 @@ struct Params {
   m: u32, n: u32, k: u32,
   batches: u32,                               // matrices of C, or experts
   row_tiles: u32,                             // tiles of ROWS rows per matrix
-  splits: u32, split_k: u32,                  // parts of the sum over k, and the length of one, a multiple of 4
+  splits: u32, split_k: u32,                  // parts of the sum over k; length of one, a multiple of 4
   a_row: u32, a_col: u32, a_batch: u32,       // strides of op(A), in elements
   b_row: u32, b_col: u32, b_batch: u32,
   c_row: u32, c_batch: u32, c_split: u32,
   b_offset: u32, c_offset: u32,
+  group: u32,                                 // 4, the rows of a group
 }
 
 @group(0) @binding(0) var<storage, read> a: array<A>;
@@ -90,10 +94,10 @@ fn load_columns(base: vec4u, s: Step) -> mat4x4f {
   @elif(b_vec_n) let i = (base.x + s.at * params.b_row) / 4u;
   @else let i = s.at * params.b_row;
   @if(b_vec_k) return transpose(mat4x4f(b[i.x], b[i.y], b[i.z], b[i.w]));
-  @elif(b_vec_n) return mat4x4f(counted(b[i.x], s.live.x), counted(b[i.y], s.live.y), counted(b[i.z], s.live.z),
-    counted(b[i.w], s.live.w));
-  @else return mat4x4f(load_b4(base + i.x, s.live.x), load_b4(base + i.y, s.live.y), load_b4(base + i.z, s.live.z),
-    load_b4(base + i.w, s.live.w));
+  @elif(b_vec_n) return mat4x4f(counted(b[i.x], s.live.x), counted(b[i.y], s.live.y),
+    counted(b[i.z], s.live.z), counted(b[i.w], s.live.w));
+  @else return mat4x4f(load_b4(base + i.x, s.live.x), load_b4(base + i.y, s.live.y),
+    load_b4(base + i.z, s.live.z), load_b4(base + i.w, s.live.w));
 }
 
 @if(!b_vec_n && !b_vec_k) fn load_b4(i: vec4u, live: bool) -> vec4f {
@@ -106,7 +110,8 @@ fn counted(x: vec4f, live: bool) -> vec4f {
 }
 
 fn multiply_add(s: mat4x4f, x: mat4x4f, y: mat4x4f) -> mat4x4f {
-  return mat4x4f(add_row(s[0], x[0], y), add_row(s[1], x[1], y), add_row(s[2], x[2], y), add_row(s[3], x[3], y));
+  return mat4x4f(add_row(s[0], x[0], y), add_row(s[1], x[1], y),
+    add_row(s[2], x[2], y), add_row(s[3], x[3], y));
 }
 
 fn add_row(s: vec4f, x: vec4f, y: mat4x4f) -> vec4f {
@@ -131,7 +136,8 @@ fn store(value: vec4f, at: u32, count: u32) {
 
 @compute @workgroup_size(WG)
 fn matmul_quad(
-  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
+  @builtin(num_workgroups) nwg: vec3u,
 ) {
   let tile = workgroup_index(wid, nwg) * (WG / 4u) + lane / 4u;
   let column_tiles = (params.n + 15u) / 16u;
@@ -192,11 +198,12 @@ fn matmul_quad(
   @if(bias) added = vec4f(bias[i.x], bias[i.y], bias[i.z], bias[i.w]);
   @if(a_vec_m) let swap = 0u;
   @else let swap = q;
-  // One row of every group per turn: a quarter of the code of writing them all out, which compiles faster.
-  for (var i = 0u; i < min(4u, row_end - row); i++) {
+  // One row of every group per turn. The bound is a uniform so that compilers do not unroll the loop: that
+  // would double their time.
+  for (var i = 0u; i < params.group; i++) {
+    let left = row_end - min(row + i, row_end);
     let at = base + (row + i) * params.c_row;
-    store(column_of(s0, i ^ swap) + added, at, count);
-    @if(!rows4) let left = row_end - row - i;
+    if (left > 0u) { store(column_of(s0, i ^ swap) + added, at, count); }
     @if(!rows4) if (left > 4u) { store(column_of(s1, i ^ swap) + added, at + 4u * params.c_row, count); }
     @if(!rows4) if (left > 8u) { store(column_of(s2, i ^ swap) + added, at + 8u * params.c_row, count); }
     @if(!rows4) if (left > 12u) { store(column_of(s3, i ^ swap) + added, at + 12u * params.c_row, count); }

@@ -1,12 +1,14 @@
 // C[b] = op(A[b]) op(B[b]) (+ bias) (+ C[b]) in f32, for GPUs.
 //
-// op(A) [M, K], op(B) [K, N], C [M, N], with any strides. One workgroup of 16 x 16 invocations computes a tile of 64 rows
-// x 64 columns: steps of 16 k of both factors are staged in workgroup memory, and every invocation keeps 4 x 4 sums.
-// Staged vectors run along the rows of op(A) and along the columns of op(B); lines of 17 vectors spread them over the
-// memory banks. Entries past an edge are staged as zero, and products with them are not stored.
+// op(A) [M, K], op(B) [K, N], C [M, N], with any strides. One workgroup of 16 x 16 invocations computes a
+// tile of 64 rows x 64 columns: steps of 16 k of both factors are staged in workgroup memory, and every
+// invocation keeps 4 x 4 sums. Staged vectors run along the rows of op(A) and along the columns of op(B);
+// lines of 17 vectors spread them over the memory banks. Entries past an edge are staged as zero, and
+// products with them are not stored.
 //
-// Conditions `grouped_rows`, `grouped_k`, `bias`, `accumulate` and the parameters are those of matmul_quad.wgsl.
-// Accumulation: f32, one accumulator per element, k ascending; the `splits` parts of a long sum are added by sum_rows.wgsl.
+// Conditions `grouped_rows`, `grouped_k`, `bias`, `accumulate` and the parameters are those of
+// matmul_quad.wgsl. Accumulation: f32, one accumulator per element, k ascending; the `splits` parts of a long
+// sum are added by sum_rows.wgsl.
 
 import package::lib::index::workgroup_index;
 

@@ -2,9 +2,9 @@
 //
 // x [M, K], W [N, K], y [M, N]. The time goes into reading W once per row of x. Two shapes of the same sum:
 // matvec_quad: an invocation computes four outputs alone (CPU-emulated adapters: many loads and no exchange);
-// matvec: 16 invocations share one output, neighbours read neighbours in memory, and a workgroup of 64 computes four
-// outputs. `grouped`: row m uses the matrix of the expert e with offsets[e] <= m < offsets[e + 1]. `vec4`: K is a multiple
-// of 4. Accumulation: f32, fixed order.
+// matvec: 16 invocations share one output, neighbours read neighbours in memory, and a workgroup of 64
+// computes four outputs. `grouped`: row m uses the matrix of the expert e with offsets[e] <= m < offsets[e +
+// 1]. `vec4`: K is a multiple of 4. Accumulation: f32, fixed order.
 
 import package::lib::index::workgroup_index;
 
@@ -49,7 +49,8 @@ fn put(row: u32, column: u32, sum: f32) {
 
 @compute @workgroup_size(WG)
 fn matvec_quad(
-  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
+  @builtin(num_workgroups) nwg: vec3u,
 ) {
   let quads = (params.n + 3u) / 4u;
   let i = workgroup_index(wid, nwg) * WG + lane;
@@ -76,7 +77,8 @@ var<workgroup> partial: array<f32, 64>;
 
 @compute @workgroup_size(64)
 fn matvec(
-  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
+  @builtin(num_workgroups) nwg: vec3u,
 ) {
   let quads = (params.n + 3u) / 4u;
   let group = workgroup_index(wid, nwg);

@@ -1,8 +1,8 @@
 // out[p, j] (+)= sum over part p of x[i, j], in f32: bias gradients, and the parts of a long matmul sum.
 //
-// x [rows, cols], out [parts, cols]; part p is rows p * length .. (p + 1) * length. One invocation sums one vector (`vec4`:
-// four columns) of one part, rows ascending; a long sum takes a second launch over the parts. One workgroup covers WG
-// neighbouring columns.
+// x [rows, cols], out [parts, cols]; part p is rows p * length .. (p + 1) * length. One invocation sums one
+// vector (`vec4`: four columns) of one part, rows ascending; a long sum takes a second launch over the parts.
+// One workgroup covers WG neighbouring columns.
 
 import package::lib::index::workgroup_index;
 
@@ -19,7 +19,8 @@ override WG: u32 = 32;
 
 @compute @workgroup_size(WG)
 fn sum_rows(
-  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
+  @builtin(num_workgroups) nwg: vec3u,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   let part = i / params.cols;

@@ -2,8 +2,10 @@
 //   out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]]   (condition `weighted`)
 //   out[t] = sum_k y[token_slot[t * K + k]]                       (otherwise; the backward pass of permute)
 //
-//   y [T * K, D], topk_weight [T, K] -> out [T, D], f32 sums, in elements of V: vec4f where D is a multiple of 4.
-//   One invocation takes every `parts`-th element of one row, four sums at a time: slots and weights are loaded once for four.
+//   y [T * K, D], topk_weight [T, K] -> out [T, D], in elements of V: vec4f where D is a multiple of 4
+//
+// One invocation takes every `parts`-th element of one row, four f32 sums at a time: slots and weights are
+// loaded once for four.
 import package::lib::index::workgroup_index;
 
 override WG: u32 = 64;

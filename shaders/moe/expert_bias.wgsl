@@ -1,6 +1,7 @@
 // bias_e += rate * sign(mean(counts) - counts_e): busy experts become less attractive, idle ones more so.
 //
-//   bias f32 [E], counts u32 [E]. One workgroup. The mean is compared in integers, so that a balanced expert stays put.
+//   bias f32 [E], counts u32 [E]. One workgroup. The mean is compared in integers, so that a balanced expert
+//   stays put.
 // Source: "Auxiliary-loss-free load balancing strategy for mixture-of-experts" (arXiv 2408.15664).
 
 override WG: u32 = 64;

@@ -1,7 +1,7 @@
-// counts[row, e]: how often expert e occurs among the `per_row` choices of each row; counts come cleared.
+// counts[row, e] += how often expert e occurs among the `per_row` choices of the row.
 //
-//   topk_idx u32 [rows * per_row], counts u32 [rows, E]. One invocation takes one choice. Integer sums do not depend on
-//   their order, so atomics leave the result deterministic.
+//   topk_idx u32 [rows * per_row], counts u32 [rows, E]. One invocation takes one choice. Integer sums do not
+//   depend on their order, so atomics leave the result deterministic.
 import package::lib::index::workgroup_index;
 
 override WG: u32 = 64;

@@ -1,13 +1,13 @@
 // Stable counting sort of the S = T * K choices by expert.
 //
-//   topk_idx u32 [S] -> offsets [E + 1], slot_token [S] (sorted slot -> choice), token_slot [S] (choice -> sorted slot)
+//   topk_idx u32 [S] -> offsets [E + 1], slot_token [S]: sorted slot to choice, token_slot [S]: the inverse
 //
 // The choices are cut into pieces of `length`; histogram, E counters per piece, comes cleared.
-//   count:         each piece counts its experts; one invocation takes one piece, so that no two touch a counter
-//   scan_pieces:   counters become the number of the same expert in earlier pieces; one invocation takes one expert
+//   count:         each piece counts its experts; one invocation per piece, so that no two touch a counter
+//   scan_pieces:   counters become the number of the expert in earlier pieces; one invocation per expert
 //   scan_experts:  offsets from the totals; one workgroup
-//   scatter:       each piece places its choices in order; one invocation takes one piece
-//   small:         all of it in one launch for a few choices (S <= 128), by counting who comes before; one workgroup
+//   scatter:       each piece places its choices in order; one invocation per piece
+//   small:         everything for S <= 128 in one workgroup, by counting who comes before
 // Nothing that decides the order is atomic, hence the same plan every time.
 import package::lib::index::workgroup_index;
 

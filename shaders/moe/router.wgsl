@@ -1,13 +1,14 @@
-// Router: s = sigmoid(logits); the topk largest of s + bias among the experts of the best groups; weights from s.
+// Router: s = sigmoid(logits); the K largest of s + bias among the experts of the best groups, weighted by s.
 //
-//   logits [T, E], bias [E] -> topk_weight [T, K], topk_idx [T, K] (ascending experts). keys: scratch, [E] per token.
+//   logits [T, E], bias [E] -> topk_weight [T, K], topk_idx [T, K] (ascending experts); keys is scratch
 //
-// A token is worked on by LANES invocations, each owning BLOCKS / LANES blocks of consecutive experts; one workgroup takes
-// WG / LANES tokens. Each round takes the largest of the block maxima and looks through that one block again: the cost is
-// K * (BLOCKS + E / BLOCKS) loads, no sort. LANES = 1 needs no barrier (many tokens, software adapters).
+// A token is worked on by LANES invocations, each owning BLOCKS / LANES blocks of consecutive experts; one
+// workgroup takes WG / LANES tokens. Each round takes the largest of the block maxima and looks through that
+// one block again: the cost is K * (BLOCKS + E / BLOCKS) loads, no sort. LANES = 1 needs no barrier (many
+// tokens, software adapters).
 //
-// A group's score is the sum of its two largest s + bias; groups and experts go to the lowest number on ties. Everything is
-// f32: with half precision neighbouring scores collide. Weights: s / (sum of the chosen s + 1e-20) * scaling.
+// A group's score is the sum of its two largest s + bias; groups and experts go to the lowest number on ties.
+// Everything is f32: with half precision neighbouring scores collide. Weights: s / (sum + 1e-20) * scaling.
 // Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; the published Nemotron 3 modelling files.
 import package::lib::activations::sigmoid;
 import package::lib::index::workgroup_index;

@@ -1,9 +1,11 @@
-// Sequence-wise load balance loss: the mean over sequences of coeff * E / (K * L^2) * sum_e n_e sum_t p_te, where
-// p_te = s_te / sum_f s_tf, s = sigmoid(logits), and n_e counts the tokens of the sequence with e among their K best.
+// Sequence-wise load balance loss: the mean over sequences of coeff * E / (K * L^2) * sum_e n_e sum_t p_te,
+// where p_te = s_te / sum_f s_tf, s = sigmoid(logits), and n_e counts the tokens of the sequence with e among
+// their K best.
 //
-//   logits, dlogits [B, L, E]; counts u32 [B, E] (constants for the gradient); value, inverse [B * L]; loss []
+//   logits, dlogits [B, L, E]; counts u32 [B, E], constants for the gradient; value, inverse [B * L]; loss []
 //
-// terms:    value_t = sum_e c_e p_te with c_e = factor * n_e, inverse_t = 1 / sum_f s_tf; one invocation takes one token
+// terms:    value_t = sum_e c_e p_te with c_e = factor * n_e, and inverse_t = 1 / sum_f s_tf; one invocation
+//           takes one token
 // total:    loss = sum_t value_t / B; one workgroup
 // gradient: dlogit_te = dloss / B * (c_e - value_t) * inverse_t * s * (1 - s); one invocation takes one entry
 // Source: DeepSeek-V3 (arXiv 2412.19437) equations 17 to 20.

@@ -1,6 +1,7 @@
 // Gradient of the router's weights with respect to the logits; the choice itself and the bias have none.
 //
-//   normalised: ds_e = scaling * (g_e - sum_f g_f s_f / S) / S, S = sum of the chosen s + 1e-20; otherwise ds_e = scaling * g_e
+//   normalised: ds_e = scaling * (g_e - sum_f g_f s_f / S) / S, S = sum of the chosen s + 1e-20; otherwise
+//               ds_e = scaling * g_e
 //   dlogit = ds * s * (1 - s), zero for experts that were not chosen (dlogits comes cleared)
 //
 //   logits, dlogits [T, E]; topk_idx, dweight [T, K]. One invocation takes one token.

@@ -1,9 +1,11 @@
 // Gradients of out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]]:
 //   dy[slot] = topk_weight * dout[t], dweight[t, k] = dot(dout[t], y[slot])
 //
-//   y, dy [T * K, D]; topk_weight, dweight [T, K]; dout [T, D]; f32, in elements of V: vec4f where D is a multiple of 4.
-//   LANES invocations take one choice (t, k); their parts of the dot product are added in a fixed order. With LANES = 1 there is
-//   no barrier, which suits software adapters.
+//   y, dy [T * K, D]; topk_weight, dweight [T, K]; dout [T, D]; f32, in elements of V: vec4f where D is a
+//   multiple of 4.
+//
+// LANES invocations take one choice (t, k); their parts of the dot product are added in a fixed order. With
+// LANES = 1 there is no barrier, which suits software adapters.
 import package::lib::index::workgroup_index;
 
 override WG: u32 = 64;

@@ -1,12 +1,13 @@
 // AdamW with decoupled weight decay, in place:
 //   g = grad * grad_scale;  m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2
-//   param -= lr * weight_decay * param (condition of the `decay` parameter), then
+//   param -= lr * weight_decay * param if params.decay, then
 //   param -= lr * (m / correction1) / (sqrt(v / correction2) + eps)
 //
 //   param, grad, m, v: f32 of one size, in elements of V: vec4f where the size is a multiple of 4.
-//   hyper [8]: lr, beta1, beta2, eps, weight_decay, correction1 = 1 - beta1^t, correction2 = 1 - beta2^t, 0; grad_scale [1].
-//   They are tensors and not parameters, so that a captured training step can be replayed with new values.
-//   One invocation takes EACH elements, a workgroup apart. Source: Loshchilov and Hutter (arXiv 1711.05101).
+//   hyper [8]: lr, beta1, beta2, eps, weight_decay, correction1 = 1 - beta1^t, correction2 = 1 - beta2^t, 0
+//   grad_scale [1]. Both are tensors so that a captured training step can be replayed with new values.
+//
+// One invocation takes EACH elements, a workgroup apart. Source: Loshchilov and Hutter (arXiv 1711.05101).
 import package::lib::index::workgroup_index;
 
 override WG: u32 = 64;

@@ -1,10 +1,10 @@
 // Euclidean norm over many tensors, in a fixed order, and the factor that clips gradients to it.
 //
-//   squares: partial[first + w] = sum of squares of the w-th slab of WG * EACH elements of x; one workgroup takes one slab
+//   squares: partial[first + w] = sum of squares of slab w, WG * EACH elements of x; one workgroup per slab
 //   total:   norm[0] = sqrt(sum of partial [count]); one workgroup
 //   clip:    scale[0] = min(1, max_norm / (norm[0] + 1e-6)); one invocation
 //
-//   x is read in elements of V: vec4f where its size is a multiple of 4. Sums are f32, four running sums per invocation.
+//   x is read in elements of V: vec4f where its size is a multiple of 4. Sums are f32.
 import package::lib::index::workgroup_index;
 import package::lib::reduce::workgroup_sum;
 

@@ -1,10 +1,11 @@
-// One token per row by inverse CDF in index order: the first index at which the running weight exceeds u * total.
+// One token per row by inverse CDF in index order: the first index whose running weight exceeds u * total.
 //
-//   logits [B, V], settings [4], cuts [B] (see lib/sampling), counter u32 [4]: seed low, seed high, step, stream -> token u32 [B]
-//   u: Philox uniform of element b. A single kept token is drawn whatever u is. One workgroup takes one row.
+//   logits [B, V], settings [4], cuts [B] (see lib/sampling), counter u32 [4] -> token u32 [B]
+//   counter: seed low, seed high, step, stream; u is the Philox uniform of element b. One workgroup, one row.
 //
-// Invocations sum stretches of the row; the stretch that holds the target is cut into stretches again, until it is one token.
-// Where rounding leaves a stretch just short of the target, its last token with a weight is taken: never one of weight 0.
+// Invocations sum stretches of the row; the stretch that holds the target is cut into stretches again, until
+// it is one token. Where rounding leaves a stretch just short of the target, its last token with a weight is
+// taken: never one of weight 0.
 import package::lib::index::workgroup_index;
 import package::lib::order::order_key;
 import package::lib::philox::random_uniform;

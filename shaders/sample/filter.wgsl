@@ -2,10 +2,11 @@
 //
 //   logits [B, V], settings [4] -> cut [B] (see lib/sampling). One workgroup takes one row.
 //
-// Order of the filters: temperature; the top_k first tokens; the shortest prefix with at least top_p of what is left; tokens
-// with at least min_p times the largest probability. Both prefixes end at the token where a running mass (1 per token, or
-// its weight) reaches an amount. Its key is found BITS bits at a time: the masses, by next digit, of all keys that share the bits
-// found so far go into a histogram, a column per invocation, so that sums have a fixed order and need no atomics.
+// Order of the filters: temperature; the top_k first tokens; the shortest prefix with at least top_p of what
+// is left; tokens with at least min_p times the largest probability. Both prefixes end at the token where a
+// running mass (1 per token, or its weight) reaches an amount. Its key is found BITS bits at a time: the
+// masses, by next digit, of all keys that share the bits found so far go into a histogram, a column per
+// invocation, so that sums have a fixed order and need no atomics.
 //
 // Few invocations with wide digits suit software adapters and long rows, narrow digits short ones.
 import package::lib::index::workgroup_index;
@@ -66,7 +67,7 @@ fn mass(logit: f32, cut: vec4u, by_weight: bool) -> f32 {
   return 1.0;
 }
 
-// Shortens `cut` to the shortest prefix with a mass of at least `amount` (a fraction of the kept mass if by_weight).
+// Shortens `cut` to a mass of at least `amount`, which is a fraction of the kept mass if by_weight.
 fn shorten(row: u32, lane: u32, cut: vec4u, amount: f32, by_weight: bool) -> vec4u {
   var prefix = 0u; // bits of the key found so far
   var needed = amount;
@@ -100,7 +101,7 @@ fn shorten(row: u32, lane: u32, cut: vec4u, amount: f32, by_weight: bool) -> vec
         needed *= above;
         above = 0.0;
       }
-      // The highest digit at which the mass is reached; the lowest one in use where rounding leaves it just short.
+      // The highest digit at which the mass is reached, or the lowest in use where rounding leaves it short.
       var digit = 0u;
       var before = 0.0;
       for (var d = DIGITS; d > 0u; d--) {
@@ -134,7 +135,8 @@ fn shorten(row: u32, lane: u32, cut: vec4u, amount: f32, by_weight: bool) -> vec
   return vec4u(cut.x, prefix, nth_equal(row, lane, prefix, last.z), 0u);
 }
 
-// Index of the n-th token (from 1) with this key: counts by stretches of the row, then by stretches of the one that has it.
+// Index of the n-th token (from 1) with this key: counts by stretches of the row, then by stretches of the
+// one that has it.
 fn nth_equal(row: u32, lane: u32, key: u32, n: u32) -> u32 {
   var first = 0u;
   var left = n;

@@ -1,6 +1,6 @@
 // The distribution that a draw is made from: kept weights divided by their sum, zero elsewhere.
 //
-//   logits [B, V], settings [4], cuts [B] (see lib/sampling) -> probability [B, V]. One workgroup takes one row.
+//   logits [B, V], settings [4], cuts [B] (see lib/sampling) -> probability [B, V]. One workgroup, one row.
 import package::lib::index::workgroup_index;
 import package::lib::order::order_key;
 import package::lib::reduce::workgroup_sum;

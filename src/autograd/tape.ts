@@ -27,29 +27,14 @@ export class Tape {
    */
   backward(outputs: readonly Tensor[], seeds: readonly Tensor[]): GradientMap {
     const gradients: GradientMap = new Map();
-    outputs.forEach((output, i) => accumulate(gradients, output.key, seeds[i]!.retain()));
-    const records = this.#records;
-    this.#records = [];
-    const produced = new Set(records.flatMap((record) => record.outputs.map((output) => output.key)));
-    for (let i = records.length - 1; i >= 0; i--) {
-      const record = records[i]!;
-      const incoming = record.outputs.map(({ key }) => {
-        const gradient = gradients.get(key) ?? null;
-        gradients.delete(key);
-        return gradient;
-      });
-      if (incoming.some((gradient) => gradient !== null)) {
-        scope(() => {
-          const shaped = incoming.map((gradient, j) => gradient && gradient.reshape(record.outputs[j]!.shape));
-          const results = record.backward(shaped);
-          for (const { key, argument } of record.inputs) {
-            const result = results[argument];
-            if (result) accumulate(gradients, key, result.retain());
-          }
-        });
-      }
-      for (const gradient of incoming) gradient?.release();
-      record.release();
+    const produced = new Set(this.#records.flatMap((record) => record.outputs.map((output) => output.key)));
+    try {
+      outputs.forEach((output, i) => accumulate(gradients, output.key, seeds[i]!.retain()));
+      for (let record = this.#records.pop(); record; record = this.#records.pop()) walkBack(record, gradients);
+    } catch (error) {
+      for (const gradient of gradients.values()) gradient.release();
+      this.dispose();
+      throw error;
     }
     for (const [key, gradient] of gradients) {
       if (!produced.has(key)) continue;
@@ -65,16 +50,43 @@ export class Tape {
   }
 }
 
+/** Turns the gradients of one op's outputs into those of its inputs, and frees what the op saved. */
+function walkBack(record: OpRecord, gradients: GradientMap): void {
+  const incoming = record.outputs.map(({ key }) => {
+    const gradient = gradients.get(key) ?? null;
+    gradients.delete(key);
+    return gradient;
+  });
+  try {
+    if (incoming.every((gradient) => gradient === null)) return;
+    scope(() => {
+      const shaped = incoming.map((gradient, i) => gradient && gradient.reshape(record.outputs[i]!.shape));
+      const results = record.backward(shaped);
+      for (const { key, argument } of record.inputs) {
+        const result = results[argument];
+        if (result) accumulate(gradients, key, result.retain());
+      }
+    });
+  } finally {
+    for (const gradient of incoming) gradient?.release();
+    record.release();
+  }
+}
+
+/** Adds to the gradient under `key`; takes over the caller's reference. */
 function accumulate(gradients: GradientMap, key: number, gradient: Tensor): void {
   const existing = gradients.get(key);
   if (!existing) {
     gradients.set(key, gradient);
     return;
   }
-  scope(() => {
-    const sum = noGrad(() => add(existing.reshape([existing.size]), gradient.reshape([gradient.size])));
-    gradients.set(key, sum.retain());
-  });
-  existing.release();
-  gradient.release();
+  try {
+    scope(() => {
+      const sum = noGrad(() => add(existing.reshape([existing.size]), gradient.reshape([gradient.size])));
+      gradients.set(key, sum.retain());
+    });
+    existing.release();
+  } finally {
+    gradient.release();
+  }
 }

@@ -93,6 +93,7 @@ export class Gpu {
    */
   async readBytes(view: BufferView): Promise<ArrayBuffer> {
     this.assertUsable();
+    if (this.stream.capturing) throw new GpuError("Nothing can be read back while a graph is being captured.");
     if (view.byteLength === 0) return new ArrayBuffer(0);
     this.pool.retain(view.storage);
     try {

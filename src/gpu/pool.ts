@@ -16,6 +16,7 @@ export interface PooledBuffer {
 /** Private memory of a captured graph: what the capture freed may be reused inside the capture, and by nobody else. */
 export interface Arena {
   open: boolean;
+  destroyed: boolean;
   readonly buffers: PooledBuffer[];
   readonly free: Map<number, PooledBuffer[]>;
 }
@@ -59,7 +60,8 @@ export class BufferPool {
   constructor(device: GPUDevice, ceilingBytes: number, onFailure: (error: Error) => void) {
     this.device = device;
     this.ceilingBytes = ceilingBytes;
-    this.#maxBuffer = Math.min(device.limits.maxBufferSize, device.limits.maxStorageBufferBindingSize);
+    const largest = Math.min(device.limits.maxBufferSize, device.limits.maxStorageBufferBindingSize);
+    this.#maxBuffer = largest - (largest % 256); // a size class is a multiple of 256
     this.#onFailure = onFailure;
   }
 
@@ -73,8 +75,8 @@ export class BufferPool {
         `A tensor of ${bytes} bytes was asked for, but the largest buffer this device can bind is ${this.#maxBuffer} bytes.`,
         bytes, this.#maxBuffer);
     }
-    const size = Math.min(sizeClass(bytes), this.#maxBuffer - (this.#maxBuffer % 256));
-    const waiting = this.#arena?.free.get(size)?.pop() ?? (this.#arena ? undefined : this.#free.get(size)?.pop());
+    const size = Math.min(sizeClass(bytes), this.#maxBuffer);
+    const waiting = (this.#arena ? this.#arena.free : this.#free).get(size)?.pop();
     const taken = waiting ?? this.#create(size, bytes);
     taken.refs = 1;
     this.liveBytes += size;
@@ -87,6 +89,7 @@ export class BufferPool {
   }
 
   release(buffer: PooledBuffer): void {
+    if (buffer.arena?.destroyed) return; // its memory went with the graph
     if (--buffer.refs > 0) return;
     if (buffer.refs < 0) throw new Error(`Buffer ${buffer.id} was released more often than it was retained.`);
     this.liveBytes -= buffer.size;
@@ -100,7 +103,7 @@ export class BufferPool {
   /** Starts giving out memory that belongs to a captured graph until `closeArena`. */
   openArena(): Arena {
     if (this.#arena) throw new Error("A capture is already in progress on this device.");
-    this.#arena = { open: true, buffers: [], free: new Map() };
+    this.#arena = { open: true, destroyed: false, buffers: [], free: new Map() };
     return this.#arena;
   }
 
@@ -111,6 +114,7 @@ export class BufferPool {
 
   /** Destroys a graph's private memory. Tensors that still point into it become invalid. */
   destroyArena(arena: Arena): void {
+    arena.destroyed = true;
     this.onDestroy();
     for (const buffer of arena.buffers) {
       if (buffer.refs > 0) this.liveBytes -= buffer.size;

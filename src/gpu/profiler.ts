@@ -58,7 +58,7 @@ export class Profiler {
     const pending = this.#toRead;
     this.#toRead = null;
     if (!pending) return;
-    this.#reads.push(pending.staging.mapAsync(1).then(() => {
+    const read = pending.staging.mapAsync(1).then(() => {
       const times = new BigUint64Array(pending.staging.getMappedRange());
       pending.names.forEach(({ name, workgroups }, i) => {
         const start = times[2 * i]!;
@@ -68,7 +68,9 @@ export class Profiler {
         });
       });
       pending.staging.destroy();
-    }));
+    });
+    read.catch(() => {}); // a lost device: thrown by `settle`, and where the device is used next
+    this.#reads.push(read);
   }
 
   /** Waits until every timestamp so far has been read. */

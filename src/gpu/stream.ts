@@ -1,3 +1,4 @@
+import { GpuError } from "./errors.ts";
 import type { Arena, BufferPool, PooledBuffer } from "./pool.ts";
 import type { Profiler } from "./profiler.ts";
 
@@ -65,7 +66,8 @@ export class Stream {
   readonly #freeBlocks: UniformBlock[] = [];
   #commands: Command[] = [];
   #blocks: UniformBlock[] = [];
-  #capture: { touched: Map<number, PooledBuffer> } | null = null;
+  /** The running capture: its arena, and by id the buffers from outside that it uses, retained at their first use. */
+  #capture: { arena: Arena; outside: Map<number, PooledBuffer> } | null = null;
   /** Batches that wait for a pipeline, in order; null when everything recorded has been submitted. */
   #waiting: Promise<void> | null = null;
 
@@ -138,17 +140,15 @@ export class Stream {
   beginCapture(): Arena {
     this.flush();
     const arena = this.#pool.openArena();
-    this.#capture = { touched: new Map() };
+    this.#capture = { arena, outside: new Map() };
     return arena;
   }
 
   endCapture(arena: Arena): Graph {
-    const { touched } = this.#capture!;
+    const { outside } = this.#capture!;
     this.#capture = null;
     this.#pool.closeArena(arena);
-    const outside = [...touched.values()].filter((buffer) => buffer.arena !== arena);
-    for (const buffer of outside) this.#pool.retain(buffer);
-    const graph = new Graph(this.#commands, outside, arena, this.#blocks);
+    const graph = new Graph(this.#commands, [...outside.values()], arena, this.#blocks);
     this.#commands = [];
     this.#blocks = [];
     for (const block of graph.blocks) this.#upload(block);
@@ -157,7 +157,8 @@ export class Stream {
 
   /** Runs a captured step again, in order with whatever else is recorded. */
   replay(graph: Graph): void {
-    if (graph.disposed) throw new Error("This captured graph was disposed and cannot be replayed.");
+    if (graph.disposed) throw new GpuError("This captured graph was disposed and cannot be replayed.");
+    if (this.#capture) throw new GpuError("A captured graph cannot be replayed while another one is being captured.");
     this.flush();
     this.#enqueue(graph.commands, [], false);
   }
@@ -168,17 +169,22 @@ export class Stream {
     graph.disposed = true;
     for (const buffer of graph.retained) this.#pool.release(buffer);
     this.#pool.destroyArena(graph.arena);
-    this.#recycle(graph.blocks);
-  }
-
-  destroy(): void {
-    for (const block of this.#freeBlocks) block.buffer.destroy();
+    // A replay that still waits for a pipeline reads these blocks; what is captured next must not overwrite them.
+    const blocks = graph.blocks.splice(0);
+    if (this.#waiting) void this.idle().then(() => this.#recycle(blocks));
+    else this.#recycle(blocks);
   }
 
   #record(command: Command, touched: readonly PooledBuffer[]): void {
     this.#commands.push(command);
     if (this.#capture) {
-      for (const buffer of touched) this.#capture.touched.set(buffer.id, buffer);
+      const { arena, outside } = this.#capture;
+      for (const buffer of touched) {
+        if (buffer.arena === arena || outside.has(buffer.id)) continue;
+        // Now, not at the end: a tensor freed in between would leave its buffer to whoever asks next.
+        this.#pool.retain(buffer);
+        outside.set(buffer.id, buffer);
+      }
     } else if (this.#commands.length >= COMMANDS_PER_SUBMIT) {
       this.flush();
     }

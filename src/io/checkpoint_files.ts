@@ -30,6 +30,7 @@ export interface FileLayer {
   /** False only when the writer is known to be gone. */
   isRunning(owner: string): boolean;
   hasher(): { update(bytes: Uint8Array): void; digest(): string };
+  /** Creates a folder and those above it, as needed. Returns when their names are on the medium. */
   makeFolder(path: string): Promise<void>;
   /** Creates a new file; null when it exists. */
   create(path: string): Promise<WritableFile | null>;
@@ -333,11 +334,11 @@ async function acquireLock(layer: FileLayer, root: string): Promise<string> {
       heldTokens.add(token);
       try {
         await file.write(new TextEncoder().encode(`${layer.owner} ${token}\n`));
-      } catch (error) {
-        heldTokens.delete(token);
-        throw error;
-      } finally {
         await file.close();
+      } catch (error) {
+        await file.close().catch(() => {});
+        await releaseLock(layer, root, token).catch(() => {});
+        throw error;
       }
       return token;
     }

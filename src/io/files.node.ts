@@ -2,7 +2,7 @@
 import { createHash } from "node:crypto";
 import { mkdir, open, readFile, readdir, rename, rm } from "node:fs/promises";
 import { hostname } from "node:os";
-import { join } from "node:path";
+import { dirname, join, resolve } from "node:path";
 import { FormatError, UsageError } from "../tensor/errors.ts";
 import { checkRange, isPlainFileName, urlFolder } from "./files.ts";
 import type { ByteSource, Folder } from "./files.ts";
@@ -95,7 +95,11 @@ export function localFileLayer(): FileLayer {
       return { update: (bytes) => void hash.update(bytes), digest: () => hash.digest("hex") };
     },
     async makeFolder(path) {
-      await mkdir(path, { recursive: true });
+      const first = await mkdir(path, { recursive: true });
+      if (first === undefined) return;
+      for (let folder = resolve(path); folder.length >= resolve(first).length; folder = dirname(folder)) {
+        await syncPath(dirname(folder));
+      }
     },
     async create(path) {
       let handle;

@@ -1,6 +1,6 @@
 /**
  * Files as random-access bytes, wherever they lie: memory, Blobs (files dropped on a page), a web server.
- * Local paths are in files.node.ts; `import { openFolder } from "#files"` finds the platform's own.
+ * Local paths are in files.node.ts. Tested in test/null/safetensors.test.ts.
  */
 import { FormatError, UsageError } from "../tensor/errors.ts";
 

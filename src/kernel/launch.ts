@@ -112,7 +112,7 @@ function fold(kernel: string, workgroups: readonly number[]): [number, number, n
   const [x = 1, y = 1, z = 1] = workgroups;
   if (workgroups.length === 1 && x > MAX_GROUPS) {
     const rows = Math.ceil(x / MAX_GROUPS);
-    return [Math.ceil(x / rows), rows, 1];
+    if (rows <= MAX_GROUPS) return [Math.ceil(x / rows), rows, 1];
   }
   for (const n of [x, y, z]) {
     if (!Number.isInteger(n) || n < 0 || n > MAX_GROUPS) {
@@ -132,6 +132,9 @@ function pack(kernel: string, shape: KernelShape, params: Record<string, number>
     else if (type === "i32") scratch.setInt32(offset, value, true);
     else scratch.setUint32(offset, value, true);
     offset += 4;
+  }
+  for (const field in params) {
+    if (!(field in shape.params)) throw new GpuError(`Kernel ${kernel} has no parameter ${field}.`);
   }
   return new Uint8Array(scratch.buffer, 0, Math.max(16, Math.ceil(offset / 16) * 16));
 }

@@ -102,6 +102,56 @@ export const manifest = {
       attention_dq: ["dout","dq","k","params","q","seq_idx","stats","v"],
     },
   },
+  "attention/decode_attention": {
+    bindings: {
+      position: { binding: 1, access: "read" },
+      q: { binding: 0, access: "read" },
+      key: { binding: 2, access: "read" },
+      value: { binding: 3, access: "read" },
+      out: { binding: 4, access: "read_write" },
+    },
+    params: {
+      rows: "u32",
+      seqlen: "u32",
+      capacity: "u32",
+      nheads: "u32",
+      nkv_heads: "u32",
+      head_dim: "u32",
+      scale: "f32",
+    },
+    overrides: {
+      WG: "u32",
+      HEAD_VEC4: "u32",
+    },
+    conditions: ["vec4","wide"],
+    entries: {
+      decode_attention: ["key","out","params","position","q","value"],
+    },
+  },
+  "attention/kv_cache": {
+    bindings: {
+      new_x: { binding: 0, access: "read" },
+      cache: { binding: 1, access: "read_write" },
+      position: { binding: 2, access: "read" },
+      old_cache: { binding: 3, access: "read" },
+      x: { binding: 4, access: "read_write" },
+    },
+    params: {
+      count: "u32",
+      seqlen: "u32",
+      nkv_heads: "u32",
+      head_dim: "u32",
+      capacity: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: [],
+    entries: {
+      write_tokens: ["cache","new_x","params","position"],
+      read_tokens: ["old_cache","params","x"],
+    },
+  },
   "elementwise/add": {
     bindings: {
       a: { binding: 0, access: "read" },
@@ -521,8 +571,8 @@ export const manifest = {
   },
   "mamba2/chunk_scan": {
     bindings: {
-      CB: { binding: 0, access: "read" },
-      x: { binding: 1, access: "read" },
+      x: { binding: 0, access: "read" },
+      CB: { binding: 1, access: "read" },
       dt: { binding: 2, access: "read" },
       dA_cumsum: { binding: 3, access: "read" },
       D: { binding: 4, access: "read" },
@@ -843,6 +893,7 @@ export const manifest = {
       c_split: "u32",
       b_offset: "u32",
       c_offset: "u32",
+      group: "u32",
     },
     overrides: {
       WG: "u32",

@@ -64,8 +64,11 @@ export class PipelineCache {
     const moduleKey = [kernel, ...request.conditions].join("|");
     let compiled = this.#modules.get(moduleKey);
     if (!compiled) {
+      const { gpuDevice } = this.#gpu;
       const linked = link(kernel, shaderSource, { conditions: request.conditions });
-      compiled = { module: this.#gpu.gpuDevice.createShaderModule({ code: linked.code, label: moduleKey }), linked };
+      gpuDevice.pushErrorScope("validation"); // the pipeline's rejection reports it, with the place
+      compiled = { module: gpuDevice.createShaderModule({ code: linked.code, label: moduleKey }), linked };
+      gpuDevice.popErrorScope().catch(() => {});
       this.#modules.set(moduleKey, compiled);
     }
     if (this.#running++ === 0) this.#since = performance.now();

@@ -1,5 +1,6 @@
 /** Models to and from checkpoint files in the published layout. */
 import type { Folder } from "../io/files.ts";
+import { readWeightF32 } from "../io/quantized.ts";
 import { openTensors, safetensorsPieces, type TensorEntry, type TensorReader } from "../io/safetensors.ts";
 import type { Device } from "../tensor/device.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
@@ -21,10 +22,10 @@ export async function readParameters(
 ): Promise<void> {
   for (const { parameter, from, tensors } of resolveTensors(config, reader.tensors, what ? { what } : {})) {
     await take(parameter.name, async () => {
-      if (from === "whole") return reader.readTensorF32(tensors[0]!);
+      if (from === "whole") return readWeightF32(reader, tensors[0]!);
       const values = new Float32Array(sizeOf(parameter.shape));
       for (const [i, name] of tensors.entries()) {
-        values.set(await reader.readTensorF32(name), i * (values.length / tensors.length));
+        values.set(await readWeightF32(reader, name), i * (values.length / tensors.length));
       }
       return values;
     }, parameter);

@@ -10,8 +10,8 @@ const EACH = 8;
  * One AdamW step in place: param -= lr * weight_decay * param, then param -= lr * mhat / (sqrt(vhat) + eps).
  *
  * @param param       f32, any shape, changed; grad, m and v have the same shape, m and v are changed
- * @param hyper       f32 [8]: lr, beta1, beta2, eps, weight_decay, 1 - beta1^t, 1 - beta2^t, 0. The kernel forms 1 - beta in f32, so
- *   the two corrections should be computed from the betas as rounded to f32.
+ * @param hyper       f32 [8]: lr, beta1, beta2, eps, weight_decay, 1 - beta1^t, 1 - beta2^t, 0. The kernel
+ *   forms 1 - beta in f32, so the two corrections should be computed from the betas as rounded to f32.
  * @param grad_scale  f32 [1], multiplies the gradient first (a clip factor, or 1)
  * @param decay       whether weight_decay applies to this parameter
  * @throws ShapeError when the shapes differ
@@ -20,7 +20,8 @@ export const adamw = defineOp({
   name: "adamw",
   mutates: [0, 2, 3],
   forward(
-    _ctx, param: Tensor, grad: Tensor, m: Tensor, v: Tensor, hyper: Tensor, grad_scale: Tensor, decay: boolean,
+    _ctx, param: Tensor, grad: Tensor, m: Tensor, v: Tensor,
+    hyper: Tensor, grad_scale: Tensor, decay: boolean,
   ): Tensor[] {
     const expected = `[${param.shape.join(", ")}]`;
     for (const [what, tensor] of [["grad", grad], ["m", m], ["v", v]] as const) {
@@ -32,7 +33,8 @@ export const adamw = defineOp({
     const count = isWide ? param.size / 4 : param.size;
     launch("optim/adamw", {
       bind: { param, grad, m, v, hyper, grad_scale }, params: { count, decay: decay ? 1 : 0 },
-      constants: { WG, EACH }, conditions: isWide ? ["vec4"] : [], workgroups: [Math.ceil(count / (WG * EACH))],
+      constants: { WG, EACH }, conditions: isWide ? ["vec4"] : [],
+      workgroups: [Math.ceil(count / (WG * EACH))],
     });
     return [];
   },

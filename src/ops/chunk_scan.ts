@@ -56,7 +56,7 @@ export const chunk_scan = defineOp({
     const y = x.device.empty(x.shape);
     launch("mamba2/chunk_scan", {
       bind: { CB, x, dt, dA_cumsum, D, start: start ?? dt, off, y }, params: { ...pairs, total },
-      conditions: [...documents(start), ...quads(headdim, chunk_size)], workgroups: groups(total),
+      conditions: [...documents(start), ...quads(headdim)], workgroups: groups(total),
     });
     ctx.save({ CB, x, dt, dA_cumsum, C, prev_states, D, start, weight, off, shape, pairs, total });
     return y;

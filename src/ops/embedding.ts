@@ -38,7 +38,9 @@ export const embedding = defineOp({
     const next = device.empty([ids.size], "u32");
     const { cols, conditions } = vectors(D);
     const params = { tokens: ids.size, vocab, cols };
-    launch("elementwise/embedding_backward", { entry: "link", bind: { ids, mask, head, next }, params, workgroups: [1] });
+    launch("elementwise/embedding_backward", {
+      entry: "link", bind: { ids, mask, head, next }, params, workgroups: [1],
+    });
     launch("elementwise/embedding_backward", {
       entry: "gather", bind: { dy, mask, head, next, dweight }, params, conditions,
       workgroups: [Math.ceil((vocab * cols) / WG)],

@@ -1,10 +1,10 @@
-/** The matrix products that ops are made of: which kernel computes them, and how it is laid out. Not an op itself. */
+/** The matrix products that ops are made of: the choice of a kernel and its layout. Not an op itself. */
 import { launch } from "../kernel/launch.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 
 /**
- * Kernels for a product: `quad` keeps 16 x 16 tiles in the registers of four invocations (software adapters), `tile` stages
- * 64 x 64 tiles in workgroup memory (GPUs).
+ * Kernels for a product: `quad` keeps 16 x 16 tiles in the registers of four invocations (software adapters),
+ * `tile` stages 64 x 64 tiles in workgroup memory (GPUs).
  */
 export type ProductKernel = "quad" | "tile";
 /** Kernels for few rows: `matvec_quad` for software adapters, `matvec` for GPUs. */
@@ -43,7 +43,7 @@ const TILE = {
   quad: { rows: 16, columns: 16, per_workgroup: 8 },
   tile: { rows: 64, columns: 64, per_workgroup: 1 },
 } as const;
-/** A sum over k is split where there would be fewer workgroups than this, but not into parts shorter than SPLIT_K. */
+/** A sum over k is split where there are fewer workgroups, but not into parts shorter than SPLIT_K. */
 const WANTED = { quad: 4, tile: 128 } as const;
 const SPLIT_K = 128;
 const WG = 32; // of sum_rows and grouped_tiles
@@ -84,14 +84,15 @@ interface Plan {
 /** A long sum with few tiles is cut into parts: c must then be the whole tensor. */
 function splitsOf(p: Product, kernel: ProductKernel, tiles: number): number {
   const { m, n, k, c, batches = 1 } = p;
-  if (p.bias || p.tiles || p.offsets || c.offset || c.tensor.size !== batches * m * n || tiles === 0) return 1;
+  const whole = !c.offset && c.tensor.size === batches * m * n;
+  if (p.bias || p.tiles || p.offsets || !whole || tiles === 0) return 1;
   const workgroups = tiles / TILE[kernel].per_workgroup;
   return Math.max(1, Math.min(Math.ceil(WANTED[kernel] / workgroups), Math.floor(k / SPLIT_K), 16));
 }
 
 function run(p: Product, { kernel, rows4, row_tiles, tiles, splits }: Plan, c: Product["c"]): void {
   const { m, n, k, a, b, batches = 1, bias = null } = p;
-  const grouped = p.tiles ?? p.offsets ?? b.tensor; // `b` where nothing is grouped: the binding must hold something
+  const grouped = p.tiles ?? p.offsets ?? b.tensor; // without groups b: every binding must hold something
   const options = {
     bind: { a: a.tensor, b: b.tensor, c: c.tensor, bias: bias ?? b.tensor, tiles: grouped },
     params: {
@@ -117,10 +118,12 @@ function run(p: Product, { kernel, rows4, row_tiles, tiles, splits }: Plan, c: P
     b_vec_k, c_vec: inVectors(c, c.row),
     k_tail, rows4, subgroups: c.tensor.device.hasSubgroups,
   });
-  launch("matmul/matmul_quad", { ...options, conditions: [...shared, ...layout] });
+  launch("matmul/matmul_quad", {
+    ...options, params: { ...options.params, group: 4 }, conditions: [...shared, ...layout],
+  });
 }
 
-/** Whether every row (or column) of a matrix begins at a multiple of four elements and can be read in whole vectors. */
+/** Whether all rows (or columns) of a matrix begin at multiples of four elements, to be read in vectors. */
 function inVectors({ tensor, batch = 0, offset = 0 }: Omit<Matrix, "row" | "col">, stride: number): boolean {
   return [stride, batch, offset, tensor.size].every((elements) => elements % 4 === 0);
 }
@@ -129,15 +132,16 @@ function conditions<C extends string>(held: Readonly<Record<C, boolean>>): C[] {
   return (Object.keys(held) as C[]).filter((condition) => held[condition]);
 }
 
-/** The kernel for a product with so few rows that only reading the weight counts, or null when there are too many. */
+/** The kernel for a product with so few rows that only reading the weight counts; null for more rows. */
 export function vectorKernel({ device }: Tensor, rows: number): VectorKernel | null {
   if (device.info.isSoftware) return rows <= 2 ? "matvec_quad" : null;
   return rows <= 4 ? "matvec" : null;
 }
 
-/** y = x W^T (+ bias): x [m, k], weight [n, k], or one matrix per expert with `offsets` u32 [experts + 1] over the rows. */
+/** y = x W^T (+ bias): x [m, k], weight [n, k]; with `offsets` u32 [experts + 1] one matrix per expert. */
 export function vectorProduct(
-  kernel: VectorKernel, x: Tensor, weight: Tensor, bias: Tensor | null, y: Tensor, offsets: Tensor | null = null,
+  kernel: VectorKernel, x: Tensor, weight: Tensor, bias: Tensor | null, y: Tensor,
+  offsets: Tensor | null = null,
 ): void {
   const [n, k] = weight.shape.slice(-2) as [number, number];
   const m = y.size / Math.max(n, 1);

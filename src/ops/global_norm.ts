@@ -8,7 +8,8 @@ const WG = 64;
 const EACH = 64;
 
 /**
- * sqrt of the sum of squares over all elements of all tensors, in a fixed order: one launch per tensor and one for the rest.
+ * sqrt of the sum of squares over all elements of all tensors, in a fixed order: one launch per tensor and
+ * one for the rest.
  *
  * @param grads  f32 tensors of any shapes, at least one
  * @returns f32 [1]
@@ -29,14 +30,15 @@ export const global_norm = defineOp({
     let at = 0;
     for (const { x, count, slabs, conditions } of parts) {
       launch("optim/global_norm", {
-        entry: "squares", bind: { x, partial }, params: { count, first: at, max_norm: 0 }, constants: { WG, EACH },
-        conditions, workgroups: [slabs],
+        entry: "squares", bind: { x, partial }, params: { count, first: at, max_norm: 0 },
+        constants: { WG, EACH }, conditions, workgroups: [slabs],
       });
       at += slabs;
     }
     const norm = first.device.empty([1]);
     launch("optim/global_norm", {
-      entry: "total", bind: { partial, norm }, params: { count: total, first: 0, max_norm: 0 }, workgroups: [1],
+      entry: "total", bind: { partial, norm }, params: { count: total, first: 0, max_norm: 0 },
+      workgroups: [1],
     });
     return norm;
   },

@@ -8,6 +8,14 @@ export interface GroupedLinearOptions {
   readonly kernel?: ProductKernel | "matvec" | "matvec_quad";
 }
 
+interface Saved {
+  readonly x: Tensor;
+  readonly weight: Tensor;
+  readonly offsets: Tensor;
+  readonly options: GroupedLinearOptions;
+}
+
+const name = "grouped_linear";
 /** Up to so many rows are taken one by one: experts then have about one row each. */
 const FEW_ROWS = 8;
 
@@ -23,13 +31,13 @@ const FEW_ROWS = 8;
  * @throws ShapeError when the widths or the number of experts differ
  */
 export const grouped_linear = defineOp({
-  name: "grouped_linear",
+  name,
   forward(ctx, x: Tensor, weight: Tensor, offsets: Tensor, options: GroupedLinearOptions = {}): Tensor {
-    check(x.shape.length === 2, "grouped_linear", "x", "[S, K]", x);
+    check(x.shape.length === 2, name, "x", "[S, K]", x);
     const [S, K] = x.shape as [number, number];
-    check(weight.shape.length === 3 && weight.shape[2] === K, "grouped_linear", "weight", `[E, N, ${K}]`, weight);
+    check(weight.shape.length === 3 && weight.shape[2] === K, name, "weight", `[E, N, ${K}]`, weight);
     const [E, N] = weight.shape as [number, number, number];
-    check(offsets.shape.length === 1 && offsets.size === E + 1, "grouped_linear", "offsets", `[${E + 1}]`, offsets);
+    check(offsets.shape.length === 1 && offsets.size === E + 1, name, "offsets", `[${E + 1}]`, offsets);
     const y = x.device.empty([S, N]);
     ctx.save({ x, weight, offsets, options });
     const few = x.device.info.isSoftware ? "matvec_quad" : "matvec";
@@ -37,16 +45,14 @@ export const grouped_linear = defineOp({
     if (kernel === "matvec" || kernel === "matvec_quad") vectorProduct(kernel, x, weight, null, y, offsets);
     else {
       product({
-        m: S, n: N, k: K, a: { tensor: x, row: K, col: 1 }, b: { tensor: weight, row: 1, col: K, batch: N * K },
+        m: S, n: N, k: K, a: { tensor: x, row: K, col: 1 },
+        b: { tensor: weight, row: 1, col: K, batch: N * K },
         c: { tensor: y, row: N }, tiles: groupedTiles(offsets, S, tileRows(kernel)), kernel,
       });
     }
     return y;
   },
-  backward(
-    { x, weight, offsets, options }: { x: Tensor; weight: Tensor; offsets: Tensor; options: GroupedLinearOptions },
-    [dy], needs,
-  ) {
+  backward({ x, weight, offsets, options }: Saved, [dy], needs) {
     if (!dy) return [];
     const [S, K] = x.shape as [number, number];
     const [E, N] = weight.shape as [number, number, number];
@@ -54,7 +60,8 @@ export const grouped_linear = defineOp({
     const dx = needs[0] ? x.device.empty(x.shape) : null;
     if (dx) {
       product({
-        m: S, n: K, k: N, a: { tensor: dy, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1, batch: N * K },
+        m: S, n: K, k: N, a: { tensor: dy, row: N, col: 1 },
+        b: { tensor: weight, row: K, col: 1, batch: N * K },
         c: { tensor: dx, row: K }, tiles: groupedTiles(offsets, S, tileRows(kernel)), kernel,
       });
     }

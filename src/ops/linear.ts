@@ -41,13 +41,15 @@ export const linear = defineOp({
     const dx = needs[0] ? x.device.empty(x.shape) : null;
     if (dx) {
       product({
-        m: rows, n: K, k: N, a: { tensor: dy, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1 }, c: { tensor: dx, row: K },
+        m: rows, n: K, k: N, a: { tensor: dy, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1 },
+        c: { tensor: dx, row: K },
       });
     }
     const dweight = needs[1] ? x.device.empty(weight.shape) : null;
     if (dweight) {
       product({
-        m: N, n: K, k: rows, a: { tensor: dy, row: 1, col: N }, b: { tensor: x, row: K, col: 1 }, c: { tensor: dweight, row: K },
+        m: N, n: K, k: rows, a: { tensor: dy, row: 1, col: N }, b: { tensor: x, row: K, col: 1 },
+        c: { tensor: dweight, row: K },
       });
     }
     const dbias = needs[2] ? x.device.empty([N]) : null;

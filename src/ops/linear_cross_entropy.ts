@@ -21,7 +21,9 @@ interface Saved {
   readonly chunk: number;
 }
 
+const name = "linear_cross_entropy";
 const LARGEST_CHUNK = 8192;
+const SMALLEST_CHUNK = 256;
 const CHUNK_ELEMENTS = 2 ** 24; // 64 MiB
 const KEPT_ELEMENTS = 2 ** 22; // 16 MiB
 const WG = 64;
@@ -29,8 +31,9 @@ const WG = 64;
 /**
  * loss = mean over scored rows of -log softmax(h W^T)[label], without the whole logits in memory.
  *
- * The vocabulary is walked in chunks: forward keeps a running log-sum-exp per row, backward computes a chunk's logits again.
- * A row is scored when its label lies in 0 .. V - 1 (-100 marks rows to leave out); without scored rows the loss is 0.
+ * The vocabulary is walked in chunks: forward keeps a running log-sum-exp per row, backward computes the
+ * logits of a chunk again (a single chunk of at most 16 MiB is kept instead). A row is scored when its label
+ * lies in 0 .. V - 1 (-100 marks rows to leave out); without scored rows the loss is 0.
  *
  * @param h       f32 [T, D]
  * @param weight  f32 [V, D]
@@ -39,16 +42,17 @@ const WG = 64;
  * @throws ShapeError when widths or row counts differ
  */
 export const linear_cross_entropy = defineOp({
-  name: "linear_cross_entropy",
+  name,
   forward(ctx, h: Tensor, weight: Tensor, labels: Tensor, options: LinearCrossEntropyOptions = {}): Tensor {
-    check(h.shape.length === 2, "linear_cross_entropy", "h", "[T, D]", h);
+    check(h.shape.length === 2, name, "h", "[T, D]", h);
     const [T, D] = h.shape as [number, number];
-    check(weight.shape.length === 2 && weight.shape[1] === D, "linear_cross_entropy", "weight", `[V, ${D}]`, weight);
-    check(labels.shape.length === 1 && labels.size === T, "linear_cross_entropy", "labels", `[${T}]`, labels);
+    check(weight.shape.length === 2 && weight.shape[1] === D, name, "weight", `[V, ${D}]`, weight);
+    check(labels.shape.length === 1 && labels.size === T, name, "labels", `[${T}]`, labels);
     const V = weight.shape[0]!;
-    const wanted = options.vocab_chunk ?? Math.min(LARGEST_CHUNK, Math.max(256, Math.floor(CHUNK_ELEMENTS / Math.max(T, 1))));
-    check(Number.isInteger(wanted) && wanted >= 1, "linear_cross_entropy", "vocab_chunk", "a whole number above 0", wanted);
-    const chunk = Math.min(Math.ceil(wanted / 4) * 4, V);
+    const affordable = Math.max(SMALLEST_CHUNK, Math.floor(CHUNK_ELEMENTS / Math.max(T, 1)));
+    const wanted = options.vocab_chunk ?? Math.min(LARGEST_CHUNK, affordable);
+    check(Number.isInteger(wanted) && wanted >= 1, name, "vocab_chunk", "a whole number above 0", wanted);
+    const chunk = Math.min(padded(wanted), V);
 
     const { device } = h;
     const logits = device.empty([T, padded(chunk)]);
@@ -94,7 +98,8 @@ export const linear_cross_entropy = defineOp({
       if (dh) {
         product({
           m: T, n: D, k: width, a: { tensor: dlogits, row: stride, col: 1 },
-          b: { tensor: weight, row: D, col: 1, offset: start * D }, c: { tensor: dh, row: D }, accumulate: start > 0,
+          b: { tensor: weight, row: D, col: 1, offset: start * D }, c: { tensor: dh, row: D },
+          accumulate: start > 0,
         });
       }
       if (dweight) {
@@ -121,7 +126,8 @@ function forEachChunk(V: number, chunk: number, visit: (start: number, width: nu
 function logitsOf(h: Tensor, weight: Tensor, start: number, width: number, logits: Tensor): void {
   const [T, D] = h.shape as [number, number];
   product({
-    m: T, n: width, k: D, a: { tensor: h, row: D, col: 1 }, b: { tensor: weight, row: 1, col: D, offset: start * D },
+    m: T, n: width, k: D, a: { tensor: h, row: D, col: 1 },
+    b: { tensor: weight, row: 1, col: D, offset: start * D },
     c: { tensor: logits, row: padded(width) },
   });
 }

@@ -18,10 +18,11 @@ export interface MatmulOptions {
 /**
  * C = op(A) op(B) for every leading index, where op transposes the last two dimensions if asked.
  *
- * The `quad` kernel serves software adapters, `tile` GPUs; one or two rows times a transposed matrix take a `matvec`.
+ * The `quad` kernel serves software adapters, `tile` GPUs; very few rows with `transB` take a `matvec`.
  *
  * @param a  f32 [..., M, K], or [..., K, M] with `transA`
- * @param b  f32 [..., K, N] with the same leading extents, or one matrix [K, N] for all of them; [N, K] with `transB`
+ * @param b  f32 [..., K, N] with the same leading extents, or one matrix [K, N] for all of them; [N, K] with
+ *   `transB`
  * @returns f32 [..., M, N]
  * @throws ShapeError when the inner or the leading extents differ
  */
@@ -37,7 +38,8 @@ export const matmul: Op<[a: Tensor, b: Tensor, options?: MatmulOptions], Tensor>
     const inner = transB ? `N, ${K}` : `${K}, N`;
     check(b.shape.at(transB ? -1 : -2) === K, "matmul", "b", `[..., ${inner}]`, b);
     const shared = b.shape.length === 2;
-    check(shared || b.shape.slice(0, -2).join() === lead.join(), "matmul", "b", `[${[...lead, inner].join(", ")}]`, b);
+    const batched = `[${[...lead, inner].join(", ")}]`;
+    check(shared || b.shape.slice(0, -2).join() === lead.join(), "matmul", "b", batched, b);
 
     const c = a.device.empty([...lead, M, N]);
     ctx.save({ a, b, options });
@@ -50,7 +52,8 @@ export const matmul: Op<[a: Tensor, b: Tensor, options?: MatmulOptions], Tensor>
       vectorProduct(chosen, a, b, null, c);
     } else {
       product({
-        m, n: N, k: K, batches, a: matrix(a, M, K, transA), b: { ...matrix(b, K, N, transB), batch: shared ? 0 : K * N },
+        m, n: N, k: K, batches, a: matrix(a, M, K, transA),
+        b: { ...matrix(b, K, N, transB), batch: shared ? 0 : K * N },
         c: { tensor: c, row: N, batch: M * N }, kernel: chosen ?? undefined,
       });
     }
@@ -71,7 +74,9 @@ export const matmul: Op<[a: Tensor, b: Tensor, options?: MatmulOptions], Tensor>
     let db: Tensor | null = null;
     if (needs[1]) {
       const [x, y] = summed && !transA ? [flat(a), flat(dc)] : [a, dc];
-      const each = transB ? matmul(y, x, by({ transA: true, transB: transA })) : matmul(x, y, by({ transA: !transA }));
+      const each = transB
+        ? matmul(y, x, by({ transA: true, transB: transA }))
+        : matmul(x, y, by({ transA: !transA }));
       db = each;
       if (summed && transA) {
         db = b.device.empty(b.shape);
@@ -97,5 +102,6 @@ const flat = (x: Tensor): Tensor => x.reshape([sizeOf(x.shape.slice(0, -1)), x.s
 
 /** The matrix [rows, cols] of every batch element, stored plain or transposed. */
 function matrix(tensor: Tensor, rows: number, cols: number, transposed: boolean): Matrix {
-  return transposed ? { tensor, row: 1, col: rows, batch: rows * cols } : { tensor, row: cols, col: 1, batch: rows * cols };
+  const [row, col] = transposed ? [1, rows] : [cols, 1];
+  return { tensor, row, col, batch: rows * cols };
 }

@@ -46,9 +46,10 @@ export const update_expert_bias = defineOp({
   name: "update_expert_bias",
   mutates: [0],
   forward(_ctx, bias: Tensor, counts: Tensor, rate: number): Tensor[] {
-    check(bias.size >= 1 && bias.shape.length === 1, "update_expert_bias", "bias", "[E] with an expert", bias);
-    check(counts.size === bias.size, "update_expert_bias", "counts", `[${bias.size}]`, counts);
-    launch("moe/expert_bias", { bind: { bias, counts }, params: { experts: bias.size, rate }, workgroups: [1] });
+    const E = bias.size;
+    check(E >= 1 && bias.shape.length === 1, "update_expert_bias", "bias", "[E] with an expert", bias);
+    check(counts.size === E, "update_expert_bias", "counts", `[${E}]`, counts);
+    launch("moe/expert_bias", { bind: { bias, counts }, params: { experts: E, rate }, workgroups: [1] });
     return [];
   },
 });
@@ -70,7 +71,7 @@ const sortChoices = defineOp({
       });
       return [offsets, slot_token, token_slot];
     }
-    // More pieces share the work among more invocations, but every piece adds E counters to clear and to scan.
+    // More pieces share the work among more invocations, but each adds E counters to clear and to scan.
     const length = Math.max(16, Math.ceil(S / (device.info.isSoftware ? 128 : 512)));
     const pieces = Math.ceil(S / length);
     const histogram = device.zeros([pieces, E], "u32");
@@ -82,7 +83,8 @@ const sortChoices = defineOp({
     });
     launch("moe/plan", { entry: "scan_experts", bind: { offsets }, params, workgroups: [1] });
     launch("moe/plan", {
-      entry: "scatter", bind: { topk_idx, histogram, offsets, slot_token, token_slot }, params, workgroups: perPiece,
+      entry: "scatter", bind: { topk_idx, histogram, offsets, slot_token, token_slot }, params,
+      workgroups: perPiece,
     });
     return [offsets, slot_token, token_slot];
   },
@@ -101,8 +103,9 @@ export const moe_plan = Object.assign((topk_idx: Tensor, E: number): MoePlan => 
 
 /** Rows of D values in the widest elements that fit, and how invocations share them. */
 function columns(D: number, perInvocation: number): { cols: number; parts: number; conditions: ("vec4")[] } {
-  const cols = D % 4 === 0 ? D / 4 : D;
-  return { cols, parts: Math.max(1, Math.ceil(cols / perInvocation)), conditions: D % 4 === 0 ? ["vec4"] : [] };
+  const isWide = D % 4 === 0;
+  const cols = isWide ? D / 4 : D;
+  return { cols, parts: Math.max(1, Math.ceil(cols / perInvocation)), conditions: isWide ? ["vec4"] : [] };
 }
 
 function checkPlan(op: string, plan: MoePlan, slots: number): void {
@@ -146,13 +149,14 @@ function combine(
   const [tokens, D] = out.shape as [number, number];
   const { cols, parts, conditions } = columns(D, out.device.info.isSoftware ? 16 : 4);
   launch("moe/combine", {
-    bind: { y, token_slot, topk_weight, out }, params: { tokens, cols, parts, topk }, conditions: [...conditions, ...weighted],
+    bind: { y, token_slot, topk_weight, out }, params: { tokens, cols, parts, topk },
+    conditions: [...conditions, ...weighted],
     workgroups: groupsFor(D === 0 ? 0 : tokens * parts),
   });
 }
 
 /**
- * Adds the rows of each token: out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]], in the order of k.
+ * Adds the rows of each token in the order of k: out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]].
  *
  * @param y            f32 [T * K, D], rows in expert order
  * @param topk_weight  f32 [T, K]
@@ -179,8 +183,9 @@ export const moe_unpermute = defineOp({
     const { cols, conditions } = columns(D, 1);
     const LANES = y.device.info.isSoftware ? 1 : 32;
     launch("moe/unpermute_backward", {
-      bind: { y, topk_weight, token_slot, dout, dy, dweight }, params: { choices, cols, topk: topk_weight.shape[1]! },
-      conditions, constants: { LANES }, workgroups: groupsFor(choices * LANES),
+      bind: { y, topk_weight, token_slot, dout, dy, dweight },
+      params: { choices, cols, topk: topk_weight.shape[1]! }, conditions, constants: { LANES },
+      workgroups: groupsFor(choices * LANES),
     });
     return [dy, dweight];
   },

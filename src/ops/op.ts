@@ -86,7 +86,13 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(de
       },
       needs: (i) => recording && needs[i] === true,
     };
-    const result = scope(() => noGrad(() => definition.forward(ctx, ...args)));
+    let result: R;
+    try {
+      result = scope(() => noGrad(() => definition.forward(ctx, ...args)));
+    } catch (error) {
+      (saved as { tensors: Tensor[] } | null)?.tensors.forEach((tensor) => tensor.release());
+      throw error;
+    }
     if (recording) {
       const outputs = Array.isArray(result) ? result : [result as Tensor];
       for (const output of outputs) if (output.dtype === "f32") output.requiresGrad = true;

@@ -19,23 +19,26 @@ export interface RouterOptions {
 
 const WG = 64;
 const groupsFor = (count: number): [number] => [Math.ceil(count / WG)];
-const isCount = (value: number, most: number): boolean => Number.isInteger(value) && value >= 1 && value <= most;
+const isCount = (n: number, most: number): boolean => Number.isInteger(n) && n >= 1 && n <= most;
 
 /**
- * Chooses experts: s = sigmoid(logits); the K largest of s + bias among the experts of the best groups, weighted by s.
+ * Chooses experts: s = sigmoid(logits); the K largest of s + bias among the experts of the best groups,
+ * weighted by s.
  *
- * A group's score is the sum of its two largest s + bias. Ties go to the lowest number. Weights are s / (sum + 1e-20) *
- * scaling with `norm_topk_prob`, else s * scaling. Gradients flow to the logits through the weights alone.
+ * A group's score is the sum of its two largest s + bias. Ties go to the lowest number. Weights are s / (sum
+ * + 1e-20) * scaling with `norm_topk_prob`, else s * scaling. Gradients flow to the logits through the
+ * weights alone.
  *
  * @param logits  f32 [T, E]
  * @param bias    f32 [E], for the choice only
  * @returns topk_weight f32 [T, K] and topk_idx u32 [T, K], experts ascending
- * @throws ShapeError for a bias of another width, n_group that does not divide E, or fewer than K experts to choose from
+ * @throws ShapeError for a bias of another width, n_group that does not divide E, or fewer than K experts to
+ *   choose from
  */
 export const router = defineOp({
   name: "router",
   forward(ctx, logits: Tensor, bias: Tensor, options: RouterOptions): [Tensor, Tensor] {
-    const { topk, n_group, topk_group } = options;
+    const { topk, n_group, topk_group, scaling } = options;
     check(logits.shape.length === 2, "router", "logits", "[T, E]", logits);
     const [T, E] = logits.shape as [number, number];
     check(bias.shape.length === 1 && bias.shape[0] === E, "router", "bias", `[${E}]`, bias);
@@ -52,35 +55,43 @@ export const router = defineOp({
     const keys = logits.device.empty([workgroups * (width / LANES) * E], "u32");
     launch("moe/router", {
       bind: { logits, bias, keys, topk_weight, topk_idx },
-      params: {
-        tokens: T, experts: E, topk, topk_group, normalise: options.norm_topk_prob ? 1 : 0, scaling: options.scaling,
-      },
+      params: { tokens: T, experts: E, topk, topk_group, normalise: options.norm_topk_prob ? 1 : 0, scaling },
       constants: layout,
       workgroups: [workgroups],
     });
     ctx.save({ logits, topk_idx, options });
     return [topk_weight, topk_idx];
   },
-  backward({ logits, topk_idx, options }: { logits: Tensor; topk_idx: Tensor; options: RouterOptions }, [dweight]) {
+  backward(saved: { logits: Tensor; topk_idx: Tensor; options: RouterOptions }, [dweight]) {
     if (!dweight) return [];
+    const { logits, topk_idx } = saved;
+    const { topk, norm_topk_prob, scaling } = saved.options;
     const [T, E] = logits.shape as [number, number];
     const dlogits = logits.device.zeros(logits.shape);
     launch("moe/router_backward", {
       bind: { logits, topk_idx, dweight, dlogits },
-      params: {
-        tokens: T, experts: E, topk: options.topk, normalise: options.norm_topk_prob ? 1 : 0, scaling: options.scaling,
-      },
+      params: { tokens: T, experts: E, topk, normalise: norm_topk_prob ? 1 : 0, scaling },
       workgroups: groupsFor(T),
     });
     return [dlogits];
   },
 });
 
+/** The overrides of the router's kernel. */
+interface Arrangement {
+  readonly WG: number;
+  readonly LANES: number;
+  readonly BLOCKS: number;
+  readonly GROUPS: number;
+  readonly WORDS: number;
+}
+
 /**
- * How invocations share the work. Enough of them to fill a GPU even for one token, but one per token on software adapters,
- * where they would only wait for each other. The block count balances K rounds of BLOCKS + E / BLOCKS loads.
+ * How invocations share the work. Enough of them to fill a GPU even for one token, but one per token on
+ * software adapters, where they would only wait for each other. The block count balances K rounds of BLOCKS +
+ * E / BLOCKS loads.
  */
-function arrange(logits: Tensor, n_group: number): { WG: number; LANES: number; BLOCKS: number; GROUPS: number; WORDS: number } {
+function arrange(logits: Tensor, n_group: number): Arrangement {
   const [T, E] = logits.shape as [number, number];
   const powerOfTwo = (x: number): number => 2 ** Math.round(Math.log2(Math.max(x, 1)));
   const LANES = logits.device.info.isSoftware ? 1 : Math.min(powerOfTwo(16384 / Math.max(T, 1)), 32);
@@ -96,8 +107,8 @@ function arrange(logits: Tensor, n_group: number): { WG: number; LANES: number; 
 /**
  * Sequence-wise load balance loss, mean over the B sequences: coeff * E / (K * L^2) * sum_e n_e sum_t p_te.
  *
- * p_te = s_te / sum_f s_tf with s = sigmoid(logits); n_e counts the tokens of the sequence with e among their K largest s and is
- * constant for the gradient.
+ * p_te = s_te / sum_f s_tf with s = sigmoid(logits); n_e counts the tokens of the sequence with e among their
+ * K largest s and is constant for the gradient.
  *
  * @param logits  f32 [B, L, E]
  * @returns f32 scalar []; 0 without tokens
@@ -115,12 +126,12 @@ export const router_aux_loss = defineOp({
     });
     const counts = device.zeros([B, E], "u32");
     launch("moe/expert_load", {
-      bind: { topk_idx: topk_idx!, counts }, params: { choices: tokens * topk, per_row: L * topk, experts: E },
+      bind: { topk_idx: topk_idx!, counts },
+      params: { choices: tokens * topk, per_row: L * topk, experts: E },
       workgroups: groupsFor(tokens * topk),
     });
-    const params = {
-      tokens, seqlen: L, experts: E, factor: tokens ? (coeff * E) / (topk * L * L) : 0, inverse_batch: tokens ? 1 / B : 0,
-    };
+    const factor = tokens ? (coeff * E) / (topk * L * L) : 0;
+    const params = { tokens, seqlen: L, experts: E, factor, inverse_batch: tokens ? 1 / B : 0 };
     const value = device.empty([tokens]);
     const inverse = device.empty([tokens]);
     const loss = device.empty([]);
@@ -135,7 +146,8 @@ export const router_aux_loss = defineOp({
     if (!dloss) return [];
     const dlogits = logits.device.empty(logits.shape);
     launch("moe/router_aux_loss", {
-      entry: "gradient", bind: { logits, counts, value, inverse, dloss, dlogits }, params, workgroups: groupsFor(logits.size),
+      entry: "gradient", bind: { logits, counts, value, inverse, dloss, dlogits }, params,
+      workgroups: groupsFor(logits.size),
     });
     return [dlogits];
   },

@@ -18,7 +18,8 @@ export function adamw(
     m_new.data[i] = beta1 * m.data[i]! + (1 - beta1) * g;
     v_new.data[i] = beta2 * v.data[i]! + (1 - beta2) * g * g;
     const decayed = param.data[i]! * (decay ? 1 - lr * weight_decay : 1);
-    p_new.data[i] = decayed - (lr * (m_new.data[i]! / correction1)) / (Math.sqrt(v_new.data[i]! / correction2) + eps);
+    const [mean, square] = [m_new.data[i]! / correction1, v_new.data[i]! / correction2];
+    p_new.data[i] = decayed - (lr * mean) / (Math.sqrt(square) + eps);
   }
   return [p_new, m_new, v_new];
 }

@@ -1,34 +1,34 @@
 import { ndarray, type NdArray } from "../tensor/ndarray.ts";
 
 /**
- * o = softmax(scale * q K^T) V over positions 0 .. position of a cache: one new token per sequence.
+ * o = softmax(scale * q K^T) V over positions 0 .. position + t of a cache: few new tokens per sequence.
  *
- * q [B, Hq, Dh], caches [B, Hkv, Lmax, Dh], position u32 [1] -> [B, Hq, Dh]. Query head h uses key/value head
+ * q [B, L, Hq, Dh], caches [B, Hkv, Lmax, Dh], position u32 [1] -> [B, L, Hq, Dh]. Query head h uses key/value head
  * floor(h / (Hq / Hkv)).
  */
 export function decode_attention(
   q: NdArray, kCache: NdArray, vCache: NdArray, position: NdArray, scale: number,
 ): NdArray {
-  const [B, Hq, Dh] = q.shape as [number, number, number];
+  const [B, L, Hq, Dh] = q.shape as [number, number, number, number];
   const [, Hkv, Lmax] = kCache.shape as [number, number, number];
   const out = ndarray(q.shape);
-  const count = position.data[0]! + 1;
   for (let b = 0; b < B; b++) {
-    for (let h = 0; h < Hq; h++) {
-      const row = (b * Hq + h) * Dh;
-      const base = (b * Hkv + Math.floor(h / (Hq / Hkv))) * Lmax * Dh;
-      const scores: number[] = [];
-      for (let j = 0; j < count; j++) {
-        let dot = 0;
-        for (let d = 0; d < Dh; d++) dot += q.data[row + d]! * kCache.data[base + j * Dh + d]!;
-        scores.push(dot * scale);
-      }
-      const top = Math.max(...scores);
-      const weights = scores.map((s) => Math.exp(s - top));
-      const total = weights.reduce((sum, w) => sum + w, 0);
-      for (let j = 0; j < count; j++) {
-        const p = weights[j]! / total;
-        for (let d = 0; d < Dh; d++) out.data[row + d]! += p * vCache.data[base + j * Dh + d]!;
+    for (let t = 0; t < L; t++) {
+      const count = Math.min(position.data[0]! + t + 1, Lmax);
+      for (let h = 0; h < Hq; h++) {
+        const row = ((b * L + t) * Hq + h) * Dh;
+        const base = (b * Hkv + Math.floor(h / (Hq / Hkv))) * Lmax * Dh;
+        const scores = Array.from({ length: count }, (_, j) => {
+          let dot = 0;
+          for (let d = 0; d < Dh; d++) dot += q.data[row + d]! * kCache.data[base + j * Dh + d]!;
+          return dot * scale;
+        });
+        const top = Math.max(...scores);
+        const weights = scores.map((s) => Math.exp(s - top));
+        const total = weights.reduce((sum, w) => sum + w, 0);
+        for (let j = 0; j < count; j++) {
+          for (let d = 0; d < Dh; d++) out.data[row + d]! += weights[j]! / total * vCache.data[base + j * Dh + d]!;
+        }
       }
     }
   }

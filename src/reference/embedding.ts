@@ -11,7 +11,9 @@ export function embedding(ids: NdArray, weight: NdArray): NdArray {
 }
 
 /** dweight[v] = sum of dy[t] over the positions with ids[t] = v. */
-export function embedding_vjp([dy]: readonly (NdArray | null)[], ids: NdArray, weight: NdArray): (NdArray | null)[] {
+export function embedding_vjp(
+  [dy]: readonly (NdArray | null)[], ids: NdArray, weight: NdArray,
+): (NdArray | null)[] {
   const [V, D] = weight.shape as [number, number];
   const dweight = ndarray(weight.shape);
   ids.data.forEach((id, t) => {

@@ -1,7 +1,9 @@
 import { ndarray, type NdArray } from "../tensor/ndarray.ts";
 
-/** Calls `visit` for every row, its expert and output: (row, e * N + n). */
-function forEach(offsets: NdArray, N: number, visit: (row: number, output: number, at: number) => void): void {
+type Visit = (row: number, output: number, at: number) => void;
+
+/** Calls `visit` for every output n of every row of an expert e with (row, e * N + n, row * N + n). */
+function forEach(offsets: NdArray, N: number, visit: Visit): void {
   for (let e = 0; e + 1 < offsets.data.length; e++) {
     for (let row = offsets.data[e]!; row < offsets.data[e + 1]!; row++) {
       for (let n = 0; n < N; n++) visit(row, e * N + n, row * N + n);
@@ -9,7 +11,7 @@ function forEach(offsets: NdArray, N: number, visit: (row: number, output: numbe
   }
 }
 
-/** y[s] = weight[e] x[s] for offsets[e] <= s < offsets[e + 1]. x [S, K], weight [E, N, K], offsets [E + 1] -> [S, N]. */
+/** y[s] = weight[e] x[s] for offsets[e] <= s < offsets[e + 1]. x [S, K], weight [E, N, K] -> [S, N]. */
 export function grouped_linear(x: NdArray, weight: NdArray, offsets: NdArray): NdArray {
   const [, N, K] = weight.shape as [number, number, number];
   const y = ndarray([x.shape[0]!, N]);

@@ -1,7 +1,9 @@
 import { ndarray, type NdArray } from "../tensor/ndarray.ts";
 
 /** Log-probabilities [T, V] of softmax(h weight^T), and the rows whose label lies in 0 .. V - 1. */
-function logProbabilities(h: NdArray, weight: NdArray, labels: NdArray): { log_p: NdArray; scored: number[] } {
+function logProbabilities(
+  h: NdArray, weight: NdArray, labels: NdArray,
+): { log_p: NdArray; scored: number[] } {
   const [[T, D], V] = [h.shape as [number, number], weight.shape[0]!];
   const log_p = ndarray([T, V]);
   for (let t = 0; t < T; t++) {
@@ -13,10 +15,11 @@ function logProbabilities(h: NdArray, weight: NdArray, labels: NdArray): { log_p
     const lse = largest + Math.log(row.reduce((sum, x) => sum + Math.exp(x - largest), 0));
     for (let v = 0; v < V; v++) row[v]! -= lse;
   }
-  return { log_p, scored: [...labels.data.keys()].filter((t) => labels.data[t]! >= 0 && labels.data[t]! < V) };
+  const scored = [...labels.data.keys()].filter((t) => labels.data[t]! >= 0 && labels.data[t]! < V);
+  return { log_p, scored };
 }
 
-/** loss = mean over scored rows of -log softmax(h weight^T)[label]; 0 without any. h [T, D], weight [V, D], labels [T]. */
+/** loss = mean over scored rows of -log softmax(h weight^T)[label]. h [T, D], weight [V, D], labels [T]. */
 export function linear_cross_entropy(h: NdArray, weight: NdArray, labels: NdArray): NdArray {
   const { log_p, scored } = logProbabilities(h, weight, labels);
   const V = weight.shape[0]!;
@@ -25,7 +28,7 @@ export function linear_cross_entropy(h: NdArray, weight: NdArray, labels: NdArra
   return ndarray([], [scored.length > 0 ? sum / scored.length : 0]);
 }
 
-/** With dlogits = (softmax - onehot(label)) * dloss / scored rows: dh = dlogits weight, dweight = dlogits^T h. */
+/** dlogits = (softmax - onehot(label)) * dloss / scored rows; dh = dlogits weight, dweight = dlogits^T h. */
 export function linear_cross_entropy_vjp(
   [dloss]: readonly (NdArray | null)[], h: NdArray, weight: NdArray, labels: NdArray,
 ): (NdArray | null)[] {

@@ -29,7 +29,7 @@ function walk(a: NdArray, b: NdArray, { transA = false, transB = false }: Transp
   };
 }
 
-/** C = op(A) op(B) for every leading index; op transposes where asked. A [..., M, K], B [..., K, N] or [K, N]. */
+/** C = op(A) op(B) for every leading index, op as asked. A [..., M, K], B [..., K, N] or [K, N]. */
 export function matmul(a: NdArray, b: NdArray, options: Transposes = {}): NdArray {
   const w = walk(a, b, options);
   const c = ndarray(w.shape);

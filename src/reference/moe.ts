@@ -2,7 +2,7 @@ import { ndarray, type NdArray } from "../tensor/ndarray.ts";
 
 type Grads = readonly (NdArray | null)[];
 
-/** Tokens routed to each expert: counts [E] of topk_idx [T, K]. */
+/** counts [E] plus the number of choices topk_idx [T, K] of each expert; numbers from E on do not count. */
 export function expert_load(counts: NdArray, topk_idx: NdArray): NdArray {
   const sums = ndarray(counts.shape, counts.data.slice());
   for (const e of topk_idx.data) if (e < sums.data.length) sums.data[e]! += 1;
@@ -12,7 +12,8 @@ export function expert_load(counts: NdArray, topk_idx: NdArray): NdArray {
 /** bias_e + rate * sign(mean(counts) - counts_e): what `update_expert_bias` leaves in bias [E]. */
 export function update_expert_bias(bias: NdArray, counts: NdArray, rate: number): NdArray {
   const total = counts.data.reduce((a, b) => a + b, 0);
-  const sign = (e: number): number => Math.sign(total - counts.data[e]! * bias.data.length); // exact in integers
+  // Compared as integers: a quotient could miss the balanced case.
+  const sign = (e: number): number => Math.sign(total - counts.data[e]! * bias.data.length);
   return ndarray(bias.shape, bias.data.map((value, e) => value + rate * sign(e)));
 }
 
@@ -56,7 +57,9 @@ export function moe_permute(x: NdArray, { slot_token }: Plan, K: number): NdArra
 }
 
 /** dx[t] = sum over the K slots of token t of dy[slot]. */
-export function moe_permute_vjp([dy]: Grads, x: NdArray, { slot_token }: Plan, K: number): (NdArray | null)[] {
+export function moe_permute_vjp(
+  [dy]: Grads, x: NdArray, { slot_token }: Plan, K: number,
+): (NdArray | null)[] {
   const D = x.shape[1]!;
   const dx = ndarray(x.shape);
   if (dy) {
@@ -68,7 +71,7 @@ export function moe_permute_vjp([dy]: Grads, x: NdArray, { slot_token }: Plan, K
   return [dx, null, null];
 }
 
-/** out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]]. y [T * K, D], topk_weight [T, K] -> [T, D]. */
+/** out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]]; y [T * K, D], topk_weight [T, K]; [T, D]. */
 export function moe_unpermute(y: NdArray, topk_weight: NdArray, { token_slot }: Plan): NdArray {
   const [T, K] = topk_weight.shape as [number, number];
   const D = y.shape[1]!;
@@ -81,7 +84,9 @@ export function moe_unpermute(y: NdArray, topk_weight: NdArray, { token_slot }: 
 }
 
 /** dy[slot] = topk_weight * dout[t]; dtopk_weight[t, k] = dot(dout[t], y[slot]). */
-export function moe_unpermute_vjp([dout]: Grads, y: NdArray, topk_weight: NdArray, { token_slot }: Plan): (NdArray | null)[] {
+export function moe_unpermute_vjp(
+  [dout]: Grads, y: NdArray, topk_weight: NdArray, { token_slot }: Plan,
+): (NdArray | null)[] {
   const K = topk_weight.shape[1]!;
   const D = y.shape[1]!;
   const dy = ndarray(y.shape);

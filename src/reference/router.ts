@@ -25,7 +25,8 @@ function largest(values: ArrayLike<number>, count: number): number[] {
 }
 
 /**
- * Experts and weights of each token: s = sigmoid(logits), the K largest of s + bias within the best groups, weighted by s.
+ * Experts and weights of each token: s = sigmoid(logits), the K largest of s + bias within the best groups,
+ * weighted by s.
  *
  * @param logits  [T, E]
  * @param bias    [E], for the choice only
@@ -45,8 +46,9 @@ export function router(logits: NdArray, bias: NdArray, options: RouterOptions): 
       return largest(members, 2).reduce((sum, i) => sum + members[i]!, 0);
     });
     const groups = new Set(largest(groupScore, topk_group));
-    const candidates = Array.from({ length: E }, (_, e) => e).filter((e) => groups.has(Math.floor(e / width)));
-    const chosen = largest(candidates.map((e) => biased[e]!), K).map((i) => candidates[i]!).sort((a, b) => a - b);
+    const candidates = Array.from(biased, (_, e) => e).filter((e) => groups.has(Math.floor(e / width)));
+    const best = largest(candidates.map((e) => biased[e]!), K);
+    const chosen = best.map((i) => candidates[i]!).sort((a, b) => a - b);
     const sum = norm_topk_prob ? chosen.reduce((total, e) => total + s[e]!, 0) + 1e-20 : 1;
     chosen.forEach((e, k) => {
       idx.data[t * K + k] = e;
@@ -56,8 +58,10 @@ export function router(logits: NdArray, bias: NdArray, options: RouterOptions): 
   return [weight, idx];
 }
 
-/** ds_e = scaling * (g_e - sum_f g_f w_f) / S with the normalised weights w and the sum S; dlogit = ds * s * (1 - s). */
-export function router_vjp([dweight]: Grads, logits: NdArray, bias: NdArray, options: RouterOptions): (NdArray | null)[] {
+/** ds_e = scaling * (g_e - sum_f g_f s_f / S) / S with S the sum of the chosen; dlogit = ds * s * (1 - s). */
+export function router_vjp(
+  [dweight]: Grads, logits: NdArray, bias: NdArray, options: RouterOptions,
+): (NdArray | null)[] {
   const { topk: K, norm_topk_prob, scaling } = options;
   const [T, E] = logits.shape as [number, number];
   const dlogits = ndarray(logits.shape);
@@ -76,7 +80,7 @@ export function router_vjp([dweight]: Grads, logits: NdArray, bias: NdArray, opt
   return [dlogits, null, null];
 }
 
-/** Per sequence: coeff * E / (K * L^2) * n_e, where n_e counts the tokens with e among the K best unbiased scores. */
+/** coeff * E / (K * L^2) * n_e per sequence; n_e counts tokens with e among their K best unbiased scores. */
 function loadCoefficients(logits: NdArray, topk: number, coeff: number): Float64Array {
   const [B, L, E] = logits.shape as [number, number, number];
   const c = new Float64Array(B * E);
@@ -121,7 +125,8 @@ export function router_aux_loss_vjp(
     const b = Math.floor(row / L);
     const mean = s.reduce((total, score, e) => total + (c[b * E + e]! * score) / sum, 0);
     s.forEach((score, e) => {
-      dlogits.data[row * E + e] = (((dloss?.data[0] ?? 0) / B) * (c[b * E + e]! - mean) / sum) * score * (1 - score);
+      const ds = ((dloss?.data[0] ?? 0) / B) * (c[b * E + e]! - mean) / sum;
+      dlogits.data[row * E + e] = ds * score * (1 - score);
     });
   }
   return [dlogits, null];

@@ -7,17 +7,21 @@ const GREEDY_BELOW = 1e-5;
 /** Index of the largest logit of each row, the lowest index on ties. logits [B, V] -> [B]. */
 export function argmax(logits: NdArray): NdArray {
   const [B, V] = logits.shape as [number, number];
-  const row = (b: number) => logits.data.subarray(b * V, (b + 1) * V);
-  return ndarray([B], Array.from({ length: B }, (_, b) => row(b).indexOf(row(b).reduce((a, z) => Math.max(a, z)))));
+  return ndarray([B], Array.from({ length: B }, (_, b) => {
+    const row = logits.data.subarray(b * V, (b + 1) * V);
+    return row.indexOf(row.reduce((a, z) => Math.max(a, z)));
+  }));
 }
 
 /**
- * The distribution that `sample` draws from, by rows. The filters, in this order, keep ever shorter prefixes of the tokens in
- * order of falling logit (rising index on ties): temperature; the top_k first; the shortest prefix with at least top_p of what
- * is left, but one token at least; tokens with at least min_p times the largest probability.
+ * The distribution that `sample` draws from, by rows. The filters, in this order, keep ever shorter prefixes
+ * of the tokens in order of falling logit (rising index on ties): temperature; the top_k first; the shortest
+ * prefix with at least top_p of what is left, but one token at least; tokens with at least min_p times the
+ * largest probability.
  *
  * @param logits    [B, V]
- * @param settings  [4]: temperature (below 1e-5: all on the arg-max), top_k (0 = off), top_p (1 = off), min_p (0 = off)
+ * @param settings  [4]: temperature (below 1e-5: all on the arg-max), top_k (0 = off), top_p (1 = off), min_p
+ *   (0 = off)
  * @returns [B, V], rows adding up to 1
  */
 export function probabilities(logits: NdArray, settings: NdArray): NdArray {
@@ -49,8 +53,8 @@ export function probabilities(logits: NdArray, settings: NdArray): NdArray {
 }
 
 /**
- * One token per row, drawn from `probabilities`: the first index whose cumulative probability exceeds the Philox uniform of
- * element b (the row).
+ * One token per row, drawn from `probabilities`: the first index whose cumulative probability exceeds the
+ * Philox uniform of element b (the row).
  *
  * @param logits   [B, V]
  * @param counter  [4]: seed low word, seed high word, step, stream

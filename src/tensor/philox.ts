@@ -1,6 +1,6 @@
 /**
- * Philox4x32-10: random numbers as a function of a counter. There is no state to keep or to restore: the same key and
- * element give the same bits here and in `shaders/lib/philox.wgsl`, in any order and on any device.
+ * Philox4x32-10: random numbers as a function of a counter. There is no state to keep or to restore: the same
+ * key and element give the same bits here and in `shaders/lib/philox.wgsl`, in any order and on any device.
  *
  * Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
  * Tested in test/null/philox.test.ts against the authors' known answers.
@@ -26,7 +26,7 @@ const WEYL_0 = 0x9e3779b9; // golden ratio
 const WEYL_1 = 0xbb67ae85; // sqrt(3) - 1
 const ROUNDS = 10;
 
-/** High 32 bits of the 64-bit product of two 32-bit numbers, as a signed integer. No partial sum exceeds 32 bits. */
+/** High 32 bits of the 64-bit product of two 32-bit numbers, signed. No partial sum exceeds 32 bits. */
 function multiplyHigh(a: number, b: number): number {
   const low = Math.imul(a & 0xffff, b & 0xffff);
   const middle = (Math.imul(a >>> 16, b & 0xffff) + (low >>> 16)) >>> 0;
@@ -63,7 +63,9 @@ export function philox4x32(counter: Readonly<PhiloxBlock>, key: readonly [number
  * @throws UsageError for a number that is not an integer in [0, 2^53) and a bigint outside [0, 2^64)
  */
 export function seedWords(seed: number | bigint): [number, number] {
-  const valid = typeof seed === "bigint" ? seed >= 0n && seed < 1n << 64n : Number.isSafeInteger(seed) && seed >= 0;
+  const valid = typeof seed === "bigint"
+    ? seed >= 0n && seed < 1n << 64n
+    : Number.isSafeInteger(seed) && seed >= 0;
   if (!valid) {
     throw new UsageError(`seed: expected an integer in [0, 2^53) or a bigint in [0, 2^64), found ${seed}`);
   }
@@ -72,17 +74,17 @@ export function seedWords(seed: number | bigint): [number, number] {
 }
 
 /**
- * The block that holds elements 4 * block .. 4 * block + 3: counter (block low, block high, step, stream), key = seed.
- * Element e of a sequence is word e % 4 of block floor(e / 4).
+ * The block that holds elements 4 * block .. 4 * block + 3: counter (block low, block high, step, stream),
+ * key = seed. Element e of a sequence is word e % 4 of block floor(e / 4).
  */
 function blockOf(key: RandomKey, block: number): PhiloxBlock {
-  const counter: PhiloxBlock = [block >>> 0, Math.floor(block / 4294967296) >>> 0, key.step >>> 0, key.stream >>> 0];
-  return philox4x32(counter, seedWords(key.seed));
+  const high = Math.floor(block / 4294967296);
+  return philox4x32([block >>> 0, high >>> 0, key.step >>> 0, key.stream >>> 0], seedWords(key.seed));
 }
 
 const toUniform = (word: number): number => (word >>> 8) * 2 ** -24;
 
-/** Box-Muller: a pair of words to a pair of standard normals. The radius takes 24 bits in (0, 1], so it is finite. */
+/** Box-Muller: two words to two standard normals. The radius takes 24 bits in (0, 1], so it is finite. */
 function toNormals(word0: number, word1: number): [number, number] {
   const radius = Math.sqrt(-2 * Math.log(((word0 >>> 8) + 1) * 2 ** -24));
   const angle = 2 * Math.PI * toUniform(word1);
@@ -99,7 +101,7 @@ export function randomUniform(key: RandomKey, element: number): number {
   return toUniform(randomBits(key, element));
 }
 
-/** Standard normal by Box-Muller; elements 2j and 2j + 1 share the words of one pair. At most 5.8 in magnitude. */
+/** Standard normal by Box-Muller, below 5.8 in magnitude; elements 2j and 2j + 1 share a pair of words. */
 export function randomNormal(key: RandomKey, element: number): number {
   const words = blockOf(key, Math.floor(element / 4));
   const pair = element % 4 < 2 ? toNormals(words[0], words[1]) : toNormals(words[2], words[3]);
@@ -118,7 +120,9 @@ export function fillNormal<A extends Floats>(key: RandomKey, out: A, first = 0):
   return fill(key, out, first, ([a, b, c, d]) => [...toNormals(a, b), ...toNormals(c, d)]);
 }
 
-function fill<A extends Floats>(key: RandomKey, out: A, first: number, values: (words: PhiloxBlock) => number[]): A {
+function fill<A extends Floats>(
+  key: RandomKey, out: A, first: number, values: (words: PhiloxBlock) => number[],
+): A {
   if (!Number.isSafeInteger(first) || first < 0 || first % 4 !== 0) {
     throw new UsageError(`first element: expected a multiple of 4, at least 0, found ${first}`);
   }

@@ -49,7 +49,7 @@ export interface TrainOptions {
   readonly documents: readonly Document[];
   /** A preset with a byte vocabulary. Default "tiny". */
   readonly preset?: string | undefined;
-  /** Default of `eval_every`: a tenth of the steps; of `eval_rows`: 64. */
+  /** Default of `eval_every`: a tenth of the steps, at least 10; of `eval_rows`: eight batches. */
   readonly recipe?: { readonly [key in keyof Recipe]?: Recipe[key] | undefined } | undefined;
 }
 

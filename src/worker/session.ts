@@ -246,8 +246,8 @@ export class Session {
 function plan({ documents, preset: name = "tiny", recipe: given = {} }: TrainOptions) {
   const config = preset(name);
   const tokenizer = byteTokenizer(config.vocab_size);
-  const { steps } = makeRecipe(given);
-  const { eval_every = Math.ceil(steps / 10), eval_rows = 64 } = given;
+  const { steps, batch } = makeRecipe(given);
+  const { eval_every = Math.max(10, Math.ceil(steps / 10)), eval_rows = 8 * batch } = given;
   const recipe = makeRecipe({ ...given, eval_every, eval_rows });
   const split = splitDocuments(documents, { seed: recipe.seed });
   const train = tokenizeDocuments(split.train, tokenizer);

@@ -5,8 +5,8 @@ import { openSafetensors } from "../../src/io/safetensors.ts";
 import type { TensorReader } from "../../src/io/safetensors.ts";
 import {
   DTYPES, bf16ToF32, byteLengthOf, bytesPerElement, decodeFloat32, decodeInt32, e2m1ToF32, e4m3ToF32,
-  e5m2ToF32, e8m0ToF32, encodeFloat, f16ToF32, f32ToBf16, f32ToE2m1, f32ToE4m3, f32ToE5m2, f32ToE8m0, f32ToF16,
-  isDType,
+  e5m2ToF32, e8m0ToF32, encodeFloat, f16ToF32, f32ToBf16, f32ToE2m1, f32ToE4m3, f32ToE5m2, f32ToE8m0,
+  f32ToF16, isDType,
 } from "../../src/tensor/dtype.ts";
 import type { DType } from "../../src/tensor/dtype.ts";
 import { DTypeError, ShapeError } from "../../src/tensor/errors.ts";

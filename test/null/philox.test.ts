@@ -9,7 +9,8 @@ const key: RandomKey = { seed: 2024, stream: 3, step: 17 };
 const words = (text: string[]): number[] => text.map((word) => Number.parseInt(word, 16));
 
 describe("philox4x32-10", () => {
-  const lines = readFileSync(new URL("../fixtures/philox4x32_10.txt", import.meta.url), "utf8").trim().split("\n");
+  const file = new URL("../fixtures/philox4x32_10.txt", import.meta.url);
+  const lines = readFileSync(file, "utf8").trim().split("\n");
 
   test("has known answers to compare with", () => expect(lines.length).toBe(3));
 
@@ -42,7 +43,8 @@ describe("elements", () => {
 
   test("seed, stream and step all matter", () => {
     const variants = [
-      key, { ...key, seed: 2025 }, { ...key, seed: 2024 + 2 ** 32 }, { ...key, stream: 4 }, { ...key, step: 18 },
+      key, { ...key, seed: 2025 }, { ...key, seed: 2024 + 2 ** 32 }, { ...key, stream: 4 },
+      { ...key, step: 18 },
     ];
     expect(new Set(variants.map((variant) => randomBits(variant, 0))).size).toBe(variants.length);
   });

@@ -10,7 +10,7 @@ import type { DType } from "../../src/tensor/dtype.ts";
 import { DTypeError, FormatError, KraitError, UsageError } from "../../src/tensor/errors.ts";
 import { sizeOf } from "../../src/tensor/ndarray.ts";
 
-/** A file from a header (object or raw text) and a count of data bytes; `length` replaces the length field. */
+/** A file from a header (object or raw text) and a count of data bytes; `length` for the length field. */
 function fileOf(header: unknown, dataBytes = 0, length?: bigint): Uint8Array {
   const text = new TextEncoder().encode(typeof header === "string" ? header : JSON.stringify(header));
   const bytes = new Uint8Array(8 + text.length + dataBytes);
@@ -238,7 +238,7 @@ describe("sharded checkpoints", async () => {
   });
 
   test.each(["../m.safetensors", "/m.safetensors", "a/b.safetensors", "a\\b.safetensors", "..", "",
-    "C:m.safetensors", "m.bin", "m\u0000.safetensors", 7, null])("the shard name %j stays outside", (name) => {
+    "C:m.safetensors", "m.bin", "m\u0000.safetensors", 7, null])("shard name %j stays outside", (name) => {
     expect(() => parseIndex(index({ a: name }))).toThrow(/"a": expected a plain \.safetensors file name/);
   });
 

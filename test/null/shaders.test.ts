@@ -14,7 +14,7 @@ interface KernelShape {
   readonly entries: Readonly<Record<string, readonly string[]>>;
 }
 
-const FEATURES: readonly GPUFeatureName[] = ["shader-f16", "subgroups"];
+const FEATURES: GPUFeatureName[] = ["shader-f16", "subgroups"];
 const COMPUTE = 4;
 
 const instance = create(["backend=null"]);

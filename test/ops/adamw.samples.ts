@@ -7,11 +7,14 @@ const args = (shape: number[], step: number, decay: boolean, scale = 1) => (r: D
   const [beta1, beta2] = [Math.fround(0.9), Math.fround(0.999)];
   const hyper = [3e-3, beta1, beta2, 1e-8, 0.1, 1 - beta1 ** step, 1 - beta2 ** step, 0];
   const started = step > 1 ? 1 : 0;
-  return [
-    r.normal(shape), r.normal(shape, 0.1), r.normal(shape, 0.1 * started), r.uniform(shape, 0, 0.01 * started),
-    r.of([8], hyper), r.of([1], [scale]), decay,
-  ];
+  const [m, v] = [r.normal(shape, 0.1 * started), r.uniform(shape, 0, 0.01 * started)];
+  return [r.normal(shape), r.normal(shape, 0.1), m, v, r.of([8], hyper), r.of([1], [scale]), decay];
 };
+
+/** A call with tensors of these shapes. */
+const shaped = (r: Draw, param: number[], grad: number[], hyper: number[]) => [
+  r.normal(param), r.normal(grad), r.normal(param), r.normal(param), r.normal(hyper), r.normal([1]), true,
+];
 
 export default opSamples({
   op: adamw, reference: ref.adamw,
@@ -27,18 +30,18 @@ export default opSamples({
     { name: "several workgroups of an odd size", args: args([1031], 2, true) },
     {
       name: "a gradient of zero",
-      args: (r) => [r.normal([9]), r.normal([9], 0), r.normal([9], 0), r.normal([9], 0), ...args([1], 1, true)(r).slice(4)],
+      args: (r) => args([9], 1, true)(r).with(1, r.normal([9], 0)),
     },
   ],
   errors: [
     {
       name: "a gradient of another shape",
-      args: (r) => [r.normal([4]), r.normal([2, 2]), r.normal([4]), r.normal([4]), r.normal([8]), r.normal([1]), true],
+      args: (r) => shaped(r, [4], [2, 2], [8]),
       message: /adamw.*grad.*\[4\].*\[2, 2\]/,
     },
     {
       name: "too few hyper-parameters",
-      args: (r) => [r.normal([4]), r.normal([4]), r.normal([4]), r.normal([4]), r.normal([7]), r.normal([1]), true],
+      args: (r) => shaped(r, [4], [4], [7]),
       message: /adamw.*hyper.*\[8\].*\[7\]/,
     },
   ],

@@ -7,7 +7,10 @@ export default [
     op: global_norm, reference: ref.global_norm,
     samples: [
       { name: "one tensor of one element", args: (r) => [[r.normal([1])]] },
-      { name: "sizes of all kinds", args: (r) => [[r.normal([37, 13]), r.normal([8]), r.normal([0, 3]), r.normal([5])]] },
+      {
+        name: "sizes of all kinds",
+        args: (r) => [[r.normal([37, 13]), r.normal([8]), r.normal([0, 3]), r.normal([5])]],
+      },
       { name: "nothing but empty tensors", args: (r) => [[r.normal([0]), r.normal([3, 0])]] },
       { name: "all zero", args: (r) => [[r.normal([30], 0)]] },
       { name: "several slabs", args: (r) => [[r.normal([130, 132]), r.normal([4099])]], reduction: 4096 },
@@ -22,6 +25,9 @@ export default [
       { name: "a norm below", args: (r) => [r.of([1], [0.25]), 1] },
       { name: "a norm of zero", args: (r) => [r.of([1], [0]), 0.5] },
     ],
-    errors: [{ name: "several norms", args: (r) => [r.normal([2]), 1], message: /clip_scale.*norm.*\[1\].*\[2\]/ }],
+    errors: [{
+      name: "several norms", args: (r) => [r.normal([2]), 1],
+      message: /clip_scale.*norm.*\[1\].*\[2\]/,
+    }],
   }),
 ];

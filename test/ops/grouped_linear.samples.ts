@@ -8,7 +8,8 @@ function grouped(name: string, counts: number[], [N, K]: [number, number], ...op
   return {
     name, reduction: Math.max(N, K, ...counts),
     args: (r: Draw) => [
-      r.normal([offsets.at(-1)!, K]), r.normal([counts.length, N, K]), r.of([offsets.length], offsets, "u32"), ...options,
+      r.normal([offsets.at(-1)!, K]), r.normal([counts.length, N, K]),
+      r.of([offsets.length], offsets, "u32"), ...options,
     ],
   };
 }

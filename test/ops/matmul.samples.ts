@@ -21,7 +21,8 @@ function sharedB(transA: boolean, transB: boolean): Sample {
   return {
     name: `one B for a batch, ${transA ? "T" : "N"}${transB ? "T" : "N"}`,
     args: (r) => [
-      r.normal(transA ? [2, 3, 8, 5] : [2, 3, 5, 8]), r.normal(transB ? [12, 8] : [8, 12]), { transA, transB },
+      r.normal(transA ? [2, 3, 8, 5] : [2, 3, 5, 8]), r.normal(transB ? [12, 8] : [8, 12]),
+      { transA, transB },
     ],
     reduction: 30,
   };
@@ -39,7 +40,10 @@ export default opSamples({
     ...every("workgroup tile, batch", [3], [16, 20, 36], { kernel: "tile" }),
     ...every("registers, odd", [], [67, 70, 19], { kernel: "quad" }),
     ...orders.map(([transA, transB]) => sharedB(transA, transB)),
-    { name: "long sum", args: (r) => [r.normal([1030, 8]), r.normal([1030, 12]), { transA: true }], reduction: 1030 },
+    {
+      name: "long sum", reduction: 1030,
+      args: (r) => [r.normal([1030, 8]), r.normal([1030, 12]), { transA: true }],
+    },
     {
       name: "long sum, workgroup tile", reduction: 1030,
       args: (r) => [r.normal([1030, 9]), r.normal([1030, 13]), { transA: true, kernel: "tile" }],
@@ -47,9 +51,18 @@ export default opSamples({
     { name: "three rows", args: (r) => [r.normal([3, 21]), r.normal([21, 10]), {}] },
     { name: "one row", args: (r) => [r.normal([1, 64]), r.normal([10, 64]), { transB: true }] },
     { name: "one row, odd", args: (r) => [r.normal([1, 37]), r.normal([9, 37]), { transB: true }] },
-    { name: "matvec", args: (r) => [r.normal([3, 144]), r.normal([10, 144]), { transB: true, kernel: "matvec" }], reduction: 144 },
-    { name: "matvec, odd", args: (r) => [r.normal([3, 37]), r.normal([9, 37]), { transB: true, kernel: "matvec" }] },
-    { name: "matvec_quad", args: (r) => [r.normal([3, 37]), r.normal([9, 37]), { transB: true, kernel: "matvec_quad" }] },
+    {
+      name: "matvec", reduction: 144,
+      args: (r) => [r.normal([3, 144]), r.normal([10, 144]), { transB: true, kernel: "matvec" }],
+    },
+    {
+      name: "matvec, odd",
+      args: (r) => [r.normal([3, 37]), r.normal([9, 37]), { transB: true, kernel: "matvec" }],
+    },
+    {
+      name: "matvec_quad",
+      args: (r) => [r.normal([3, 37]), r.normal([9, 37]), { transB: true, kernel: "matvec_quad" }],
+    },
     { name: "one by one", args: (r) => [r.normal([1, 1]), r.normal([1, 1]), {}] },
     { name: "no rows", args: (r) => [r.normal([0, 8]), r.normal([8, 4]), {}] },
     { name: "no columns", args: (r) => [r.normal([3, 8]), r.normal([8, 0]), {}] },
@@ -57,9 +70,18 @@ export default opSamples({
     { name: "an empty batch", args: (r) => [r.normal([0, 3, 8]), r.normal([8, 4]), { transA: false }] },
   ],
   errors: [
-    { name: "different inner extents", args: (r) => [r.normal([2, 4]), r.normal([5, 3]), {}], message: /matmul.*b must be.*4, N.*\[5, 3\]/ },
-    { name: "different batches", args: (r) => [r.normal([2, 2, 4]), r.normal([3, 4, 3]), {}], message: /matmul.*b must be \[2, 4, N\].*\[3, 4, 3\]/ },
-    { name: "a vector", args: (r) => [r.normal([4]), r.normal([4, 3]), {}], message: /matmul.*a must be.*found \[4\]/ },
+    {
+      name: "different inner extents", message: /matmul.*b must be.*4, N.*\[5, 3\]/,
+      args: (r) => [r.normal([2, 4]), r.normal([5, 3]), {}],
+    },
+    {
+      name: "different batches", message: /matmul.*b must be \[2, 4, N\].*\[3, 4, 3\]/,
+      args: (r) => [r.normal([2, 2, 4]), r.normal([3, 4, 3]), {}],
+    },
+    {
+      name: "a vector", message: /matmul.*a must be.*found \[4\]/,
+      args: (r) => [r.normal([4]), r.normal([4, 3]), {}],
+    },
     {
       name: "a matvec over columns", args: (r) => [r.normal([1, 4]), r.normal([4, 3]), { kernel: "matvec" }],
       message: /matmul.*matvec/,

@@ -30,25 +30,48 @@ export default [
     op: expert_load, reference: ref.expert_load,
     samples: [
       { name: "no tokens", args: (r) => [r.of([4], [0, 0, 0, 0], "u32"), choices(r, 0, 2, 4)] },
-      { name: "one token", args: (r) => [r.of([9], [0, 0, 0, 0, 0, 0, 0, 0, 0], "u32"), choices(r, 1, 3, 9)] },
-      { name: "all to one expert", args: (r) => [r.of([5], [0, 0, 0, 0, 0], "u32"), r.integers([200, 1], 3, 4, "u32")] },
-      { name: "added to earlier counts, odd sizes", args: (r) => [r.integers([13], 0, 99, "u32"), choices(r, 333, 3, 13)] },
+      {
+        name: "one token", args: (r) => [r.of([9], [0, 0, 0, 0, 0, 0, 0, 0, 0], "u32"), choices(r, 1, 3, 9)],
+      },
+      {
+        name: "all to one expert",
+        args: (r) => [r.of([5], [0, 0, 0, 0, 0], "u32"), r.integers([200, 1], 3, 4, "u32")],
+      },
+      {
+        name: "added to earlier counts, odd sizes",
+        args: (r) => [r.integers([13], 0, 99, "u32"), choices(r, 333, 3, 13)],
+      },
     ],
     errors: [{
-      name: "no experts", args: (r) => [r.of([0], [], "u32"), choices(r, 1, 1, 1)], message: /expert_load.*counts must be.*found \[0\]/,
+      name: "no experts", args: (r) => [r.of([0], [], "u32"), choices(r, 1, 1, 1)],
+      message: /expert_load.*counts must be.*found \[0\]/,
     }],
   }),
   opSamples({
     op: update_expert_bias, reference: ref.update_expert_bias,
     samples: [
-      { name: "busy, idle and balanced", args: (r) => [r.normal([4], 0.1), r.of([4], [5, 3, 1, 3], "u32"), 1e-3] },
-      { name: "a mean between two counts", args: (r) => [r.normal([3], 0.1), r.of([3], [2, 2, 1], "u32"), 1e-3] },
-      { name: "no tokens at all", args: (r) => [r.normal([5], 0.1), r.of([5], [0, 0, 0, 0, 0], "u32"), 1e-3] },
-      { name: "large counts", args: (r) => [r.normal([2], 0.1), r.of([2], [2000000001, 2000000000], "u32"), 1e-3] },
+      {
+        name: "busy, idle and balanced",
+        args: (r) => [r.normal([4], 0.1), r.of([4], [5, 3, 1, 3], "u32"), 1e-3],
+      },
+      {
+        name: "a mean between two counts",
+        args: (r) => [r.normal([3], 0.1), r.of([3], [2, 2, 1], "u32"), 1e-3],
+      },
+      {
+        name: "no tokens at all", args: (r) => [r.normal([5], 0.1), r.of([5], [0, 0, 0, 0, 0], "u32"), 1e-3],
+      },
+      {
+        name: "large counts",
+        args: (r) => [r.normal([2], 0.1), r.of([2], [2000000001, 2000000000], "u32"), 1e-3],
+      },
       { name: "512 experts", args: (r) => [r.normal([512], 0.1), r.integers([512], 0, 9, "u32"), 1e-3] },
     ],
     errors: [
-      { name: "counts of another width", args: (r) => [r.normal([4]), r.integers([3], 0, 9, "u32"), 1], message: /counts.*\[4\].*\[3\]/ },
+      {
+        name: "counts of another width",
+        args: (r) => [r.normal([4]), r.integers([3], 0, 9, "u32"), 1], message: /counts.*\[4\].*\[3\]/,
+      },
     ],
   }),
   opSamples({
@@ -64,7 +87,10 @@ export default [
       { name: "512 experts", args: (r) => [choices(r, 300, 22, 512), 512] },
     ],
     errors: [
-      { name: "a flat list", args: (r) => [r.integers([4], 0, 2, "u32"), 2], message: /moe_plan.*topk_idx.*\[T, K\].*\[4\]/ },
+      {
+        name: "a flat list",
+        args: (r) => [r.integers([4], 0, 2, "u32"), 2], message: /moe_plan.*topk_idx.*\[T, K\].*\[4\]/,
+      },
     ],
   }),
   opSamples({
@@ -78,7 +104,10 @@ export default [
       { name: "one choice each", args: (r) => [r.normal([33, 20]), plan(r, 33, 1, 4), 1] },
     ],
     errors: [
-      { name: "a plan of another size", args: (r) => [r.normal([3, 4]), plan(r, 2, 2, 4), 2], message: /moe_permute.*plan.*6 choices.*\[4\]/ },
+      {
+        name: "a plan of another size",
+        args: (r) => [r.normal([3, 4]), plan(r, 2, 2, 4), 2], message: /moe_permute.*plan.*6 choices.*\[4\]/,
+      },
     ],
   }),
   opSamples({
@@ -87,18 +116,26 @@ export default [
       { name: "no tokens", args: (r) => [r.normal([0, 8]), r.normal([0, 2]), plan(r, 0, 2, 4)] },
       { name: "no columns", args: (r) => [r.normal([6, 0]), r.normal([3, 2]), plan(r, 3, 2, 4)] },
       { name: "one token", args: (r) => [r.normal([3, 12]), r.normal([1, 3]), plan(r, 1, 3, 5)] },
-      { name: "odd width", args: (r) => [r.normal([111, 77]), r.normal([37, 3]), plan(r, 37, 3, 7)], reduction: 77 },
-      { name: "wide rows", args: (r) => [r.normal([38, 300]), r.normal([19, 2]), plan(r, 19, 2, 8)], reduction: 300 },
+      {
+        name: "odd width",
+        args: (r) => [r.normal([111, 77]), r.normal([37, 3]), plan(r, 37, 3, 7)], reduction: 77,
+      },
+      {
+        name: "wide rows",
+        args: (r) => [r.normal([38, 300]), r.normal([19, 2]), plan(r, 19, 2, 8)], reduction: 300,
+      },
       { name: "22 of 32", args: (r) => [r.normal([110, 4]), r.normal([5, 22]), plan(r, 5, 22, 32)] },
     ],
     errors: [
       {
         name: "rows that do not match the weights",
-        args: (r) => [r.normal([5, 4]), r.normal([3, 2]), plan(r, 3, 2, 4)], message: /moe_unpermute.*y.*\[6, D\].*\[5, 4\]/,
+        args: (r) => [r.normal([5, 4]), r.normal([3, 2]), plan(r, 3, 2, 4)],
+        message: /moe_unpermute.*y.*\[6, D\].*\[5, 4\]/,
       },
       {
         name: "a plan of another size",
-        args: (r) => [r.normal([6, 4]), r.normal([3, 2]), plan(r, 2, 2, 4)], message: /moe_unpermute.*plan.*6 choices.*\[4\]/,
+        args: (r) => [r.normal([6, 4]), r.normal([3, 2]), plan(r, 2, 2, 4)],
+        message: /moe_unpermute.*plan.*6 choices.*\[4\]/,
       },
     ],
   }),

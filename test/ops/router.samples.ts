@@ -28,7 +28,9 @@ export default [
       { name: "32 groups", args: drawn(66, 256, flat(8, { n_group: 32, topk_group: 4 })) },
       {
         name: "negative and large scores",
-        args: (r) => [r.of([2, 4], [-30, -25, -20, -15, 10, 12, 14, 16]), r.of([4], [-3, -2, 1, -1]), flat(2)],
+        args: (r) => [
+          r.of([2, 4], [-30, -25, -20, -15, 10, 12, 14, 16]), r.of([4], [-3, -2, 1, -1]), flat(2),
+        ],
       },
       {
         name: "the bias chooses, the score weighs",
@@ -36,11 +38,18 @@ export default [
       },
     ],
     errors: [
-      { name: "a bias of the wrong width", args: (r) => [r.normal([2, 4]), r.normal([3]), flat(1)], message: /router.*bias.*\[4\].*\[3\]/ },
-      { name: "logits of rank 3", args: (r) => [r.normal([1, 2, 4]), r.normal([4]), flat(1)], message: /router.*logits.*\[T, E\].*\[1, 2, 4\]/ },
+      {
+        name: "a bias of the wrong width",
+        args: (r) => [r.normal([2, 4]), r.normal([3]), flat(1)], message: /router.*bias.*\[4\].*\[3\]/,
+      },
+      {
+        name: "logits of rank 3", args: (r) => [r.normal([1, 2, 4]), r.normal([4]), flat(1)],
+        message: /router.*logits.*\[T, E\].*\[1, 2, 4\]/,
+      },
       {
         name: "groups that do not divide the experts",
-        args: (r) => [r.normal([2, 8]), r.normal([8]), flat(1, { n_group: 3 })], message: /router.*n_group.*divisor of 8.*3/,
+        args: (r) => [r.normal([2, 8]), r.normal([8]), flat(1, { n_group: 3 })],
+        message: /router.*n_group.*divisor of 8.*3/,
       },
       {
         name: "more groups to keep than there are",
@@ -62,15 +71,27 @@ export default [
       { name: "one token", args: (r) => [r.normal([1, 1, 8]), { topk: 2, coeff: 1e-2 }] },
       {
         name: "worked numbers", args: (r) => [
-          r.of([1, 3, 4], [1, -0.5, 0.25, 0.75, 0.3, 0.9, -0.2, 0.1, -1, 0.5, 2, 0.4]), { topk: 2, coeff: 0.01 },
+          r.of([1, 3, 4], [1, -0.5, 0.25, 0.75, 0.3, 0.9, -0.2, 0.1, -1, 0.5, 2, 0.4]),
+          { topk: 2, coeff: 0.01 },
         ],
       },
-      { name: "several sequences", args: (r) => [r.normal([3, 67, 13]), { topk: 3, coeff: 1e-4 }], reduction: 201 },
-      { name: "128 experts", args: (r) => [r.normal([2, 33, 128]), { topk: 6, coeff: 1e-4 }], reduction: 128 },
+      {
+        name: "several sequences",
+        args: (r) => [r.normal([3, 67, 13]), { topk: 3, coeff: 1e-4 }], reduction: 201,
+      },
+      {
+        name: "128 experts", args: (r) => [r.normal([2, 33, 128]), { topk: 6, coeff: 1e-4 }], reduction: 128,
+      },
     ],
     errors: [
-      { name: "logits of rank 2", args: (r) => [r.normal([2, 4]), { topk: 1, coeff: 1 }], message: /router_aux_loss.*logits.*\[B, L, E\]/ },
-      { name: "too many choices", args: (r) => [r.normal([1, 2, 4]), { topk: 5, coeff: 1 }], message: /topk.*from 1 to 4.*5/ },
+      {
+        name: "logits of rank 2", args: (r) => [r.normal([2, 4]), { topk: 1, coeff: 1 }],
+        message: /router_aux_loss.*logits.*\[B, L, E\]/,
+      },
+      {
+        name: "too many choices",
+        args: (r) => [r.normal([1, 2, 4]), { topk: 5, coeff: 1 }], message: /topk.*from 1 to 4.*5/,
+      },
     ],
   }),
 ];

@@ -15,14 +15,16 @@ const rows: Record<string, number[]> = {
   "the last ones": [0, 0, 0, 0, 0, 1, 1, 1],
 };
 const layouts = [
-  { topk: 3, n_group: 1, topk_group: 1 }, { topk: 5, n_group: 1, topk_group: 1 }, { topk: 3, n_group: 4, topk_group: 2 },
-  { topk: 1, n_group: 2, topk_group: 1 }, { topk: 4, n_group: 8, topk_group: 5 },
+  { topk: 3, n_group: 1, topk_group: 1 }, { topk: 5, n_group: 1, topk_group: 1 },
+  { topk: 3, n_group: 4, topk_group: 2 }, { topk: 1, n_group: 2, topk_group: 1 },
+  { topk: 4, n_group: 8, topk_group: 5 },
 ];
 
 for (const handle of await testAdapters()) {
   // The second device claims to be hardware and gets the arrangement for it: several invocations per token.
   for (const isSoftware of [handle.info.isSoftware, false]) {
-    describe(`${handle.info.id}, ${isSoftware ? "one invocation" : "several invocations"} per token`, async () => {
+    const share = isSoftware ? "one invocation" : "several invocations";
+    describe(`${handle.info.id}, ${share} per token`, async () => {
       const device = await openDevice({ adapter: { ...handle, info: { ...handle.info, isSoftware } } });
       afterAll(() => device.destroy());
       test.each(layouts)("equal scores: topk $topk of $topk_group of $n_group groups", async (layout) => {

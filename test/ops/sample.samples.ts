@@ -33,13 +33,22 @@ const cases: { name: string; logits: (r: Draw) => unknown; settings?: Settings; 
   { name: "top-p through a tie", logits: (r) => r.of([1, 5], [0, 4, 4, 4, 4]), settings: { top_p: 0.6 } },
   { name: "min-p", logits: (r) => r.normal([5, 300], 2), settings: { min_p: 0.07 } },
   { name: "min-p of one keeps all the largest", logits: stairs, settings: { min_p: 1 } },
-  { name: "all together", logits: (r) => r.normal([9, 300], 3), settings: { temperature: 0.75, top_k: 40, top_p: 0.9, min_p: 0.03 } },
-  { name: "top-p of what top-k left", logits: (r) => r.normal([9, 64], 0.1), settings: { top_k: 20, top_p: 0.53 } },
+  {
+    name: "all together",
+    logits: (r) => r.normal([9, 300], 3), settings: { temperature: 0.75, top_k: 40, top_p: 0.9, min_p: 0.03 },
+  },
+  {
+    name: "top-p of what top-k left",
+    logits: (r) => r.normal([9, 64], 0.1), settings: { top_k: 20, top_p: 0.53 },
+  },
   {
     name: "masked tokens", logits: (r) => r.of([1, 6], [-Infinity, 1, -1e30, 2, -Infinity, 1.5]),
     settings: { temperature: 0.5, top_k: 5, top_p: 0.99 },
   },
-  { name: "a large vocabulary", logits: (r) => r.normal([1, 131072], 3), settings: { top_k: 1000, top_p: 0.9 }, reduction: 2048 },
+  {
+    name: "a large vocabulary",
+    logits: (r) => r.normal([1, 131072], 3), settings: { top_k: 1000, top_p: 0.9 }, reduction: 2048,
+  },
 ];
 
 export default [
@@ -54,7 +63,10 @@ export default [
       { name: "a large vocabulary", args: (r) => [r.normal([1, 131072])] },
     ],
     errors: [
-      { name: "an empty vocabulary", args: (r) => [r.normal([2, 0])], message: /argmax.*logits.*V of at least 1.*\[2, 0\]/ },
+      {
+        name: "an empty vocabulary",
+        args: (r) => [r.normal([2, 0])], message: /argmax.*logits.*V of at least 1.*\[2, 0\]/,
+      },
     ],
   }),
   opSamples({
@@ -63,7 +75,10 @@ export default [
       name, args: (r: Draw) => [logits(r), settings(r, values)], reduction: reduction ?? 300,
     })),
     errors: [
-      { name: "too few settings", args: (r) => [r.normal([2, 4]), r.normal([3])], message: /probabilities.*settings.*\[4\].*\[3\]/ },
+      {
+        name: "too few settings",
+        args: (r) => [r.normal([2, 4]), r.normal([3])], message: /probabilities.*settings.*\[4\].*\[3\]/,
+      },
     ],
   }),
   opSamples({
@@ -74,7 +89,8 @@ export default [
     errors: [
       {
         name: "a counter of the wrong size",
-        args: (r) => [r.normal([2, 4]), settings(r), r.integers([3], 0, 9, "u32")], message: /sample.*counter.*\[4\].*\[3\]/,
+        args: (r) => [r.normal([2, 4]), settings(r), r.integers([3], 0, 9, "u32")],
+        message: /sample.*counter.*\[4\].*\[3\]/,
       },
     ],
   }),

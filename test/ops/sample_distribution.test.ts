@@ -35,15 +35,16 @@ for (const handle of await testAdapters()) {
     afterAll(() => device.destroy());
     const draw = async (row: number[], settings: number[], counter: number[], count = B) => {
       const token = scope(() => sample(
-        device.tensor(rowsOf(row, count), [count, row.length]), device.tensor(settings, [4]), device.tensor(counter, [4], "u32")));
+        device.tensor(rowsOf(row, count), [count, row.length]), device.tensor(settings, [4]),
+        device.tensor(counter, [4], "u32")));
       const values = [...await token.read()];
       token.dispose();
       return values;
     };
 
     test.each([
-      ["no filter", [1, 0, 1, 0]], ["temperature", [0.7, 0, 1, 0]], ["top-k", [1, 4, 1, 0]], ["top-p", [1, 0, 0.8, 0]],
-      ["min-p", [1, 0, 1, 0.2]], ["all of them", [1.5, 9, 0.9, 0.25]],
+      ["no filter", [1, 0, 1, 0]], ["temperature", [0.7, 0, 1, 0]], ["top-k", [1, 4, 1, 0]],
+      ["top-p", [1, 0, 0.8, 0]], ["min-p", [1, 0, 1, 0.2]], ["all of them", [1.5, 9, 0.9, 0.25]],
     ])("draws follow the distribution: %s", async (_, settings) => {
       const p = probabilities(ndarray([1, 11], logits), ndarray([4], settings.map(Math.fround)));
       const { value, freedom } = chiSquare(await draw(logits, settings, [2024, 0, 5, 1]), p.data);
@@ -53,9 +54,11 @@ for (const handle of await testAdapters()) {
 
     test("every draw is the reference's", async () => {
       const counter = [7, 9, 11, 13];
-      const expected = reference(ndarray([B, 11], rowsOf(logits, B)), ndarray([4], [1, 0, 1, 0]), ndarray([4], counter));
-      const found = await draw(logits, [1, 0, 1, 0], counter);
-      // A uniform within rounding of a boundary may fall on its other side; one in 4096 already happens rarely.
+      const settings = [1, 0, 1, 0];
+      const expected = reference(
+        ndarray([B, 11], rowsOf(logits, B)), ndarray([4], settings), ndarray([4], counter));
+      const found = await draw(logits, settings, counter);
+      // A uniform within rounding of a boundary may fall on its other side; once in 4096 is already rare.
       expect(found.filter((token, b) => token !== expected.data[b]).length).toBeLessThanOrEqual(1);
     });
 
@@ -72,7 +75,8 @@ for (const handle of await testAdapters()) {
 
     test("a captured draw is replayed with a new counter and new settings", async () => {
       const [x, settings, counter] = scope(() => [
-        device.tensor(rowsOf(logits, 50), [50, 11]), device.tensor([1, 0, 1, 0], [4]), device.tensor([1, 2, 3, 4], [4], "u32"),
+        device.tensor(rowsOf(logits, 50), [50, 11]), device.tensor([1, 0, 1, 0], [4]),
+        device.tensor([1, 2, 3, 4], [4], "u32"),
       ] as const);
       const { graph, result } = device.capture(() => sample(x, settings, counter));
       for (const step of [5, 6]) {

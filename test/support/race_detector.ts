@@ -1,6 +1,7 @@
 /**
- * wgsl_reflect's lockstep interpreter, around which three of its limits are worked: `workgroupUniformLoad` is no barrier to
- * it, it overlooks a barrier that is the first statement of a block, and it keeps one result per call for all invocations.
+ * wgsl_reflect's lockstep interpreter, with its limits worked around: `workgroupUniformLoad` is no barrier to it, it
+ * overlooks a barrier that is the first statement of a block, it runs the body of a `while` once, and it keeps one result
+ * per call for all invocations.
  */
 import { CallExpr, detectRaces } from "wgsl_reflect/wgsl_reflect.module.js";
 
@@ -53,6 +54,7 @@ export function findRaces(
       const value = `uniform_load_${count++}`;
       return `workgroupBarrier(); let ${value} = ${name}; workgroupBarrier(); ${before}${value}${after}`;
     })
+    .replace(/\bwhile \((.*)\) \{/g, "for (; $1; ) {")
     .replace(/\bworkgroupBarrier\(\);/g, (barrier) => `let before_barrier_${count++} = 0u; ${barrier}`);
   const words = wordsByFunction(plain);
 

@@ -1,0 +1,92 @@
+import { launch } from "../kernel/launch.ts";
+import { check } from "../tensor/check.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { defineOp } from "./op.ts";
+
+const WG = 64;
+
+/**
+ * softmax(scale * q K^T) V of new tokens over a cache that holds them already.
+ *
+ * @param q         f32 [B, L, Hq, Dh], Dh at most 256; few tokens: every row of q walks over the whole cache
+ * @param k_cache   f32 [B, Hkv, Lmax, Dh], v_cache the same; Hq a multiple of Hkv
+ * @param position  u32 [1]: index of the first new token; query t sees the positions up to position + t
+ * @returns f32 [B, L, Hq, Dh]
+ * @throws ShapeError for shapes that do not belong together
+ */
+export const decode_attention = defineOp({
+  name: "decode_attention",
+  forward(_ctx, q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, scale: number): Tensor {
+    check(q.shape.length === 4, "decode_attention", "q", "[B, L, Hq, Dh]", q);
+    const [B, L, Hq, Dh] = q.shape as [number, number, number, number];
+    const [, Hkv = 0, capacity = 0] = k_cache.shape;
+    check(Dh <= 256, "decode_attention", "the head width of q", "at most 256", q);
+    check(
+      k_cache.shape.length === 4 && k_cache.shape[0] === B && k_cache.shape[3] === Dh, "decode_attention", "k_cache",
+      `[${B}, Hkv, Lmax, ${Dh}]`, k_cache,
+    );
+    check(v_cache.shape.join() === k_cache.shape.join(), "decode_attention", "v_cache", `[${k_cache.shape.join(", ")}]`, v_cache);
+    check(Hkv > 0 && Hq % Hkv === 0, "decode_attention", "the number of key heads", `a divisor of ${Hq}`, Hkv);
+    check(position.size === 1 && position.dtype === "u32", "decode_attention", "position", "u32 [1]", position);
+    const out = q.device.empty(q.shape);
+    const rows = B * L * Hq;
+    const HEAD_VEC4 = Math.ceil(Dh / 4);
+    // The lanes' results meet in workgroup memory: 1008 vectors. A processor wants few lanes and barriers.
+    const lanes = Math.min(q.device.info.isSoftware ? 4 : 16, Math.floor(1008 / HEAD_VEC4));
+    const conditions: ("vec4" | "wide")[] = Dh % 4 === 0 ? ["vec4"] : [];
+    if (HEAD_VEC4 > 16) conditions.push("wide");
+    launch("attention/decode_attention", {
+      bind: { q, key: k_cache, value: v_cache, position, out },
+      params: { rows, seqlen: L, capacity, nheads: Hq, nkv_heads: Hkv, head_dim: Dh, scale },
+      constants: { WG: lanes, HEAD_VEC4 }, conditions, workgroups: [rows],
+    });
+    return out;
+  },
+});
+
+/**
+ * cache[b, h, position + t] = x[b, t, h], in place; what would lie beyond the cache is dropped.
+ *
+ * @param cache     f32 [B, Hkv, Lmax, Dh], changed
+ * @param x         f32 [B, L, Hkv, Dh]
+ * @param position  u32 [1]
+ * @throws ShapeError for shapes that do not belong together
+ */
+export const cache_write = defineOp({
+  name: "cache_write",
+  mutates: [0],
+  forward(_ctx, cache: Tensor, x: Tensor, position: Tensor): Tensor[] {
+    const [B, Hkv, capacity, Dh] = cache.shape as [number, number, number, number];
+    const fits = x.shape.length === 4 && x.shape[0] === B && x.shape[2] === Hkv && x.shape[3] === Dh;
+    check(fits, "cache_write", "x", `[${B}, L, ${Hkv}, ${Dh}]`, x);
+    check(position.size === 1 && position.dtype === "u32", "cache_write", "position", "u32 [1]", position);
+    launch("attention/kv_cache", {
+      entry: "write_tokens", bind: { new_x: x, cache, position },
+      params: { count: x.size, seqlen: x.shape[1]!, nkv_heads: Hkv, head_dim: Dh, capacity },
+      constants: { WG }, workgroups: [Math.ceil(x.size / WG)],
+    });
+    return [];
+  },
+});
+
+/**
+ * The first `length` positions of a cache in the layout that `attention` takes.
+ *
+ * @param cache  f32 [B, Hkv, Lmax, Dh], Lmax >= length
+ * @returns f32 [B, length, Hkv, Dh]
+ */
+export const cache_read = defineOp({
+  name: "cache_read",
+  forward(_ctx, cache: Tensor, length: number): Tensor {
+    check(cache.shape.length === 4, "cache_read", "cache", "[B, Hkv, Lmax, Dh]", cache);
+    const [B, Hkv, capacity, Dh] = cache.shape as [number, number, number, number];
+    check(Number.isInteger(length) && length >= 0 && length <= capacity, "cache_read", "length", `from 0 to ${capacity}`, length);
+    const x = cache.device.empty([B, length, Hkv, Dh]);
+    launch("attention/kv_cache", {
+      entry: "read_tokens", bind: { old_cache: cache, x },
+      params: { count: x.size, seqlen: length, nkv_heads: Hkv, head_dim: Dh, capacity },
+      constants: { WG }, workgroups: [Math.ceil(x.size / WG)],
+    });
+    return x;
+  },
+});

@@ -1,0 +1,104 @@
+import { expect, test } from "vitest";
+import { promote, scope, unscoped } from "../../src/tensor/scope.ts";
+import type { Tensor } from "../../src/tensor/tensor.ts";
+import { onEveryAdapter } from "../support/devices.ts";
+
+const BYTES = 256; // of every tensor here
+
+await onEveryAdapter((device) => {
+  const live = () => device.pool.liveBytes / BYTES;
+  const make = () => device.empty([4]);
+
+  test("a scope frees what was made inside it, but not what it returns", () => {
+    const before = make();
+    const kept = scope(() => {
+      make();
+      make();
+      return make();
+    });
+    expect(live()).toBe(2);
+    for (const tensor of [before, kept]) tensor.dispose();
+    expect(live()).toBe(0);
+  });
+
+  test("what is returned is found in arrays, maps and plain objects, however deep", () => {
+    const result = scope(() => {
+      make();
+      return { list: [make(), { inner: make() }], map: new Map([["a", make()]]), count: 3, none: null };
+    });
+    expect(live()).toBe(3);
+    const { list: [first, second], map } = result as { list: [Tensor, { inner: Tensor }]; map: Map<string, Tensor> };
+    for (const tensor of [first, second.inner, map.get("a")!]) tensor.dispose();
+    expect(live()).toBe(0);
+  });
+
+  test("in a nested scope what is returned passes to the scope around, which frees it in turn", () => {
+    scope(() => {
+      make();
+      const inner = scope(() => {
+        make();
+        return scope(() => make());
+      });
+      expect(live()).toBe(2);
+      expect(inner.shape).toEqual([4]);
+    });
+    expect(live()).toBe(0);
+  });
+
+  test("promote hands a tensor on by one scope at a time", () => {
+    scope(() => {
+      let inner: Tensor | null = null;
+      scope(() => {
+        inner = promote(make());
+        make();
+      });
+      expect(live()).toBe(1);
+      scope(() => promote(inner)); // no tensor of this scope: nothing changes hands
+      expect(live()).toBe(1);
+    });
+    expect(live()).toBe(0);
+  });
+
+  test("what is made unscoped belongs to its maker", () => {
+    const kept = scope(() => {
+      const outside = unscoped(() => make());
+      scope(() => unscoped(() => scope(() => make())));
+      return { keep: () => outside };
+    });
+    expect(live()).toBe(2);
+    kept.keep().dispose();
+    expect(live()).toBe(1);
+    device.pool.liveBytes = 0; // the other one has no holder any more
+  });
+
+  test("an exception frees everything and leaves the scope around in force", () => {
+    scope(() => {
+      make();
+      expect(() => scope(() => {
+        make();
+        scope(() => {
+          make();
+          throw new Error("thrown inside");
+        });
+      })).toThrow("thrown inside");
+      expect(live()).toBe(1);
+      make();
+      expect(live()).toBe(2);
+    });
+    expect(live()).toBe(0);
+    const free = make(); // outside of every scope again
+    expect(live()).toBe(1);
+    free.dispose();
+  });
+
+  test("views share memory, which goes with the last of them", () => {
+    const view = scope(() => make().reshape([2, 2]).prefix([1, 2]));
+    expect(live()).toBe(1);
+    view.retain();
+    view.dispose();
+    expect(live()).toBe(1);
+    view.dispose();
+    expect(live()).toBe(0);
+    expect(() => view.dispose()).toThrow(/released more often/);
+  });
+});

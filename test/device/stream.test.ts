@@ -1,0 +1,212 @@
+import { describe, expect, test } from "vitest";
+import { GpuError } from "../../src/gpu/errors.ts";
+import { accumulate, add, relu2, scale } from "../../src/ops/elementwise.ts";
+import type { Device } from "../../src/tensor/device.ts";
+import { scope } from "../../src/tensor/scope.ts";
+import type { Tensor } from "../../src/tensor/tensor.ts";
+import { Draw } from "../ops/suite.ts";
+import { onEveryAdapter } from "../support/devices.ts";
+
+const SIZE = 8;
+
+/** Random writes, copies, clears and dispatches on some tensors, and what they must hold afterwards. */
+function program(r: Draw, steps: number, cells: number) {
+  const expected = Array.from({ length: cells }, () => new Float32Array(SIZE));
+  const commands = Array.from({ length: steps }, () => {
+    const [kind, from, to] = [4 * r.next(), cells * r.next(), cells * r.next()].map(Math.floor) as [number, number, number];
+    const [source, target] = [expected[from]!, expected[to]!];
+    const values = Float32Array.from({ length: SIZE }, () => Math.floor(10 * r.next()));
+    if (kind === 0) target.set(values);
+    else if (kind === 1) target.fill(0);
+    else if (kind === 2) target.set(source);
+    else if (from !== to) target.forEach((x, i) => (target[i] = (x + source[i]!) % 2 ** 24));
+    return { kind, from, to, values };
+  });
+  const run = (tensors: readonly Tensor[]) => {
+    for (const { kind, from, to, values } of commands) {
+      const [source, target] = [tensors[from]!, tensors[to]!];
+      if (kind === 0) target.write(values);
+      else if (kind === 1) target.clear();
+      else if (kind === 2 && from !== to) target.copyFrom(source);
+      else if (kind === 3 && from !== to) accumulate(target, source);
+    }
+  };
+  return { run, expected };
+}
+
+const zeros = (device: Device, count: number) => Array.from({ length: count }, () => device.zeros([SIZE]));
+const read = (tensors: readonly Tensor[]) => Promise.all(tensors.map((tensor) => tensor.read()));
+const freeAll = (tensors: readonly Tensor[]) => tensors.forEach((tensor) => tensor.dispose());
+
+await onEveryAdapter((device, open) => {
+  describe("order", () => {
+    test("writes, copies, clears and dispatches take effect in the order they were recorded", async () => {
+      const fresh = await open(); // the first batches wait for a pipeline
+      for (const seed of [1, 2, 3]) {
+        const { run, expected } = program(new Draw(seed), 150, 4);
+        const tensors = zeros(fresh, 4);
+        run(tensors);
+        expect(await read(tensors), `seed ${seed}`).toEqual(expected);
+        freeAll(tensors);
+      }
+    });
+
+    test("a replay takes its place between what is recorded before and after it", async () => {
+      const fresh = await open();
+      const [x, y] = zeros(fresh, 2) as [Tensor, Tensor];
+      const { graph } = fresh.capture(() => accumulate(y, x));
+      const expected = new Float32Array(SIZE);
+      for (let i = 1; i <= 40; i++) {
+        x.write(new Float32Array(SIZE).fill(i));
+        fresh.replay(graph);
+        expected.forEach((value, j) => (expected[j] = value + i));
+        if (i % 7 === 0) {
+          scope(() => y.copyFrom(scale(y, 0.5)));
+          expected.forEach((value, j) => (expected[j] = value / 2));
+        }
+      }
+      expect(await y.read()).toEqual(expected);
+      fresh.stream.disposeGraph(graph);
+    });
+
+    test("what is freed may be used again at once without disturbing what was recorded before", async () => {
+      const total = device.zeros([SIZE]);
+      for (let i = 0; i < 30; i++) {
+        scope(() => accumulate(total, device.tensor(new Float32Array(SIZE).fill(i), [SIZE])));
+      }
+      expect((await total.read())[0]).toBe(435);
+      total.dispose();
+    });
+  });
+
+  describe("capture and replay", () => {
+    test("a capture runs nothing, a replay gives the same bits as the step itself", async () => {
+      const r = new Draw(5);
+      const { run, expected } = program(r, 90, 4);
+      const tensors = zeros(device, 4);
+      const { graph } = device.capture(() => run(tensors));
+      expect(await read(tensors)).toEqual(zeros(device, 4).map((tensor) => (tensor.dispose(), new Float32Array(SIZE))));
+      device.replay(graph);
+      expect(await read(tensors)).toEqual(expected);
+      device.stream.disposeGraph(graph);
+      freeAll(tensors);
+    });
+
+    test("in the steady state nothing is created", async () => {
+      const x = device.zeros([1000]);
+      const y = device.zeros([1000]);
+      const { graph } = device.capture(() => scope(() => y.copyFrom(add(relu2(scale(x, 3)), x))));
+      const step = async (value: number) => {
+        x.write(new Float32Array(1000).fill(value));
+        device.replay(graph);
+        return (await y.read())[999]!;
+      };
+      expect(await step(1)).toBe(10);
+      const { created, heldBytes, liveBytes } = device.pool;
+      const groups = device.bindGroupsCreated;
+      for (let i = 2; i < 20; i++) expect(await step(i)).toBe(9 * i * i + i);
+      expect(device.pool).toMatchObject({ created, heldBytes, liveBytes });
+      expect(device.bindGroupsCreated).toBe(groups);
+      device.stream.disposeGraph(graph);
+      freeAll([x, y]);
+    });
+
+    test("so it is without a capture, when the same shapes come again", async () => {
+      const x = device.tensor(new Float32Array(100).fill(2), [100]);
+      const step = () => scope(() => scale(add(relu2(x), x), 0.5)).dispose();
+      for (let i = 0; i < 10; i++) step(); // buffers change places, until every arrangement has been seen
+      const { created } = device.pool;
+      const groups = device.bindGroupsCreated;
+      for (let i = 0; i < 10; i++) step();
+      expect([device.pool.created, device.bindGroupsCreated]).toEqual([created, groups]);
+      x.dispose();
+    });
+
+    test("two graphs share no memory, and what a graph frees is not given to others", async () => {
+      const x = device.tensor(new Float32Array(SIZE).fill(1), [SIZE]);
+      const make = (factor: number) => device.capture(() => scope(() => scale(add(x, x), factor)));
+      const [one, two] = [make(2), make(3)];
+      const ids = [one, two].map(({ graph }) => graph.arena.buffers.map(({ id }) => id));
+      expect(ids[0]!.filter((id) => ids[1]!.includes(id))).toEqual([]);
+      const outside = scope(() => [0, 1, 2, 3].map(() => add(x, x)));
+      expect(outside.filter(({ storage }) => ids.flat().includes(storage.id))).toEqual([]);
+      for (const { graph } of [one, two]) device.replay(graph);
+      expect((await read([one.result, two.result])).map((values) => values[0])).toEqual([4, 6]);
+      for (const { graph } of [one, two]) device.stream.disposeGraph(graph);
+      freeAll([...outside, x, one.result, two.result]); // a result may be let go before or after its graph
+    });
+
+    test("disposing of a graph gives its memory back, and it cannot be replayed", async () => {
+      const x = device.zeros([100_000]);
+      const before = { live: device.pool.liveBytes, held: device.pool.heldBytes };
+      const { graph } = device.capture(() => scope(() => scale(add(x, x), 2)));
+      expect(device.pool.heldBytes).toBeGreaterThan(before.held);
+      device.replay(graph);
+      device.stream.disposeGraph(graph);
+      device.stream.disposeGraph(graph); // a second time is no harm
+      expect({ live: device.pool.liveBytes, held: device.pool.heldBytes }).toEqual(before);
+      expect(() => device.replay(graph)).toThrow(GpuError);
+      await device.finish();
+      x.dispose();
+    });
+
+    test("a graph keeps the tensors it uses, also those freed during its capture", async () => {
+      const y = device.zeros([SIZE]);
+      let x = device.tensor(new Float32Array(SIZE).fill(7), [SIZE]);
+      const { graph } = device.capture(() => {
+        y.copyFrom(x);
+        x.dispose();
+      });
+      const others = [1, 2, 3].map((value) => device.tensor(new Float32Array(SIZE).fill(value), [SIZE]));
+      device.replay(graph);
+      expect((await y.read())[0]).toBe(7);
+      const live = device.pool.liveBytes;
+      device.stream.disposeGraph(graph);
+      expect(device.pool.liveBytes).toBe(live - 256);
+      x = device.zeros([SIZE]);
+      freeAll([x, y, ...others]);
+    });
+
+    test("a graph disposed of while its replay still waits for a pipeline has run as it was captured", async () => {
+      const fresh = await open();
+      const [x, y, z] = zeros(fresh, 3) as [Tensor, Tensor, Tensor];
+      x.write(new Float32Array(SIZE).fill(1));
+      const { graph } = fresh.capture(() => scope(() => y.copyFrom(scale(x, 2))));
+      fresh.replay(graph);
+      fresh.stream.disposeGraph(graph);
+      const next = fresh.capture(() => scope(() => z.copyFrom(scale(x, 3)))).graph;
+      fresh.replay(next);
+      expect((await read([y, z])).map((values) => values[0])).toEqual([2, 3]);
+    });
+
+    test("a capture that throws leaves nothing behind", async () => {
+      const x = device.tensor(new Float32Array(SIZE).fill(1), [SIZE]);
+      const { liveBytes, heldBytes } = device.pool;
+      expect(() => device.capture(() => scope(() => {
+        add(x, x);
+        throw new Error("from inside");
+      }))).toThrow("from inside");
+      expect(device.pool).toMatchObject({ liveBytes, heldBytes });
+      expect((await x.read())[0]).toBe(1);
+      x.dispose();
+    });
+
+    test("captures do not nest, and within one nothing is replayed or read", async () => {
+      const x = device.tensor(new Float32Array(SIZE).fill(1), [SIZE]);
+      const { graph } = device.capture(() => scope(() => add(x, x)));
+      let reading: Promise<unknown> = Promise.resolve();
+      const outer = device.capture(() => {
+        expect(() => device.capture(() => {})).toThrow(/already in progress/);
+        expect(() => device.replay(graph)).toThrow(GpuError);
+        reading = x.read().catch((error: unknown) => error);
+        return scope(() => scale(x, 5));
+      });
+      expect(await reading).toBeInstanceOf(GpuError);
+      device.replay(outer.graph);
+      expect((await outer.result.read())[0]).toBe(5);
+      for (const each of [graph, outer.graph]) device.stream.disposeGraph(each);
+      freeAll([x, outer.result]);
+      expect(device.pool.liveBytes).toBe(0);
+    });
+  });
+});

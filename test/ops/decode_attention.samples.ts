@@ -1,0 +1,60 @@
+import { cache_read, cache_write, decode_attention } from "../../src/ops/decode_attention.ts";
+import * as ref from "../../src/reference/decode_attention.ts";
+import { type Draw, opSamples } from "./suite.ts";
+
+const sizes = (
+  name: string, B: number, L: number, [Hq, Hkv]: readonly [number, number], capacity: number, Dh: number, position: number,
+) => ({
+  name, reduction: Math.max(capacity, Dh),
+  args: (r: Draw) => [
+    r.normal([B, L, Hq, Dh]), r.normal([B, Hkv, capacity, Dh]), r.normal([B, Hkv, capacity, Dh]),
+    r.of([1], [position], "u32"), 1 / Math.sqrt(Dh),
+  ],
+});
+
+export default [
+  opSamples({
+    op: decode_attention, reference: ref.decode_attention,
+    samples: [
+      sizes("one token after none", 1, 1, [4, 2], 8, 16, 0),
+      sizes("many tokens", 2, 1, [4, 2], 150, 32, 140),
+      sizes("fewer keys than lanes", 1, 1, [2, 1], 9, 8, 1),
+      sizes("several queries, each with its own end", 1, 4, [4, 1], 40, 8, 30),
+      sizes("width without a factor of four", 2, 2, [3, 3], 21, 13, 17),
+      sizes("one component", 1, 1, [1, 1], 5, 1, 4),
+      sizes("the widest head", 1, 1, [2, 1], 33, 256, 32),
+      sizes("queries past the end of the cache", 1, 3, [2, 2], 6, 4, 5),
+      sizes("no rows", 0, 1, [2, 1], 4, 8, 0),
+    ],
+    errors: [
+      { name: "heads that do not divide", args: (r) => sizes("", 1, 1, [3, 2], 4, 4, 0).args(r), message: /decode_attention.*divisor of 3.*found 2/ },
+      {
+        name: "another width in the cache",
+        args: (r) => [r.normal([1, 1, 2, 4]), r.normal([1, 2, 4, 8]), r.normal([1, 2, 4, 8]), r.of([1], [0], "u32"), 1],
+        message: /decode_attention.*k_cache.*4\]/,
+      },
+    ],
+  }),
+  opSamples({
+    op: cache_write, reference: ref.cache_write,
+    samples: [
+      { name: "in the middle", args: (r) => [r.normal([2, 3, 7, 5]), r.normal([2, 2, 3, 5]), r.of([1], [4], "u32")] },
+      { name: "one token at the start", args: (r) => [r.normal([1, 1, 4, 8]), r.normal([1, 1, 1, 8]), r.of([1], [0], "u32")] },
+      { name: "past the end is dropped", args: (r) => [r.normal([1, 2, 4, 4]), r.normal([1, 3, 2, 4]), r.of([1], [2], "u32")] },
+      { name: "no tokens", args: (r) => [r.normal([1, 2, 4, 4]), r.normal([1, 0, 2, 4]), r.of([1], [2], "u32")] },
+    ],
+    errors: [{
+      name: "other heads", args: (r) => [r.normal([1, 2, 4, 4]), r.normal([1, 1, 3, 4]), r.of([1], [0], "u32")],
+      message: /cache_write.*x must be \[1, L, 2, 4\].*\[1, 1, 3, 4\]/,
+    }],
+  }),
+  opSamples({
+    op: cache_read, reference: ref.cache_read,
+    samples: [
+      { name: "the first five", args: (r) => [r.normal([2, 3, 7, 5]), 5] },
+      { name: "all", args: (r) => [r.normal([1, 2, 6, 8]), 6] },
+      { name: "none", args: (r) => [r.normal([1, 2, 6, 8]), 0] },
+    ],
+    errors: [{ name: "more than there is", args: (r) => [r.normal([1, 1, 4, 4]), 5], message: /cache_read.*from 0 to 4.*found 5/ }],
+  }),
+];
