@@ -60,12 +60,12 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
   if (!options.resume && previous) {
     throw new KraitError(`${out} already holds a run (its newest checkpoint is ${previous.name}); give another --out, or --resume.`);
   }
-  mkdirSync(out, { recursive: true });
   checkCorpusSize(corpus.tokens.length, recipe);
   const model = new NemotronH(options.config, createParameters(device, options.config, recipe.seed));
   const run = new TrainingRun(model, recipe, corpus, validation);
   let saved: SavedRun | null = null;
   if (previous) saved = await restoreRun(run, previous);
+  mkdirSync(out, { recursive: true });
   const metrics = new MetricsWriter(join(out, "metrics.jsonl"), saved ? saved.steps : undefined);
   let checkpoint = previous?.path ?? "";
   let savedAt = saved?.steps ?? -1;

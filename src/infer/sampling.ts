@@ -1,4 +1,4 @@
-import { philox4x32 } from "../tensor/philox.ts";
+import { randomUniform } from "../tensor/philox.ts";
 import { UsageError } from "../tensor/errors.ts";
 
 /** How the next token is drawn from the model's distribution. */
@@ -76,8 +76,5 @@ export function draw(weights: Float32Array, u: number): number {
 /** A stream of uniform numbers in [0, 1) from Philox counters. */
 export function uniformStream(seed: number, stream: number): () => number {
   let element = 0;
-  return () => {
-    const words = philox4x32([element++, 0, stream, 0], [seed >>> 0, Math.floor(seed / 2 ** 32)]);
-    return (words[0]! >>> 8) / 2 ** 24;
-  };
+  return () => randomUniform({ seed, stream, step: 0 }, element++);
 }

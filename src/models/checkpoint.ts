@@ -10,6 +10,7 @@ import { listParameters, type Parameter, resolveTensors, tensorsOf } from "./che
 import { type NemotronHConfig, serialiseConfig } from "./config.ts";
 import type { HostArray, Outputs } from "./evaluate.ts";
 import { NemotronH } from "./nemotron_h.ts";
+import { checkFits } from "./parameters.ts";
 
 /**
  * Finds every parameter in a checkpoint and hands it over, one after the other.
@@ -40,6 +41,7 @@ export async function readParameters(
 export async function loadModel(
   device: Device, config: NemotronHConfig, folder: Folder, trainable = false,
 ): Promise<NemotronH> {
+  checkFits(device, config);
   const reader = await openTensors(folder);
   const parameters = new Map<string, Tensor>();
   try {

@@ -30,19 +30,19 @@ function examine(config: NemotronHConfig, batch: number, tokens: number) {
     pattern: config.hybrid_override_pattern, mtp_pattern: config.mtp_hybrid_override_pattern,
     layers: countLayers(config.hybrid_override_pattern),
     parameters: { total, backbone, mtp, active }, checkpoint_tensors: countTensors(config),
-    state: stateBytes(config), batch, tokens,
+    // As published: SSM state in the config's own format, keys and values in bf16. This engine keeps all of it in f32.
+    state: stateBytes(config, { kv: "bfloat16" }), state_f32: stateBytes(config, { ssm: "float32", conv: "float32", kv: "float32" }),
+    batch, tokens,
     run: Object.fromEntries(FORMATS.map((format) => [format, memoryToRun(config, format, batch, tokens)])),
     train: memoryToTrain(config, batch * tokens),
   };
 }
 
 function render(name: string, config: NemotronHConfig, facts: ReturnType<typeof examine>, c: ReturnType<typeof colours>): string {
-  const { parameters: p, state, layers, train, batch, tokens } = facts;
+  const { parameters: p, state, state_f32: f32, train, batch, tokens } = facts;
   const exact = (count: number) => `${count.toLocaleString("en-US")} (${formatCount(count)})`;
   return [
     c.bold(name), "", layerStrip(config),
-    `   ${layers.mamba} Mamba-2 (M), ${layers.attention} attention (*), ${layers.mlp} MLP (-), ${layers.moe} mixture of experts (E)`,
-    ...(facts.mtp_pattern ? [`   multi-token prediction: ${facts.mtp_pattern}`] : []),
     "", c.bold("Parameters"),
     table([
       [" total", exact(p.total)], [" active per token", exact(p.active)],
@@ -53,7 +53,7 @@ function render(name: string, config: NemotronHConfig, facts: ReturnType<typeof 
     table([
       [" SSM state, each Mamba layer", `${formatBytes(state.ssmPerLayer)}`],
       [" SSM state, all layers", formatBytes(state.ssm)], [" convolution", formatBytes(state.conv)],
-      [" keys and values, per token", `${state.kvPerToken} bytes`],
+      [" keys and values, per token", `${state.kvPerToken} bytes in bf16, ${f32.kvPerToken} in f32`],
     ]),
     "", c.bold(`Memory to run ${batch} x ${tokens} tokens`),
     table(Object.entries(facts.run).map(([format, memory]) =>

@@ -49,8 +49,7 @@ export const quickstart = defineCommand({
     try {
       const { total, active } = countParameters(config);
       say(c.bold(`Krait quickstart on ${device.info.name}`));
-      say(`\n${layerStrip(config)}   M Mamba-2, * attention, - MLP, E latent mixture of experts, and an MTP head`);
-      say(`${formatCount(total)} parameters, ${formatCount(active)} active per token; byte level, seed ${recipe.seed}\n`);
+      say(`\n${layerStrip(config)}\n\n${formatCount(total)} parameters, ${formatCount(active)} active per token; byte level, seed ${recipe.seed}\n`);
       const { run, baselines, evaluation, checkpoint, interrupted } = await runTraining({
         device, config, recipe, split, tokenizer, tokenizerFiles: {}, out: options.out, resume: false, saveEvery: 0, keep: 1, signal,
         onStep(step) {
@@ -92,7 +91,6 @@ export const quickstart = defineCommand({
       }
       return identical ? 0 : 1;
     } finally {
-      progress.done();
       device.destroy();
     }
   },

@@ -59,13 +59,13 @@ export const train = defineCommand({
   async run({ options, stdout, stderr, env, signal }) {
     if (options.data.length === 0) throw new UsageError("No training data was given: name at least one --data PATH.");
     const c = colours(wantsColour(stderr, env));
-    const { config, recipe, tokenizerFolder } = await plan(options);
+    const { config, recipe, tokenizerFolder, doneBefore } = await plan(options);
     const { tokenizer, files } = findTokenizer(options.tokenizer ?? tokenizerFolder, config.vocab_size);
     const split = splitDocuments(readDocuments(options.data), { seed: recipe.seed });
     const device = await openDevice(options.adapter ? { adapter: options.adapter } : {});
     const profiler = options.trace ? device.profile() : null;
     if (options.trace && !profiler) throw new KraitError(`The adapter ${device.info.id} offers no timestamps, which --trace needs.`);
-    const progress = new Progress({ total: recipe.steps, silent: options.json, stream: stderr, env });
+    const progress = new Progress({ total: recipe.steps, start: doneBefore, silent: options.json, stream: stderr, env });
     const say = (text: string) => {
       if (!options.json) progress.log(text);
     };
@@ -96,7 +96,6 @@ export const train = defineCommand({
       say(`checkpoint ${result.checkpoint}; peak memory ${formatBytes(device.pool.peakBytes)}; curve ${join(options.out, "loss.svg")}`);
       return result.interrupted ? 130 : 0;
     } finally {
-      progress.done();
       device.destroy();
     }
   },
@@ -109,6 +108,8 @@ interface Plan {
   readonly recipe: Recipe;
   /** Where the resumed checkpoint's tokenizer lies. */
   readonly tokenizerFolder: string | null;
+  /** Updates that the resumed run has behind it. */
+  readonly doneBefore: number;
 }
 
 /** Config and recipe: of the resumed run, whose own values stand, or of the command line. */
@@ -127,10 +128,10 @@ async function plan(options: {
     weight_decay: options.weightDecay, clip: options.clip, mtp_depths: options.mtpDepths, mtp_scale: options.mtpScale,
     aux_coeff: options.auxCoeff, bias_rate: options.biasRate, eval_rows: options.evalRows, eval_every: options.evalEvery,
   };
-  if (!options.resume) return { config: findConfig(options.config), recipe: makeRecipe(given), tokenizerFolder: null };
+  if (!options.resume) return { config: findConfig(options.config), recipe: makeRecipe(given), tokenizerFolder: null, doneBefore: 0 };
   const checkpoint = await openCheckpoint(localFileLayer(), options.out);
   if (!checkpoint) throw new KraitError(`There is no checkpoint in ${options.out} to resume from.`);
-  const { recipe } = await readSavedRun(checkpoint);
+  const { recipe, steps: doneBefore } = await readSavedRun(checkpoint);
   const free = new Set(["steps", "eval_every", "eval_rows"]); // what may change without making another run of it
   for (const [key, value] of Object.entries(given)) {
     const before = recipe[key as keyof Recipe];
@@ -139,10 +140,11 @@ async function plan(options: {
     }
   }
   const steps = options.steps ?? recipe.steps;
-  const rest = steps === recipe.steps ? recipe : { ...recipe, warmup: recipe.warmup, decay: Math.floor(steps / 3) };
+  // A longer run plans its decay anew.
+  const rest = steps === recipe.steps ? recipe : { ...recipe, decay: Math.floor(steps / 3) };
   return {
     config: parseConfig(readFileSync(join(checkpoint.path, "config.json"))),
     recipe: makeRecipe({ ...rest, steps, eval_every: options.evalEvery, eval_rows: options.evalRows ?? recipe.eval_rows }),
-    tokenizerFolder: checkpoint.path,
+    tokenizerFolder: checkpoint.path, doneBefore,
   };
 }
