@@ -168,6 +168,7 @@ async function train(krait: KraitWorker): Promise<void> {
   const started = { steps };
   for (const id of ["f-step", "f-speed", "f-left", "f-memory"]) show(id, "–");
   element("progress", HTMLProgressElement).value = 0;
+  say(status, PHASES.preparing);
   say(writeStatus, "Pause or finish training to let the model write.");
   try {
     const result = await krait.train(

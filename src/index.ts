@@ -21,7 +21,7 @@ export { encodeSafetensors, openSafetensors, openTensors } from "./io/safetensor
 export { byteTokenizer } from "./text/byte_tokenizer.ts";
 export type { Tokenizer } from "./text/tokenizer.ts";
 export { splitDocuments, type Document } from "./train/data.ts";
-export { lossCurve } from "./train/curve.ts";
+export { lossCurve, movingAverage, niceTicks, type CurveOptions, type CurvePoint } from "./train/curve.ts";
 export { ngramBaselines } from "./train/ngram.ts";
 export { BatchPacker, bitsPerByte, tokenizeDocuments } from "./train/packing.ts";
 export { makeRecipe, type Recipe } from "./train/recipe.ts";

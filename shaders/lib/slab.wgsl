@@ -1,39 +1,78 @@
-// Register tiles of four rows: sixteen of their dimensions as four matrices, each holding a vec4 of dimensions with a
-// column per row. A head of 64 dimensions is four slabs. Products of slabs are products of mat4x4f, so a kernel that
-// owns four rows and meets four others at a time is a handful of lines.
+// Register tiles for kernels in which an invocation owns four rows (two with the condition `two_rows`, for wide heads)
+// and walks over other rows, one at a time.
+//
+// A Part is sixteen dimensions of one row, a Slab the same dimensions of the owned rows: a Block for each four
+// dimensions, with a column per row. A row of 64 dimensions is four parts, 64 dimensions of the owned rows four slabs.
+// Owned rows are loaded and stored in loops whose bounds a compiler cannot know, so that the loads stand in the
+// program once: each one costs tens of milliseconds of compilation on the software adapters.
 
-struct Slab { a: mat4x4f, b: mat4x4f, c: mat4x4f, d: mat4x4f }
+@if(two_rows) const OWNED: u32 = 2u;
+@else const OWNED: u32 = 4u;
+// One value per owned row.
+@if(two_rows) alias Rows = vec2f;
+@else alias Rows = vec4f;
+@if(two_rows) alias RowsU = vec2u;
+@else alias RowsU = vec4u;
+@if(two_rows) alias RowsI = vec2i;
+@else alias RowsI = vec4i;
+@if(two_rows) alias Block = mat2x4f;
+@else alias Block = mat4x4f;
 
-// The four rows of a step: with subgroups each lane of a quad loads one row and the quad shares the loads, otherwise
-// every lane loads all four.
-@if(subgroups) alias Place = u32;
-@else alias Place = vec4u;
+struct Part { a: vec4f, b: vec4f, c: vec4f, d: vec4f }
+struct Slab { a: Block, b: Block, c: Block, d: Block }
 
-// Numbers of the four rows first .. first + 3; `quad` is the lane's number in its quad.
-@if(subgroups) fn next_four(first: u32, quad: u32) -> Place { return first + quad; }
-@else fn next_four(first: u32, quad: u32) -> Place { return first + vec4u(0u, 1u, 2u, 3u); }
+// first, first + 1, ...
+@if(two_rows) fn row_numbers(first: u32) -> RowsU { return first + vec2u(0u, 1u); }
+@else fn row_numbers(first: u32) -> RowsU { return first + vec4u(0u, 1u, 2u, 3u); }
 
-// One vec4 of each lane of the quad, a column each.
+// The part of which each lane of a quad holds four dimensions.
 @if(subgroups)
-fn spread(x: vec4f) -> mat4x4f {
-  return mat4x4f(quadBroadcast(x, 0u), quadBroadcast(x, 1u), quadBroadcast(x, 2u), quadBroadcast(x, 3u));
+fn gather_part(x: vec4f) -> Part {
+  return Part(quadBroadcast(x, 0u), quadBroadcast(x, 1u), quadBroadcast(x, 2u), quadBroadcast(x, 3u));
 }
 
-// Dot products of the rows of x and of y: [row of y][row of x].
-fn slab_dot(x: Slab, y: Slab) -> mat4x4f {
-  return transpose(x.a) * y.a + transpose(x.b) * y.b + transpose(x.c) * y.c + transpose(x.d) * y.d;
+// Dot products of x with the owned rows.
+fn part_dot(x: Part, y: Slab) -> Rows {
+  return x.a * y.a + x.b * y.b + x.c * y.c + x.d * y.d;
 }
 
-// acc + x p: row r of acc gains the sum over n of p[r][n] times row n of x.
-fn slab_add(acc: Slab, x: Slab, p: mat4x4f) -> Slab {
-  return Slab(acc.a + x.a * p, acc.b + x.b * p, acc.c + x.c * p, acc.d + x.d * p);
+@if(two_rows) fn outer(x: vec4f, p: Rows) -> Block { return Block(x * p.x, x * p.y); }
+@else fn outer(x: vec4f, p: Rows) -> Block { return Block(x * p.x, x * p.y, x * p.z, x * p.w); }
+
+// Owned row r gains p[r] times x.
+fn slab_add(acc: Slab, x: Part, p: Rows) -> Slab {
+  return Slab(acc.a + outer(x.a, p), acc.b + outer(x.b, p), acc.c + outer(x.c, p), acc.d + outer(x.d, p));
 }
 
-fn scale_columns(x: mat4x4f, f: vec4f) -> mat4x4f {
-  return mat4x4f(x[0] * f.x, x[1] * f.y, x[2] * f.z, x[3] * f.w);
+fn scale_columns(m: Block, f: Rows) -> Block {
+  @if(two_rows) return Block(m[0] * f.x, m[1] * f.y);
+  @else return Block(m[0] * f.x, m[1] * f.y, m[2] * f.z, m[3] * f.w);
 }
 
-// Row r times f[r].
-fn slab_scale(x: Slab, f: vec4f) -> Slab {
+// Owned row r times f[r].
+fn slab_scale(x: Slab, f: Rows) -> Slab {
   return Slab(scale_columns(x.a, f), scale_columns(x.b, f), scale_columns(x.c, f), scale_columns(x.d, f));
+}
+
+fn set_column(m: Block, r: u32, x: vec4f) -> Block {
+  let first = select(m[0], x, r == 0u);
+  let second = select(m[1], x, r == 1u);
+  @if(two_rows) return Block(first, second);
+  @else return Block(first, second, select(m[2], x, r == 2u), select(m[3], x, r == 3u));
+}
+
+fn get_column(m: Block, r: u32) -> vec4f {
+  let low = select(m[0], m[1], r == 1u);
+  @if(two_rows) return low;
+  @else return select(low, select(m[2], m[3], r == 3u), r >= 2u);
+}
+
+// Replaces owned row r.
+fn set_row(x: Slab, r: u32, row: Part) -> Slab {
+  return Slab(set_column(x.a, r, row.a), set_column(x.b, r, row.b), set_column(x.c, r, row.c), set_column(x.d, r, row.d));
+}
+
+// Owned row r.
+fn get_row(x: Slab, r: u32) -> Part {
+  return Part(get_column(x.a, r), get_column(x.b, r), get_column(x.c, r), get_column(x.d, r));
 }

@@ -31,7 +31,7 @@ struct Params {
 override WG: u32 = 64;
 
 @if(vec4) fn load_state(head: u32, p: u32, n: u32) -> vec4f {
-  return vec4f(f32(p), f32(n), f32(head), 1.0);
+  return states[((head * params.headdim + p) * params.dstate + n) / 4u];
 }
 @else fn load_state(head: u32, p: u32, n: u32) -> vec4f {
   let at = quad_indices(head * params.headdim + min(p, params.headdim - 1u), n, params.dstate);

@@ -7,7 +7,8 @@
 // Per step of four k, invocation q loads its own four columns of op(B) and, of each group of four rows, one
 // row of op(A). Three quad swaps show it the rows of its neighbours in the order q ^ 0 .. q ^ 3, so column j
 // of an accumulator is row q ^ j of its group. On such an adapter a load costs twenty multiply-adds; here 32
-// loads feed 256. Without subgroups an invocation loads the three other rows itself.
+// loads feed 256. The kernel exists only under the condition `subgroups`, and relies on invocations 4 i .. 4
+// i + 3 of a workgroup being a quad, as they are in a workgroup of one dimension.
 //
 // Layout conditions say what is contiguous, in steps of vec4f: a_vec_k or a_vec_m, b_vec_n or b_vec_k, c_vec;
 // without them elements are read one by one at any stride. With a_vec_m an invocation loads four rows at its
@@ -76,14 +77,11 @@ fn load_a(base: u32, at: vec4u, live: vec4<bool>) -> vec4f {
 }
 
 // Four rows at four k: column j is row q ^ j (a_vec_m: row j, its k in the order q ^ 0 .. q ^ 3).
-@diagnostic(off, subgroup_uniformity) // whole quads leave together
-fn load_rows(base: vec4u, s: Step) -> mat4x4f {
-  @if(subgroups) let x = load_a(base.x, s.at, s.live);
-  @if(subgroups) let rows = mat4x4f(x, quadSwapX(x), quadSwapY(x), quadSwapDiagonal(x));
-  @elif(a_vec_m) let rows = mat4x4f(load_a(base.x, s.at, s.live), load_a(base.y, s.at.yyyy, s.live.yyyy),
-    load_a(base.z, s.at.zzzz, s.live.zzzz), load_a(base.w, s.at.wwww, s.live.wwww));
-  @else let rows = mat4x4f(load_a(base.x, s.at, s.live), load_a(base.y, s.at, s.live),
-    load_a(base.z, s.at, s.live), load_a(base.w, s.at, s.live));
+// Quads enter and leave loops as a whole, which the uniformity analysis cannot see.
+@if(subgroups) @diagnostic(off, subgroup_uniformity)
+fn load_rows(base: u32, s: Step) -> mat4x4f {
+  let x = load_a(base, s.at, s.live);
+  let rows = mat4x4f(x, quadSwapX(x), quadSwapY(x), quadSwapDiagonal(x));
   @if(a_vec_m) return transpose(rows);
   @else return rows;
 }
@@ -134,7 +132,7 @@ fn store(value: vec4f, at: u32, count: u32) {
   }
 }
 
-@compute @workgroup_size(WG)
+@if(subgroups) @compute @workgroup_size(WG)
 fn matmul_quad(
   @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
   @builtin(num_workgroups) nwg: vec3u,
@@ -149,7 +147,6 @@ fn matmul_quad(
 
   let q = lane % 4u;
   let plain = vec4u(0u, 1u, 2u, 3u);
-  let swapped = vec4u(q) ^ plain;
   let column = tile % column_tiles * 16u + q * 4u;
   var row = row_tile * ROWS;
   var row_end = params.m;
@@ -163,10 +160,10 @@ fn matmul_quad(
 
   // Rows and columns past the edge read the last one again; they are not stored.
   let a_base = batch * params.a_batch;
-  let rows0 = row_bases(a_base, row, swapped, row_end);
-  @if(!rows4) let rows1 = row_bases(a_base, row + 4u, swapped, row_end);
-  @if(!rows4) let rows2 = row_bases(a_base, row + 8u, swapped, row_end);
-  @if(!rows4) let rows3 = row_bases(a_base, row + 12u, swapped, row_end);
+  let rows0 = row_base(a_base, row, q, row_end);
+  @if(!rows4) let rows1 = row_base(a_base, row + 4u, q, row_end);
+  @if(!rows4) let rows2 = row_base(a_base, row + 8u, q, row_end);
+  @if(!rows4) let rows3 = row_base(a_base, row + 12u, q, row_end);
   @if(b_vec_n) let columns = vec4u(b_base + min(column, (params.n - 1u) / 4u * 4u));
   @else let columns = b_base + min(column + plain, vec4u(params.n - 1u)) * params.b_col;
 
@@ -174,7 +171,7 @@ fn matmul_quad(
   @else var k = split * params.split_k;
   @if(grouped_k) let k_end = tiles[batch + 1u];
   @else let k_end = min(params.k, k + params.split_k);
-  @if(a_vec_m) let k_order = swapped;
+  @if(a_vec_m) let k_order = vec4u(q) ^ plain;
   @else let k_order = plain;
 
   var s0 = mat4x4f();
@@ -210,8 +207,8 @@ fn matmul_quad(
   }
 }
 
-// Where four rows of op(A) begin; with a_vec_m the four are one step and all begin there.
-fn row_bases(base: u32, first: u32, order: vec4u, row_end: u32) -> vec4u {
-  @if(a_vec_m) return vec4u(base + min(first, (row_end - 1u) / 4u * 4u));
-  @else return base + min(first + order, vec4u(row_end - 1u)) * params.a_row;
+// Where the row of op(A) that invocation q loads of a group begins; with a_vec_m all four begin there.
+fn row_base(base: u32, first: u32, q: u32, row_end: u32) -> u32 {
+  @if(a_vec_m) return base + min(first, (row_end - 1u) / 4u * 4u);
+  @else return base + min(first + q, row_end - 1u) * params.a_row;
 }

@@ -99,12 +99,11 @@ const PRESETS: Readonly<Record<string, Keys>> = {
   "toy-moe": TOY_MOE,
   // Sized so that it learns more than a trigram model of the same text within minutes on two CPU cores.
   tiny: {
-    hybrid_override_pattern: "M*-ME", vocab_size: 260, hidden_size: 64, num_attention_heads: 4,
+    ...BYTES, hybrid_override_pattern: "M*-ME", hidden_size: 64, num_attention_heads: 4,
     num_key_value_heads: 2, head_dim: 16, mamba_num_heads: 8, mamba_head_dim: 16, ssm_state_size: 16,
     n_groups: 2, chunk_size: 32, intermediate_size: 192, n_routed_experts: 8, num_experts_per_tok: 2,
     moe_intermediate_size: 64, moe_shared_expert_intermediate_size: 64, moe_latent_size: 32,
-    routed_scaling_factor: 2.5, num_nextn_predict_layers: 1, initializer_range: 0.05, eos_token_id: 256,
-    torch_dtype: "float32",
+    routed_scaling_factor: 2.5, num_nextn_predict_layers: 1, initializer_range: 0.05,
   },
 };
 

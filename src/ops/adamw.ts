@@ -4,7 +4,6 @@ import type { Tensor } from "../tensor/tensor.ts";
 import { defineOp } from "./op.ts";
 
 const WG = 64;
-const EACH = 8;
 
 /**
  * One AdamW step in place: param -= lr * weight_decay * param, then param -= lr * mhat / (sqrt(vhat) + eps).
@@ -29,6 +28,7 @@ export const adamw = defineOp({
     }
     check(hyper.size === 8, "adamw", "hyper", "[8]", hyper);
     check(grad_scale.size === 1, "adamw", "grad_scale", "[1]", grad_scale);
+    const EACH = param.device.info.isSoftware ? 8 : 2;
     const isWide = param.size % 4 === 0;
     const count = isWide ? param.size / 4 : param.size;
     launch("optim/adamw", {

@@ -4,7 +4,7 @@ import type { Tensor } from "../tensor/tensor.ts";
 
 /**
  * Kernels for a product: `quad` keeps 16 x 16 tiles in the registers of four invocations (software adapters),
- * `tile` stages 64 x 64 tiles in workgroup memory (GPUs).
+ * `tile` stages 64 x 64 tiles in workgroup memory (GPUs, and wherever there are no subgroups).
  */
 export type ProductKernel = "quad" | "tile";
 /** Kernels for few rows: `matvec_quad` for software adapters, `matvec` for GPUs. */
@@ -48,9 +48,10 @@ const WANTED = { quad: 4, tile: 128 } as const;
 const SPLIT_K = 128;
 const WG = 32; // of sum_rows and grouped_tiles
 
-/** The kernel for products on the tensor's device. */
-export function productKernel({ device }: Tensor): ProductKernel {
-  return device.info.isSoftware ? "quad" : "tile";
+/** The kernel for products on the tensor's device: the wanted one, or the one that suits the adapter. */
+export function productKernel({ device }: Tensor, wanted?: string): ProductKernel {
+  if (wanted === "tile" || !device.hasSubgroups) return "tile";
+  return wanted === "quad" || device.info.isSoftware ? "quad" : "tile";
 }
 
 /** Rows per tile of a grouped product. */
@@ -61,7 +62,7 @@ export function tileRows(kernel: ProductKernel): number {
 /** Records a product. */
 export function product(p: Product): void {
   const { m, n, c, batches = 1 } = p;
-  const kernel = p.kernel ?? productKernel(c.tensor);
+  const kernel = productKernel(c.tensor, p.kernel);
   const rows4 = kernel === "quad" && m <= 4 && !p.tiles;
   const row_tiles = p.tiles ? p.tiles.shape[0]! : Math.ceil(m / (rows4 ? 4 : TILE[kernel].rows));
   const tiles = row_tiles * Math.ceil(n / TILE[kernel].columns) * batches;
@@ -116,10 +117,10 @@ function run(p: Product, { kernel, rows4, row_tiles, tiles, splits }: Plan, c: P
     a_vec_m: a.col !== 1 && a.row === 1 && !b_vec_k && inVectors(a, a.col),
     b_vec_n: b.row !== 1 && b.col === 1 && inVectors(b, b.row),
     b_vec_k, c_vec: inVectors(c, c.row),
-    k_tail, rows4, subgroups: c.tensor.device.hasSubgroups,
+    k_tail, rows4,
   });
   launch("matmul/matmul_quad", {
-    ...options, params: { ...options.params, group: 4 }, conditions: [...shared, ...layout],
+    ...options, params: { ...options.params, group: 4 }, conditions: ["subgroups", ...shared, ...layout],
   });
 }
 

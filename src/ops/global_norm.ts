@@ -4,8 +4,9 @@ import { UsageError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { defineOp } from "./op.ts";
 
-const WG = 64;
-const EACH = 64;
+/** Few invocations per slab on software adapters, where each further one makes a barrier dearer. */
+const slabOf = (x: Tensor): { WG: number; EACH: number } =>
+  x.device.info.isSoftware ? { WG: 8, EACH: 512 } : { WG: 64, EACH: 16 };
 
 /**
  * sqrt of the sum of squares over all elements of all tensors, in a fixed order: one launch per tensor and
@@ -20,10 +21,12 @@ export const global_norm = defineOp({
   forward(_ctx, grads: readonly Tensor[]): Tensor {
     const first = grads[0];
     if (!first) throw new UsageError("global_norm: expected at least one tensor, found none.");
+    const constants = slabOf(first);
     const parts = grads.map((x) => {
       const isWide = x.size % 4 === 0;
       const count = isWide ? x.size / 4 : x.size;
-      return { x, count, slabs: Math.ceil(count / (WG * EACH)), conditions: isWide ? ["vec4" as const] : [] };
+      const slabs = Math.ceil(count / (constants.WG * constants.EACH));
+      return { x, count, slabs, conditions: isWide ? ["vec4" as const] : [] };
     });
     const total = parts.reduce((sum, { slabs }) => sum + slabs, 0);
     const partial = first.device.empty([total]);
@@ -31,14 +34,14 @@ export const global_norm = defineOp({
     for (const { x, count, slabs, conditions } of parts) {
       launch("optim/global_norm", {
         entry: "squares", bind: { x, partial }, params: { count, first: at, max_norm: 0 },
-        constants: { WG, EACH }, conditions, workgroups: [slabs],
+        constants, conditions, workgroups: [slabs],
       });
       at += slabs;
     }
     const norm = first.device.empty([1]);
     launch("optim/global_norm", {
       entry: "total", bind: { partial, norm }, params: { count: total, first: 0, max_norm: 0 },
-      workgroups: [1],
+      constants: { WG: first.device.info.isSoftware ? 8 : 256 }, workgroups: [1],
     });
     return norm;
   },

@@ -41,9 +41,10 @@ export const grouped_linear = defineOp({
     const y = x.device.empty([S, N]);
     ctx.save({ x, weight, offsets, options });
     const few = x.device.info.isSoftware ? "matvec_quad" : "matvec";
-    const kernel = options.kernel ?? (S <= FEW_ROWS ? few : productKernel(x));
-    if (kernel === "matvec" || kernel === "matvec_quad") vectorProduct(kernel, x, weight, null, y, offsets);
+    const wanted = options.kernel ?? (S <= FEW_ROWS ? few : undefined);
+    if (wanted === "matvec" || wanted === "matvec_quad") vectorProduct(wanted, x, weight, null, y, offsets);
     else {
+      const kernel = productKernel(x, wanted);
       product({
         m: S, n: N, k: K, a: { tensor: x, row: K, col: 1 },
         b: { tensor: weight, row: 1, col: K, batch: N * K },
@@ -56,7 +57,7 @@ export const grouped_linear = defineOp({
     if (!dy) return [];
     const [S, K] = x.shape as [number, number];
     const [E, N] = weight.shape as [number, number, number];
-    const kernel = options.kernel === "tile" || options.kernel === "quad" ? options.kernel : productKernel(x);
+    const kernel = productKernel(x, options.kernel);
     const dx = needs[0] ? x.device.empty(x.shape) : null;
     if (dx) {
       product({

@@ -38,7 +38,9 @@ export class AdamW {
 
   /** Sets the learning rate of update number `step` (from 0). */
   prepare(step: number, lr: number): void {
-    const { betas: [beta1, beta2], eps, weight_decay } = this.options;
+    const { eps, weight_decay } = this.options;
+    // As the kernel sees them: it forms 1 - beta in f32, and the corrections belong to those values.
+    const [beta1, beta2] = this.options.betas.map(Math.fround) as [number, number];
     const values = [lr, beta1, beta2, eps, weight_decay, 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1), 0];
     this.#hyper.write(Float32Array.from(values));
   }

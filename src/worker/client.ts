@@ -132,6 +132,6 @@ export class KraitWorker {
   }
 
   #failAll(message: string): void {
-    for (const id of [...this.#pending.keys()]) this.#take(id)?.reject(new WorkerError({ code: "failed", message }));
+    for (const id of Array.from(this.#pending.keys())) this.#take(id)?.reject(new WorkerError({ code: "failed", message }));
   }
 }

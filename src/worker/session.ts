@@ -32,6 +32,8 @@ export class Session {
   #model: NemotronH | null = null;
   /** The task that has the device; training gives it away while it is paused. */
   #working: Promise<void> | null = null;
+  /** Ways to write that this device has compiled shaders for. */
+  readonly #compiled = new Set<string>();
   #training: AbortController | null = null;
   #writing: AbortController | null = null;
   /** Ends the pause; null when none is asked for. */
@@ -58,12 +60,11 @@ export class Session {
     const work = this.#begin("training");
     const abort = this.#training = new AbortController();
     try {
-      return await this.#train(options, emit, abort.signal, work);
+      return await this.#guarded(() => this.#train(options, emit, abort.signal, work));
     } finally {
       this.#training = null;
       this.#pause = null;
       work.end();
-      if (this.#device?.failure) this.#close();
     }
   }
 
@@ -90,31 +91,13 @@ export class Session {
    */
   async generate(options: WriteOptions, emit: (event: WorkerEvent) => void): Promise<WriteResult> {
     const model = this.#trained();
-    const { prompt, maxTokens, temperature, seed, draft } = options;
-    const tokenizer = byteTokenizer(model.config.vocab_size);
-    const tokens = tokenizer.encode(prompt);
     const work = this.#begin("generation");
     const abort = this.#writing = new AbortController();
-    const generator = new Generator(model, tokens.length + maxTokens + draft);
     try {
-      const run = generateText(generator, tokenizer, tokens, {
-        maxTokens, draft, signal: abort.signal,
-        sampling: { temperature, seed, top_k: 0, top_p: 1, min_p: 0 },
-      });
-      for await (const text of run.pieces) emit({ kind: "text", text });
-      const { stats } = generator;
-      return {
-        promptTokens: stats.promptTokens, tokens: run.tokens.length,
-        prompt_tokens_per_s: rate(stats.promptTokens, stats.prefillMs),
-        tokens_per_s: rate(stats.tokens - 1, stats.decodeMs), // the first token comes with the prompt
-        passes: stats.passes, drafted: stats.drafted, accepted: stats.accepted,
-        stopped: abort.signal.aborted, memory: memoryOf(model.device),
-      };
+      return await this.#guarded(() => this.#write(model, options, emit, abort.signal));
     } finally {
       this.#writing = null;
-      generator.dispose();
       work.end();
-      if (this.#device?.failure) this.#close();
     }
   }
 
@@ -123,10 +106,10 @@ export class Session {
     const model = this.#trained();
     const work = this.#begin("saving");
     try {
-      return {
+      return await this.#guarded(async () => ({
         weights: await encodeSafetensors(parameterEntries(model), { format: "pt" }),
         config: serialiseConfig(model.config),
-      };
+      }));
     } finally {
       work.end();
     }
@@ -192,6 +175,48 @@ export class Session {
     };
   }
 
+  async #write(
+    model: NemotronH, options: WriteOptions, emit: (event: WorkerEvent) => void, signal: AbortSignal,
+  ): Promise<WriteResult> {
+    const { prompt, maxTokens, temperature, seed, draft } = options;
+    const tokenizer = byteTokenizer(model.config.vocab_size);
+    const tokens = tokenizer.encode(prompt);
+    const sampling = { temperature, seed, top_k: 0, top_p: 1, min_p: 0 };
+    const generator = new Generator(model, tokens.length + maxTokens + draft);
+    try {
+      // A few tokens that nobody sees compile the shaders of this way to write, so that speeds are those of writing.
+      const way = `${draft} ${temperature > 0}`;
+      if (!this.#compiled.has(way)) {
+        const few = { maxTokens: Math.min(3, maxTokens), draft, signal, sampling };
+        for await (const _ of generator.generate(tokens, few));
+        this.#compiled.add(way);
+      }
+      const run = generateText(generator, tokenizer, tokens, { maxTokens, draft, signal, sampling });
+      for await (const text of run.pieces) emit({ kind: "text", text });
+      const { stats } = generator;
+      return {
+        promptTokens: stats.promptTokens, tokens: run.tokens.length,
+        prompt_tokens_per_s: rate(stats.promptTokens, stats.prefillMs),
+        tokens_per_s: rate(stats.tokens - 1, stats.decodeMs), // the first token comes with the prompt
+        passes: stats.passes, drafted: stats.drafted, accepted: stats.accepted,
+        stopped: signal.aborted, memory: memoryOf(model.device),
+      };
+    } finally {
+      generator.dispose();
+    }
+  }
+
+  /** Runs GPU work. After a failure of the device that is the error, and the next task opens a new device. */
+  async #guarded<T>(work: () => Promise<T>): Promise<T> {
+    try {
+      return await work();
+    } catch (error) {
+      throw this.#device ? await causeOf(error, this.#device) : error;
+    } finally {
+      if (this.#device?.failure) this.#close();
+    }
+  }
+
   #trained(): NemotronH {
     if (!this.#model) throw new UsageError("There is no model yet; train one first.");
     return this.#model;
@@ -239,6 +264,7 @@ export class Session {
     this.#model = null; // its memory goes with the device
     this.#device?.destroy();
     this.#device = null;
+    this.#compiled.clear();
   }
 }
 
@@ -259,6 +285,14 @@ function plan({ documents, preset: name = "tiny", recipe: given = {} }: TrainOpt
     baselines: { unigram: unigram.bitsPerByte, bigram: bigram.bitsPerByte, trigram: trigram.bitsPerByte },
   };
   return { data, config, recipe, train, validation };
+}
+
+/** What is behind an error: a read that was pending on a lost device fails before the device says that it is lost. */
+async function causeOf(error: unknown, device: Device): Promise<unknown> {
+  if (!device.failure && error instanceof DOMException) {
+    await Promise.race([device.gpuDevice.lost, new Promise((resolve) => setTimeout(resolve, 500))]);
+  }
+  return device.failure ?? error;
 }
 
 /** A promise and what fulfils it. */

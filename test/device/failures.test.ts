@@ -8,6 +8,7 @@ import { rms_norm } from "../../src/ops/rms_norm.ts";
 import type { Device } from "../../src/tensor/device.ts";
 import { scope } from "../../src/tensor/scope.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
+import { failEveryAllocation } from "../support/failing_allocator.ts";
 import { onEveryAdapter } from "../support/devices.ts";
 
 /** Shader texts to use instead of the files, by name. */
@@ -163,38 +164,15 @@ await onEveryAdapter((device, open) => {
 
   describe("allocations that fail", () => {
     test("at every possible place: a typed error, nothing leaks, and the device goes on", async () => {
-      const { pool } = device;
-      const allocate = pool.allocate.bind(pool);
-      const expected = await Promise.all(work(device).map(async (tensor) => {
-        const values = await tensor.read();
-        tensor.dispose();
-        return values;
-      }));
-      const before = pool.liveBytes;
-      let failures = 0;
-      for (let k = 0; ; k++) {
-        let left = k;
-        const spy = vi.spyOn(pool, "allocate").mockImplementation((bytes) => {
-          if (left-- === 0) throw new OutOfMemoryError("This allocation was made to fail.", bytes, 0);
-          return allocate(bytes);
-        });
-        let results: Tensor[] = [];
-        try {
-          results = work(device);
-        } catch (error) {
-          expect(error).toBeInstanceOf(OutOfMemoryError);
-          failures++;
-        } finally {
-          spy.mockRestore();
-        }
-        const done = results.length > 0;
-        if (done) expect(await Promise.all(results.map((tensor) => tensor.read()))).toEqual(expected);
+      const once = async () => {
+        const results = work(device);
+        const values = await Promise.all(results.map((tensor) => tensor.read()));
         for (const tensor of results) tensor.dispose();
-        expect(pool.liveBytes, `failure of allocation ${k}`).toBe(before);
-        if (done) break;
-      }
-      expect(failures).toBeGreaterThan(10);
-      await device.finish();
+        return values;
+      };
+      const expected = await once();
+      const failures = await failEveryAllocation(device, async () => expect(await once()).toEqual(expected));
+      expect(failures).toBeGreaterThan(20);
     });
 
     test("under every ceiling the work is done or refused, and nothing leaks", async () => {

@@ -24,11 +24,11 @@ await onEveryAdapter((device) => {
   test("what is returned is found in arrays, maps and plain objects, however deep", () => {
     const result = scope(() => {
       make();
-      return { list: [make(), { inner: make() }], map: new Map([["a", make()]]), count: 3, none: null };
+      const list = [make(), { inner: make() }] as const;
+      return { list: [...list] as typeof list, map: new Map([["a", make()]]), count: 3, none: null };
     });
     expect(live()).toBe(3);
-    const { list: [first, second], map } = result as { list: [Tensor, { inner: Tensor }]; map: Map<string, Tensor> };
-    for (const tensor of [first, second.inner, map.get("a")!]) tensor.dispose();
+    for (const tensor of [result.list[0], result.list[1].inner, result.map.get("a")!]) tensor.dispose();
     expect(live()).toBe(0);
   });
 

@@ -19,10 +19,12 @@ const absSum = (values: Iterable<number>) => sum([...values].map(Math.abs));
 
 /** Every value within `allowed` of the expected one. */
 function near(what: string, found: ArrayLike<number>, expected: readonly number[], allowed: number): void {
-  expected.forEach((value, i) => {
-    const error = Math.abs(found[i]! - value);
-    expect(error, `${what}[${i}]: ${found[i]}, expected ${value}`).toBeLessThan(allowed);
-  });
+  let worst = 0;
+  for (let i = 1; i < expected.length; i++) {
+    if (!(Math.abs(found[i]! - expected[i]!) <= Math.abs(found[worst]! - expected[worst]!))) worst = i;
+  }
+  const [got, wanted] = [found[worst], expected[worst]];
+  expect(Math.abs(got! - wanted!), `${what}[${worst}]: ${got}, expected ${wanted}`).toBeLessThan(allowed);
 }
 
 /** Row `t` of a (1, seqlen, width) array. */
@@ -100,7 +102,7 @@ await onEveryAdapter((device) => {
         const all = await gradient.read();
         const size = expert === undefined ? all.length : all.length / 8;
         const part = all.subarray(Number(expert ?? 0) * size, (Number(expert ?? 0) + 1) * size);
-        near(name, [sum(part), absSum(part), part[0]!], [total, abs, first], 1e-6 + 2e-6 * abs);
+        near(name, [sum(part), absSum(part), part[0]!], [total, abs, first], 2e-7 + 2e-6 * abs);
       }
       const unused = await gradients.get(model.parameters.get("mtp.layers.1.mixer.experts.up_proj")!.key)!.read();
       expect(absSum(unused.subarray(3 * 96, 4 * 96)), "an expert without tokens").toBe(0);

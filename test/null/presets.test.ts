@@ -172,10 +172,10 @@ test("layers as text", () => {
     "0  M*-ME",
     "+  *E  predicts one more token",
     "",
-    "2 x M Mamba-2: 8 heads of 32, state 32, 2 groups",
-    "1 x * attention: 4 query and 2 key heads of 32",
-    "1 x - MLP: 256 wide",
-    "1 x E experts: 2 of 8, 64 wide in 64 latent, shared 128 wide",
+    "2 x M Mamba-2: 8 heads of 16, state 16, 2 groups",
+    "1 x * attention: 4 query and 2 key heads of 16",
+    "1 x - MLP: 192 wide",
+    "1 x E experts: 2 of 8, 64 wide in 32 latent, shared 64 wide",
   ].join("\n"));
   expect(layerStrip(preset("nemotron-3-nano-4b"), 20).split("\n").slice(0, 3)).toEqual([
     " 0  M-M-M-MM-M-M*-M-M*-M", "20  -M-M*-M-M-MM*-MMM-M-", "40  M-",

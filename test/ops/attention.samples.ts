@@ -23,7 +23,6 @@ export default opSamples({
     { name: "odd length, groups of three heads", args: args({ B: 3, L: 37, Hq: 6, Hkv: 2, Dh: 8 }) },
     { name: "heads of 20", args: args({ L: 41, Hq: 2, Hkv: 1, Dh: 20 }) },
     { name: "heads of 32", args: args({ L: 70, Hq: 4, Hkv: 2, Dh: 32 }), reduction: 140 },
-    { name: "heads of 48", args: args({ L: 35, Hq: 2, Hkv: 1, Dh: 48 }) },
     { name: "heads of 64", args: args({ L: 45, Hq: 2, Hkv: 1, Dh: 64 }) },
     { name: "heads of an odd width", args: args({ B: 2, L: 19, Hq: 2, Hkv: 1, Dh: 7 }) },
     { name: "more keys than queries", args: args({ B: 2, L: 5, Lk: 38, Hq: 4, Hkv: 2, Dh: 16 }) },

@@ -15,7 +15,7 @@ function wordsByFunction(code: string): Map<string, Set<string>> {
     grown = false;
     for (const own of words.values()) {
       const before = own.size;
-      for (const word of [...own]) for (const called of words.get(word) ?? []) own.add(called);
+      for (const word of Array.from(own)) for (const called of words.get(word) ?? []) own.add(called);
       grown ||= own.size > before;
     }
   }

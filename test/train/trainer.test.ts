@@ -1,0 +1,222 @@
+import { readdirSync } from "node:fs";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { afterAll, describe, expect, test } from "vitest";
+import { openFolder } from "../../src/io/files.node.ts";
+import { openSafetensors } from "../../src/io/safetensors.ts";
+import { loadModel } from "../../src/models/checkpoint.ts";
+import { parseConfig } from "../../src/models/config.ts";
+import { NemotronH } from "../../src/models/nemotron_h.ts";
+import { createParameters } from "../../src/models/parameters.ts";
+import { preset } from "../../src/models/presets.ts";
+import { openDevice } from "../../src/tensor/device.ts";
+import { type Batch, BatchPacker, IGNORED } from "../../src/train/packing.ts";
+import { constantSchedule } from "../../src/train/schedule.ts";
+import { type StepMetrics, Trainer, type TrainerOptions } from "../../src/train/trainer.ts";
+import { Draw } from "../ops/suite.ts";
+import { testAdapters } from "../support/adapters.ts";
+import { failEveryAllocation } from "../support/failing_allocator.ts";
+
+const root = fileURLToPath(new URL("../fixtures/golden", import.meta.url));
+const withTraining = readdirSync(root).filter((name) => readdirSync(join(root, name)).includes("train.json"));
+
+/** The adapter's arithmetic is tested op by op; one adapter is enough for what a trainer adds. */
+const device = await openDevice({ adapter: (await testAdapters())[0]! });
+afterAll(() => device.destroy());
+
+/** A training run of another implementation, on one batch that it repeats. */
+interface GoldenRun {
+  readonly steps: number;
+  readonly lr: number;
+  readonly betas: [number, number];
+  readonly eps: number;
+  readonly weight_decay: number;
+  readonly clip_grad_norm: number;
+  /** Before every update, and after the last. */
+  readonly loss_f64: number[];
+  readonly grad_norm_f64: number[];
+}
+
+const PLAIN = { accumulate: 1, mtp_depths: 0, mtp_scale: 0, aux_coeff: 0, bias_rate: 0 } as const;
+
+async function readText(folder: ReturnType<typeof openFolder>, file: string): Promise<string> {
+  const source = (await folder.open(file))!;
+  const bytes = await source.read(0, source.size);
+  await source.close();
+  return new TextDecoder().decode(bytes);
+}
+
+describe("the losses of another implementation of AdamW on one batch", () => {
+  test("there are such runs", () => expect(withTraining.length).toBeGreaterThanOrEqual(3));
+
+  for (const name of withTraining) {
+    test(name, async () => {
+      const folder = openFolder(join(root, name));
+      const golden = await openSafetensors((await folder.open("golden.safetensors"))!);
+      const [rows, seqlen] = golden.info("input_ids").shape as [number, number];
+      const input_ids = await golden.readTensorI32("input_ids");
+      const unshifted = await golden.readTensorI32("labels");
+      await golden.close();
+      const labels = unshifted.map((_, i) => (i + 1) % seqlen === 0 ? IGNORED : unshifted[i + 1]!);
+      const scored = labels.filter((label) => label !== IGNORED).length;
+      const batch: Batch = {
+        batch: rows, seqlen, input_ids, labels, scored, ids: new Int32Array(), seq_idx: new Int32Array(rows * seqlen),
+      };
+      const run = JSON.parse(await readText(folder, "train.json")) as GoldenRun;
+      const before = device.pool.liveBytes;
+      const model = await loadModel(device, parseConfig(await readText(folder, "config.json")), folder, true);
+      const trainer = new Trainer(model, {
+        ...PLAIN, batch: rows, seqlen, schedule: constantSchedule({ peak: run.lr }), betas: run.betas, eps: run.eps,
+        weight_decay: run.weight_decay, clip: run.clip_grad_norm, decays: () => true,
+      });
+      const steps: StepMetrics[] = [];
+      for (let i = 0; i < run.steps; i++) steps.push(await trainer.step([batch]));
+      const losses = [...steps.map(({ loss }) => loss), await trainer.evaluate([batch])];
+      const norms = steps.map(({ grad_norm }) => grad_norm);
+      for (const [found, expected] of [[losses, run.loss_f64], [norms, run.grad_norm_f64]] as const) {
+        expect(found.length).toBe(expected.length);
+        found.forEach((value, i) => expect(Math.abs(value / expected[i]! - 1), `step ${i}: ${value}`).toBeLessThan(1e-4));
+      }
+      trainer.dispose();
+      model.dispose();
+      expect(device.pool.liveBytes).toBe(before);
+    });
+  }
+});
+
+/** The first row of a batch. */
+function firstRow({ seqlen, ids, input_ids, labels, seq_idx }: Batch): Batch {
+  const [row, own] = [(values: Int32Array) => values.slice(0, seqlen), labels.slice(0, seqlen)];
+  return {
+    batch: 1, seqlen, ids: ids.slice(0, seqlen + 1), input_ids: row(input_ids), labels: own, seq_idx: row(seq_idx),
+    scored: own.filter((label) => label !== IGNORED).length,
+  };
+}
+
+describe("a small model with experts and two prediction depths", () => {
+  const config = preset("unit");
+  const r = new Draw(11);
+  const tokens = Int32Array.from(r.integers([400], 0, config.vocab_size).data);
+  const corpus = { tokens, starts: Int32Array.from([0, 50, 130, 290]), bytes: 400, scored: 396, eosId: 2 };
+  const options: TrainerOptions = {
+    ...PLAIN, batch: 2, seqlen: 12, schedule: constantSchedule({ peak: 3e-3, warmup: 2 }), betas: [0.9, 0.95], eps: 1e-8,
+    weight_decay: 0.1, clip: 1, mtp_depths: 2, mtp_scale: 0.3, aux_coeff: 1e-2, bias_rate: 1e-2,
+  };
+  const start = (changes: Partial<TrainerOptions> = {}, seed = 1) => {
+    const model = new NemotronH(config, createParameters(device, config, seed));
+    const trainer = new Trainer(model, { ...options, ...changes });
+    return {
+      model, trainer,
+      dispose: () => {
+        trainer.dispose();
+        model.dispose();
+      },
+    };
+  };
+
+  test("the same seed gives the same bits, another seed does not", async () => {
+    const metrics = async (seed: number) => {
+      const { trainer, dispose } = start({}, seed);
+      const packer = new BatchPacker(corpus, { ...options, seed });
+      const steps: StepMetrics[] = [];
+      for (let i = 0; i < 4; i++) steps.push(await trainer.step([packer.next()]));
+      dispose();
+      return steps;
+    };
+    const first = await metrics(1);
+    expect(await metrics(1)).toEqual(first);
+    expect((await metrics(2)).map(({ loss }) => loss)).not.toEqual(first.map(({ loss }) => loss));
+    for (const { loss, mtp_loss, aux_loss, total, max_violation } of first) {
+      expect(mtp_loss).toHaveLength(2);
+      const sum = loss + 0.3 * (mtp_loss[0]! + mtp_loss[1]!) / 2 + aux_loss;
+      expect(Math.abs(total - sum)).toBeLessThan(1e-5);
+      expect(aux_loss).toBeGreaterThan(0);
+      expect(max_violation).toBeGreaterThan(0);
+    }
+    expect(first.map(({ lr }) => lr)).toEqual([1.5e-3, 3e-3, 3e-3, 3e-3]);
+  });
+
+  test("one batch is learnt by heart", async () => {
+    const { trainer, dispose } = start({ schedule: constantSchedule({ peak: 1e-2 }) });
+    const batch = new BatchPacker(corpus, options).next();
+    const losses: number[] = [];
+    for (let i = 0; i < 40; i++) losses.push((await trainer.step([batch])).loss);
+    expect(losses[0]).toBeGreaterThan(3);
+    expect(losses.at(-1)).toBeLessThan(0.3 * losses[0]!);
+    dispose();
+  });
+
+  test("two micro-batches make the update of one batch with the rows of both", async () => {
+    // The balancing loss and the loads depend on the division into batches; equal parts of scored labels do not.
+    const even = { ...corpus, starts: Int32Array.from([0]), scored: 399 };
+    const same = { aux_coeff: 0, bias_rate: 0 };
+    const run = async (batch: number, accumulate: number) => {
+      const { model, trainer, dispose } = start({ ...same, batch, accumulate });
+      const packer = new BatchPacker(even, { batch, seqlen: 12 });
+      const steps: StepMetrics[] = [];
+      for (let i = 0; i < 3; i++) steps.push(await trainer.step(Array.from({ length: accumulate }, () => packer.next())));
+      const parameters = await Promise.all([...model.parameters.values()].map(async (each) => Array.from(await each.read())));
+      dispose();
+      return { steps, parameters };
+    };
+    const [whole, parts] = [await run(4, 1), await run(2, 2)];
+    whole.steps.forEach((step, i) => {
+      for (const name of ["total", "loss", "grad_norm"] as const) {
+        expect(Math.abs(parts.steps[i]![name] / step[name] - 1), `${name} of step ${i}`).toBeLessThan(2e-5);
+      }
+      step.mtp_loss.forEach((loss, d) => expect(parts.steps[i]!.mtp_loss[d]! / loss).toBeCloseTo(1, 4));
+    });
+    // AdamW turns a gradient near zero into a full step, so single weights may differ by more than rounding.
+    const difference = Math.max(...whole.parameters.map((values, i) => {
+      const other = parts.parameters[i]!;
+      return Math.sqrt(values.reduce((sum, value, j) => sum + (value - other[j]!) ** 2, 0) / values.length);
+    }));
+    expect(difference).toBeLessThan(2e-4);
+  });
+
+  test("steps leave no memory, buffers or bind groups behind", async () => {
+    const before = device.pool.liveBytes;
+    for (const accumulate of [1, 2]) {
+      const { trainer, dispose } = start({ accumulate });
+      const packer = new BatchPacker(corpus, options);
+      const step = () => trainer.step(Array.from({ length: accumulate }, () => packer.next()));
+      const evaluation = () => trainer.evaluate(packer.sequential(2));
+      await step();
+      await evaluation();
+      const { liveBytes, heldBytes, created } = device.pool;
+      const groups = device.bindGroupsCreated;
+      for (let i = 0; i < 5; i++) {
+        await step();
+        await evaluation();
+      }
+      expect(device.pool).toMatchObject({ liveBytes, heldBytes, created });
+      expect(device.bindGroupsCreated).toBe(groups);
+      dispose();
+      expect(device.pool.liveBytes).toBe(before);
+    }
+  });
+
+  test("an allocation that fails, wherever it is, leaves nothing behind", async () => {
+    const batches = [new BatchPacker(corpus, options).next()];
+    const failures = await failEveryAllocation(device, async () => {
+      const model = new NemotronH(config, createParameters(device, config, 1));
+      let trainer: Trainer | null = null;
+      try {
+        trainer = new Trainer(model, { ...options, batch: 1 });
+        await trainer.step(batches.map((batch) => firstRow(batch)));
+      } finally {
+        trainer?.dispose();
+        model.dispose();
+      }
+    }, 23);
+    expect(failures).toBeGreaterThan(10);
+  });
+
+  test("a loss that is no number ends the run with a sentence", async () => {
+    const { model, trainer, dispose } = start();
+    model.norm_f.write(new Float32Array(config.hidden_size).fill(NaN));
+    await expect(trainer.step([new BatchPacker(corpus, options).next()])).rejects.toThrow(/loss at step 0 is NaN/);
+    await expect(trainer.step([])).rejects.toThrow(/needs 1 micro-batches, found 0/);
+    dispose();
+  });
+});
