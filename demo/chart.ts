@@ -33,7 +33,9 @@ export class Chart {
     this.#svg = svg;
     this.#onRead = onRead;
     new ResizeObserver(() => this.#redraw()).observe(svg);
-    svg.addEventListener("pointermove", (event) => this.#point(event.clientX - svg.getBoundingClientRect().left));
+    svg.addEventListener("pointermove", (event) => {
+      this.#point(event.clientX - svg.getBoundingClientRect().left);
+    });
     svg.addEventListener("pointerleave", () => this.#point(null));
   }
 
@@ -57,7 +59,7 @@ export class Chart {
   }
 
   /** Everything drawn, for a picture of its own. */
-  get data(): { train: readonly CurvePoint[]; validation: readonly CurvePoint[]; references: readonly Baseline[] } {
+  get data() {
     return { train: this.#train, validation: this.#validation, references: this.#baselines };
   }
 
@@ -76,7 +78,8 @@ export class Chart {
     if (width === 0) return;
     const [left, right] = [MARGIN.left, width - MARGIN.right];
     const [top, bottom] = [MARGIN.top, height - MARGIN.bottom];
-    const values = [...this.#train, ...this.#validation].map(({ loss }) => loss).concat(this.#baselines.map((b) => b.value));
+    const losses = [...this.#train, ...this.#validation].map(({ loss }) => loss);
+    const values = losses.concat(this.#baselines.map(({ value }) => value));
     const low = values.length === 0 ? 0 : values.reduce((a, b) => Math.min(a, b));
     const high = values.length === 0 ? 8 : values.reduce((a, b) => Math.max(a, b));
     const room = Math.max(0.05, (high - low) * 0.06);
@@ -89,9 +92,11 @@ export class Chart {
     const yTicks = niceTicks(from, to, Math.max(2, Math.round(height / 60)));
     const digits = Math.max(...yTicks.map((tick) => String(tick).split(".")[1]?.length ?? 0));
     const xTicks = niceTicks(0, this.#steps, Math.max(2, Math.round(width / 110))).filter(Number.isInteger);
-    const smooth = movingAverage(this.#train.map(({ loss }) => loss), Math.max(1, Math.round(this.#train.length / 30)))
-      .map((loss, i) => ({ step: this.#train[i]!.step, loss }));
-    const cursor = this.#pointer === null ? null : nearest(this.#train, ((this.#pointer - left) / (right - left)) * this.#steps);
+    const window = Math.max(1, Math.round(this.#train.length / 30));
+    const means = movingAverage(this.#train.map(({ loss }) => loss), window);
+    const smooth = means.map((loss, i) => ({ step: this.#train[i]!.step, loss }));
+    const pointed = this.#pointer === null ? null : ((this.#pointer - left) / (right - left)) * this.#steps;
+    const cursor = pointed === null ? null : nearest(this.#train, pointed);
 
     this.#svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.#svg.replaceChildren(
@@ -100,12 +105,16 @@ export class Chart {
         text(tick.toFixed(digits), left - 8, y(tick) + 4, "end"),
       ]),
       path("axis", `M${left} ${bottom}H${right}`),
-      ...xTicks.map((tick) => text(String(tick), x(tick), bottom + 19, tick === this.#steps ? "end" : "middle")),
+      ...xTicks.map((tick) => {
+        return text(String(tick), x(tick), bottom + 19, tick === this.#steps ? "end" : "middle");
+      }),
       ...this.#baselines.map(({ value }) => path("baseline", `M${left} ${y(value)}H${right}`)),
       path("raw", line(this.#train)),
       path("train", line(smooth)),
       path("validation", line(this.#validation)),
-      ...this.#validation.map((p) => make("circle", { class: "point", cx: x(p.step), cy: y(p.loss), r: 3.5 })),
+      ...this.#validation.map((p) => {
+        return make("circle", { class: "point", cx: x(p.step), cy: y(p.loss), r: 3.5 });
+      }),
       // Two lines close together: the lower one has its name below.
       ...this.#baselines.map(({ label, value }, i) => {
         const above = this.#baselines[i - 1];
@@ -114,7 +123,8 @@ export class Chart {
       }),
       ...(cursor ? [path("cursor", `M${x(cursor.step)} ${top}V${bottom}`)] : []),
     );
-    const evaluation = cursor ? this.#validation.findLast(({ step }) => step <= cursor.step) : this.#validation.at(-1);
+    const until = cursor?.step ?? Infinity;
+    const evaluation = this.#validation.findLast(({ step }) => step <= until);
     const train = cursor ?? smooth.at(-1);
     this.#svg.setAttribute("aria-label", this.#describe(smooth.at(-1), this.#validation.at(-1)));
     this.#onRead({ step: cursor?.step ?? null, train: train?.loss, validation: evaluation?.loss });

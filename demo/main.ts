@@ -1,5 +1,6 @@
 /** The page: text and settings in, a trained model and its writing out. The engine runs in a worker. */
-import { type Failure, KraitWorker, lossCurve, type Phase, type TrainingEvent, type WriteResult } from "krait";
+import { KraitWorker, lossCurve } from "krait";
+import type { Failure, Phase, TrainingEvent, WriteResult } from "krait";
 import Engine from "krait/worker?worker";
 import { Chart } from "./chart.ts";
 import { element, field, save } from "./dom.ts";
@@ -33,6 +34,7 @@ const output = element("output", HTMLElement);
 const written = element("written", HTMLElement);
 const downloads = element("downloads", HTMLElement);
 const show = (id: string, content: string) => (element(id, HTMLElement).textContent = content);
+const onClick = (id: string, act: () => void) => element(id, HTMLButtonElement).addEventListener("click", act);
 
 const chart = new Chart(element("chart", SVGSVGElement), ({ step, train, validation }) => {
   show("l-train", bits(train));
@@ -83,14 +85,15 @@ function bindText(): void {
     const bytes = new TextEncoder().encode(text.value).length;
     show("size", bytes === 0 ? "No text yet" : `${count(bytes)} bytes`);
   };
-  const read = async (list: Iterable<File>) => {
+  const take = async (list: Iterable<File>) => {
     const parts: string[] = [];
     for (const file of list) {
       if (file.size > LARGEST_FILE) {
-        return say(status, `${file.name} has ${memory(file.size)}; files of up to ${memory(LARGEST_FILE)} can be read here.`, true);
+        const limit = `files of up to ${memory(LARGEST_FILE)} can be read here`;
+        return say(status, `${file.name} has ${memory(file.size)}; ${limit}.`, true);
       }
       const content = await file.text();
-      if (content.includes("\0")) return say(status, `${file.name} does not look like a text file.`, true);
+      if (content.includes("\0")) return say(status, `${file.name} does not look like a text.`, true);
       parts.push(content);
     }
     if (parts.length === 0) return;
@@ -98,14 +101,18 @@ function bindText(): void {
     say(status, "Ready when you are.");
     measure();
   };
+  const read = (list: Iterable<File>) => void take(list).catch((error: unknown) => explain(status, error));
   text.addEventListener("input", measure);
-  element("sample", HTMLButtonElement).addEventListener("click", () => {
+  onClick("sample", () => {
     text.value = lighthouseLog();
     text.scrollTop = 0;
     measure();
   });
-  element("open", HTMLButtonElement).addEventListener("click", () => files.click());
-  files.addEventListener("change", () => void read(files.files ?? []).catch((error: unknown) => explain(status, error)));
+  onClick("open", () => files.click());
+  files.addEventListener("change", () => {
+    read(files.files ?? []);
+    files.value = ""; // so that the same file can be chosen again
+  });
   const carriesFiles = (event: DragEvent) => event.dataTransfer?.types.includes("Files") ?? false;
   // The whole page takes files, so that one dropped beside the box does not replace the page.
   document.addEventListener("dragover", (event) => {
@@ -120,7 +127,7 @@ function bindText(): void {
     text.classList.remove("dropping");
     if (!carriesFiles(event)) return;
     event.preventDefault();
-    void read(event.dataTransfer?.files ?? []).catch((error: unknown) => explain(status, error));
+    read(event.dataTransfer?.files ?? []);
   });
   measure();
 }
@@ -133,13 +140,13 @@ function onTraining(event: TrainingEvent, started: { steps: number }): void {
       if (state.paused) say(writeStatus, "Training is paused: the model can write.");
       return refresh();
     case "data": {
-      const { unigram, bigram, trigram } = event.baselines;
+      const baselines = Object.entries(event.baselines).map(([label, value]) => ({ label, value }));
       started.steps = event.steps;
-      chart.reset(event.steps, [
-        { label: "unigram", value: unigram }, { label: "bigram", value: bigram }, { label: "trigram", value: trigram },
-      ].sort((a, b) => b.value - a.value));
-      show("facts", `${count(event.parameters)} parameters learn ${count(event.train_bytes)} bytes and are tried on ` +
-        `${count(event.validation_bytes)} others. Lower is better; dashed is what counting letters, pairs and triples of the same text achieves.`);
+      chart.reset(event.steps, baselines.sort((a, b) => b.value - a.value));
+      show("facts",
+        `${count(event.parameters)} parameters learn ${count(event.train_bytes)} bytes and are tried on ` +
+        `${count(event.validation_bytes)} others. Lower is better; dashed is what counting letters, pairs and ` +
+        "triples of the same text achieves.");
       return;
     }
     case "step": {
@@ -175,8 +182,10 @@ async function train(krait: KraitWorker): Promise<void> {
       { documents: [{ name: "the text", text: text.value }], recipe: { steps, seed, batch, seqlen, lr } },
       (event) => onTraining(event, started));
     state.model = hadModel || result.steps > 0;
-    const took = `${result.stopped ? "Stopped" : "Finished"} after ${count(result.steps)} steps and ${duration(result.seconds)}.`;
-    say(status, result.bits_per_byte === null ? took : `${took} ${bits(result.bits_per_byte)} bits per byte on unseen text.`);
+    const end = result.stopped ? "Stopped" : "Finished";
+    const took = `${end} after ${count(result.steps)} steps and ${duration(result.seconds)}.`;
+    const reached = `${bits(result.bits_per_byte)} bits per byte on unseen text.`;
+    say(status, result.bits_per_byte === null ? took : `${took} ${reached}`);
     show("f-left", "–");
     show("f-memory", memory(result.memory.held));
     if (state.model) say(writeStatus, "The model is ready to write.");
@@ -194,20 +203,19 @@ async function write(krait: KraitWorker): Promise<void> {
   if (!writing.reportValidity()) return;
   const prompt = field(writing, "prompt").value;
   const draft = (field(writing, "draft") as HTMLInputElement).checked ? DRAFT : 0;
-  const number = (name: string) => Number(field(writing, name).value);
+  const [maxTokens, temperature, seed] = ["length", "temperature", "seed"]
+    .map((name) => Number(field(writing, name).value)) as [number, number, number];
   state.writing = true;
   refresh();
   show("echo", prompt);
   written.textContent = "";
   say(writeStatus, "Writing…");
   try {
-    const result = await krait.generate(
-      { prompt, maxTokens: number("length"), temperature: number("temperature"), seed: number("seed"), draft },
-      (piece) => {
-        const follows = output.scrollTop + output.clientHeight > output.scrollHeight - 24;
-        written.append(piece);
-        if (follows) output.scrollTop = output.scrollHeight;
-      });
+    const result = await krait.generate({ prompt, maxTokens, temperature, seed, draft }, (piece) => {
+      const follows = output.scrollTop + output.clientHeight > output.scrollHeight - 24;
+      written.append(piece);
+      if (follows) output.scrollTop = output.scrollHeight;
+    });
     report(result, draft > 0 ? "speed-draft" : "speed-plain");
     say(writeStatus, `${count(result.tokens)} bytes at ${speed(result.tokens_per_s)} per second` +
       (draft > 0 ? `; ${percent(result.accepted, result.drafted)} of the drafts were accepted.` : "."));
@@ -248,7 +256,7 @@ async function start(): Promise<void> {
   if (!("gpu" in navigator) || !navigator.gpu) {
     return giveUp(globalThis.isSecureContext
       ? "This browser does not offer WebGPU, the interface to the graphics card that training needs."
-      : "This page was opened over an insecure address, where browsers switch WebGPU off. Use https, or localhost.");
+      : "This page has an insecure address, where browsers switch WebGPU off. Use https, or localhost.");
   }
   const krait = new KraitWorker(new Engine(), ({ message }: Failure) => {
     state.model = false;
@@ -267,12 +275,12 @@ async function start(): Promise<void> {
     event.preventDefault();
     void write(krait);
   });
-  pauseButton.addEventListener("click", () => (state.paused ? krait.resume() : krait.pause()));
-  stopButton.addEventListener("click", () => krait.stop("train"));
-  stopWritingButton.addEventListener("click", () => krait.stop("generate"));
-  element("save-weights", HTMLButtonElement).addEventListener("click", () => void saveModel(krait, "weights"));
-  element("save-config", HTMLButtonElement).addEventListener("click", () => void saveModel(krait, "config"));
-  element("save-chart", HTMLButtonElement).addEventListener("click", () => {
+  onClick("pause", () => (state.paused ? krait.resume() : krait.pause()));
+  onClick("stop", () => krait.stop("train"));
+  onClick("stop-writing", () => krait.stop("generate"));
+  onClick("save-weights", () => void saveModel(krait, "weights"));
+  onClick("save-config", () => void saveModel(krait, "config"));
+  onClick("save-chart", () => {
     save("loss.svg", lossCurve({ ...chart.data, yLabel: "bits per byte" }), "image/svg+xml");
   });
   refresh();

@@ -1,7 +1,8 @@
 /**
- * A text to try the page with: a year in the log of a lighthouse that never stood anywhere. It is put together from
- * phrases, but what belongs together fits: the weekday follows the date, the sea the wind, the lamp the season, the
- * moon its phase, and what happens to the boat has consequences. A model can learn that; counting letters cannot.
+ * A text to try the page with: a year in the log of a lighthouse that never stood anywhere. It is put together
+ * from phrases, but what belongs together fits: the weekday follows the date, the sea the wind, the lamp the
+ * season, the moon its phase, and what happens to the boat has consequences. A model can learn that; counting
+ * letters cannot.
  */
 
 const MONTHS = [
@@ -11,8 +12,8 @@ const MONTHS = [
 const WEEKDAYS = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 const QUARTERS = ["north", "north-east", "east", "south-east", "south", "south-west", "west", "north-west"];
 const SEAS = ["smooth", "slight", "moderate", "rough", "very rough", "high"];
-const MOONS = ["new moon", "waxing crescent", "first quarter", "waxing gibbous", "full moon", "waning gibbous",
-  "last quarter", "waning crescent"];
+const MOONS = ["new moon", "waxing crescent", "first quarter", "waxing gibbous", "full moon",
+  "waning gibbous", "last quarter", "waning crescent"];
 const KEEPERS = ["Ada", "Tobias", "old Marten"];
 const SHIPS = ["a herring drifter", "two trawlers", "a barque under full sail", "the packet for the islands",
   "a collier, low in the water", "a white schooner", "the pilot cutter"];
@@ -21,17 +22,19 @@ const BIRDS = {
     "Gulls walked about the yard as if they paid rent."],
   spring: ["The gannets are back on the outer rock.", "First swallow seen over the store.",
     "Eiders courting below the landing, and loud about it."],
-  summer: ["Young terns everywhere; one wears a hat to cross the yard.", "Puffins carrying fish past the window.",
-    "A seal slept on the slip until the tide took its bed."],
+  summer: ["Young terns everywhere; one wears a hat to cross the yard.",
+    "Puffins carrying fish past the window.", "A seal slept on the slip until the tide took its bed."],
   autumn: ["Thrushes struck the lantern in the night, eleven of them.", "Geese going south in long lines.",
     "A robin came in with the coal and would not leave."],
 };
 const CHORES = {
   calm: ["Painted the gallery rail.", "Whitewashed the oil store.", "Tarred the boat and left her to dry.",
-    "Dug the potato patch.", "Cleaned every pane of the lantern, inside and out.", "Mended the path to the landing.",
-    "Hung the blankets out."],
-  wild: ["Kept indoors and trimmed wicks.", "Polished the reflectors.", "Oiled the clockwork and wound it twice.",
-    "Wrote up the stores.", "Stopped a leak above the stair with tow and pitch.", "Spliced rope by the stove."],
+    "Dug the potato patch.", "Cleaned every pane of the lantern, inside and out.", "Hung the blankets out.",
+    "Mended the path to the landing."],
+  wild: ["Kept indoors and trimmed wicks.", "Polished the reflectors.", "Spliced rope by the stove.",
+    "Wrote up the stores.", "Stopped a leak above the stair with tow and pitch.",
+    "Oiled the clockwork and wound it twice."],
+  storm: ["Spray over the lantern.", "The tower hums.", "Could not stand on the gallery."],
 };
 
 /** A reproducible stream of numbers in [0, 1). */
@@ -70,19 +73,22 @@ export function lighthouseLog(seed = 1902): string {
       const wind = force === 0 ? "Calm" : `Wind ${QUARTERS[quarter]}, force ${force}`;
       const glass = 30.4 - force * 0.12 + (random() - 0.5) * 0.2;
       const trend = random() < 0.5 ? "falling" : "rising";
-      lines.push(`${wind}; sea ${SEAS[Math.min(5, Math.floor(force / 1.7))]}. Glass ${glass.toFixed(1)} and ${trend}.`);
+      const sea = SEAS[Math.min(5, Math.floor(force / 1.7))]!;
+      lines.push(`${wind}; sea ${sea}. Glass ${glass.toFixed(1)} and ${trend}.`);
 
       const pints = Math.round(night * 0.6);
       oil -= pints / 8;
-      lines.push(`Lamp lit ${clock(24 - night / 2 - 0.2)}, out ${clock(night / 2 + 0.2)}; oil used, ${pints} pints. ` +
-        `${moon[0]!.toUpperCase()}${moon.slice(1)}${force > 6 ? ", not seen" : ""}.`);
+      const [lit, out] = [clock(24 - night / 2 - 0.2), clock(night / 2 + 0.2)];
+      const phase = `${moon[0]!.toUpperCase()}${moon.slice(1)}${force > 6 ? ", not seen" : ""}.`;
+      lines.push(`Lamp lit ${lit}, out ${out}; oil used, ${pints} pints. ${phase}`);
 
-      if (force >= 8) lines.push(`${pick(["Spray over the lantern.", "The tower hums.", "Could not stand on the gallery."])} ` +
-        `${pick(CHORES.wild)}`);
+      if (force >= 8) lines.push(`${pick(CHORES.storm)} ${pick(CHORES.wild)}`);
       else if (force >= 5) lines.push(pick(CHORES.wild));
       else lines.push(pick(CHORES.calm));
       if (random() < 0.4) lines.push(pick(BIRDS[season]));
-      if (force < 8 && random() < 0.35) lines.push(`Passed ${pick(["to the south", "close in", "far out"])}: ${pick(SHIPS)}.`);
+      if (force < 8 && random() < 0.35) {
+        lines.push(`Passed ${pick(["to the south", "close in", "far out"])}: ${pick(SHIPS)}.`);
+      }
 
       if (boatAway > 0) {
         boatAway--;
@@ -99,7 +105,8 @@ export function lighthouseLog(seed = 1902): string {
       }
       if (oil < 20) {
         oil += 60;
-        lines.push(`The tender came and landed sixty gallons of oil; the store holds ${Math.round(oil)} again.`);
+        const stock = Math.round(oil);
+        lines.push(`The tender came and landed sixty gallons of oil; the store holds ${stock} again.`);
       }
       entries.push(lines.join("\n"));
     }

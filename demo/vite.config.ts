@@ -1,6 +1,6 @@
 /**
- * `npm run demo` serves the page from the sources; `npx vite build demo` writes it to `demo/dist`, for any static
- * host and any path.
+ * `npm run demo` serves the page from the sources; `npx vite build demo` writes it to `demo/dist`, for any
+ * static host and any path.
  */
 import { fileURLToPath } from "node:url";
 import { defaultClientConditions, defineConfig } from "vite";
@@ -17,7 +17,7 @@ export default defineConfig({
   worker: { format: "es" },
   server: {
     fs: { allow: [root] },
-    // The overlay styles itself inline, which the page's content security policy forbids; errors show in the console.
+    // The overlay styles itself inline, which the page's policy forbids; errors show in the console.
     hmr: { overlay: false },
   },
   build: {

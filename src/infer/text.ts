@@ -56,7 +56,7 @@ export function generateText(
         ended = true;
         break;
       }
-      held += decoder.push(token);
+      if (token < tokenizer.vocabSize) held += decoder.push(token); // a model's vocabulary may be padded
       const text = release(false);
       if (text !== "") yield text;
       if (stops.includes(run.stopped)) return;

@@ -9,6 +9,8 @@ interface Scope {
 }
 
 let current: Scope | null = null;
+/** The innermost `unscoped` call that runs. */
+let making: Scope | null = null;
 
 /** Puts a new tensor into the innermost scope; outside of every scope its maker owns it. */
 export function register(tensor: Scoped): void {
@@ -44,14 +46,24 @@ export function promote<T>(value: T): T {
   return value;
 }
 
-/** Runs `body` outside of every scope: what it makes belongs to whoever holds it. */
+/**
+ * Runs `body` outside of every scope: what it makes belongs to whoever holds it. When `body` throws, what it had made by
+ * then (in further `unscoped` calls too) is freed, since nobody holds it.
+ */
 export function unscoped<T>(body: () => T): T {
-  const outer = current;
-  current = null;
+  const [outer, around] = [current, making];
+  const mine: Scope = { tensors: new Set(), outer: null };
+  current = making = mine;
   try {
-    return body();
+    const result = body();
+    if (around) for (const tensor of mine.tensors) around.tensors.add(tensor);
+    return result;
+  } catch (error) {
+    for (const tensor of mine.tensors) tensor.release();
+    throw error;
   } finally {
     current = outer;
+    making = around;
   }
 }
 

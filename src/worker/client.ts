@@ -1,8 +1,8 @@
 /** The page's side of the worker. */
 import { KraitError } from "../tensor/errors.ts";
 import type {
-  AdapterSummary, Answers, CheckpointFiles, Failure, FailureCode, Task, TrainingEvent, TrainOptions, TrainResult,
-  WorkerEvent, WorkerMessage, WorkerRequest, WriteOptions, WriteResult,
+  AdapterSummary, Answers, CheckpointFiles, Failure, FailureCode, Task, TrainingEvent, TrainOptions,
+  TrainResult, WorkerEvent, WorkerMessage, WorkerRequest, WriteOptions, WriteResult,
 } from "./protocol.ts";
 
 /** What went wrong in the worker; `code` tells the kinds apart. */
@@ -26,7 +26,8 @@ const ignore = () => {};
 /**
  * Trains and runs small models in a worker, so that the page stays responsive.
  *
- *   const krait = new KraitWorker(new Worker(new URL(import.meta.resolve("krait/worker")), { type: "module" }));
+ *   const worker = new Worker(new URL(import.meta.resolve("krait/worker")), { type: "module" });
+ *   const krait = new KraitWorker(worker);
  *   await krait.train({ documents: [{ name: "pasted", text }] }, (event) => console.log(event));
  *   await krait.generate({ prompt: "Once", maxTokens: 200, temperature: 0.8, seed: 0, draft: 0 }, show);
  *
@@ -41,7 +42,7 @@ export class KraitWorker {
   /**
    * @param worker runs `krait/worker` as a module. Bundlers have their own way to make one; Vite:
    *   `import Engine from "krait/worker?worker"`, then `new Engine()`
-   * @param onLost called when the GPU device is lost, even while nothing runs. The next `train` opens a new one.
+   * @param onLost called when the GPU device is lost, even while nothing runs; the next `train` opens another
    */
   constructor(worker: Worker, onLost: (failure: Failure) => void = ignore) {
     this.#worker = worker;

@@ -1,8 +1,10 @@
 /**
- * What a page and the worker say to each other. Every message is a plain object that structured cloning carries.
+ * What a page and the worker say to each other. Every message is a plain object that structured cloning
+ * carries.
  *
- * A request with an `id` is answered by exactly one `done` or `failed` with that id. In between come the events of the
- * task. One task runs at a time; while training is paused, text may be generated and the checkpoint taken.
+ * A request with an `id` is answered by exactly one `done` or `failed` with that id. In between come the events
+ * of the task. One task runs at a time; while training is paused, text may be generated and the checkpoint
+ * taken.
  */
 import type { AdapterKind } from "../gpu/adapters.ts";
 import type { Document } from "../train/data.ts";
@@ -154,8 +156,8 @@ export interface TextEvent {
 }
 
 /**
- * no-webgpu: the browser has no WebGPU, or no adapter; device-lost and out-of-memory: the GPU gave up, a new start may
- * work; input: the message says what to change; failed: anything else.
+ * no-webgpu: the browser has no WebGPU, or no adapter; device-lost and out-of-memory: the GPU gave up, a new
+ * start may work; input: the message says what to change; failed: anything else.
  */
 export type FailureCode = "no-webgpu" | "device-lost" | "out-of-memory" | "input" | "failed";
 

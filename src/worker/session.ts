@@ -2,28 +2,22 @@
 import { Generator } from "../infer/engine.ts";
 import { generateText } from "../infer/text.ts";
 import { encodeSafetensors } from "../io/safetensors.ts";
-import { countParameters } from "../models/accounting.ts";
 import { parameterEntries } from "../models/checkpoint.ts";
 import { serialiseConfig } from "../models/config.ts";
 import { NemotronH } from "../models/nemotron_h.ts";
 import { createParameters } from "../models/parameters.ts";
-import { preset } from "../models/presets.ts";
 import { type Device, openDevice } from "../tensor/device.ts";
 import { UsageError } from "../tensor/errors.ts";
 import { byteTokenizer } from "../text/byte_tokenizer.ts";
-import { splitDocuments } from "../train/data.ts";
-import { ngramBaselines } from "../train/ngram.ts";
-import { bitsPerByte, tokenizeDocuments } from "../train/packing.ts";
-import { makeRecipe } from "../train/recipe.ts";
+import { bitsPerByte } from "../train/packing.ts";
 import { TrainingRun } from "../train/run.ts";
 import { failureOf } from "./failure.ts";
+import { planRun } from "./plan.ts";
 import type {
-  AdapterSummary, CheckpointFiles, DataEvent, Failure, Memory, Phase, Task, TrainingEvent, TrainOptions, TrainResult, WorkerEvent,
-  WriteOptions, WriteResult,
+  AdapterSummary, CheckpointFiles, Failure, Memory, Phase, Task, TrainingEvent, TrainOptions, TrainResult,
+  WorkerEvent, WriteOptions, WriteResult,
 } from "./protocol.ts";
-
-/** Steps whose mean gives speed and time left. */
-const SPEED_WINDOW = 16;
+import { rate, StepClock } from "./step_clock.ts";
 
 /** One model on one device. Tasks that would disturb each other are refused. */
 export class Session {
@@ -52,8 +46,8 @@ export class Session {
 
   /**
    * Trains a new model in place of the one before.
-   * @throws FormatError without enough text; UsageError for a recipe out of range, or while something else runs;
-   *   KraitError when the loss is no longer finite; the device's failure.
+   * @throws FormatError without enough text; UsageError for a recipe out of range, or while something else
+   *   runs; KraitError when the loss is no longer finite; the device's failure.
    */
   async train(options: TrainOptions, emit: (event: TrainingEvent) => void): Promise<TrainResult> {
     if (this.#training) throw new UsageError("Training is already under way; stop it before another run.");
@@ -87,7 +81,8 @@ export class Session {
 
   /**
    * Continues a prompt.
-   * @throws UsageError without a model, for settings out of range, or while something else runs; the device's failure.
+   * @throws UsageError without a model, for settings out of range, or while something else runs; the device's
+   *   failure.
    */
   async generate(options: WriteOptions, emit: (event: WorkerEvent) => void): Promise<WriteResult> {
     const model = this.#trained();
@@ -101,7 +96,7 @@ export class Session {
     }
   }
 
-  /** The model as files. @throws UsageError without a model, or while something else runs; the device's failure. */
+  /** The model as files. @throws like `generate` */
   async checkpoint(): Promise<CheckpointFiles> {
     const model = this.#trained();
     const work = this.#begin("saving");
@@ -124,7 +119,7 @@ export class Session {
       phase = next;
     };
     enter("preparing");
-    const { data, config, recipe, train, validation } = plan(options);
+    const { data, config, recipe, train, validation } = planRun(options);
     emit(data);
     const { steps } = recipe;
     const device = await this.#usableDevice();
@@ -158,7 +153,8 @@ export class Session {
         clock.add(performance.now() - since);
         emit({
           kind: "step", step: done, loss, bits_per_byte: bitsPerByte(loss, train), lr, grad_norm,
-          tokens_per_s: clock.tokensPerSecond, seconds_left: clock.secondsFor(steps - done), memory: memoryOf(device),
+          tokens_per_s: clock.tokensPerSecond, seconds_left: clock.secondsFor(steps - done),
+          memory: memoryOf(device),
         });
         if (recipe.eval_every > 0 && done % recipe.eval_every === 0) await evaluate();
       }
@@ -171,7 +167,8 @@ export class Session {
       device.pool.trim();
     }
     return {
-      steps: done, stopped: done < steps, seconds: clock.total / 1000, bits_per_byte, memory: memoryOf(device),
+      steps: done, stopped: done < steps, seconds: clock.total / 1000, bits_per_byte,
+      memory: memoryOf(device),
     };
   }
 
@@ -184,7 +181,7 @@ export class Session {
     const sampling = { temperature, seed, top_k: 0, top_p: 1, min_p: 0 };
     const generator = new Generator(model, tokens.length + maxTokens + draft);
     try {
-      // A few tokens that nobody sees compile the shaders of this way to write, so that speeds are those of writing.
+      // A few tokens that nobody sees compile the shaders of this way to write: the speed is that of writing.
       const way = `${draft} ${temperature > 0}`;
       if (!this.#compiled.has(way)) {
         const few = { maxTokens: Math.min(3, maxTokens), draft, signal, sampling };
@@ -268,26 +265,7 @@ export class Session {
   }
 }
 
-/** Everything about a run that needs no device. */
-function plan({ documents, preset: name = "tiny", recipe: given = {} }: TrainOptions) {
-  const config = preset(name);
-  const tokenizer = byteTokenizer(config.vocab_size);
-  const { steps, batch } = makeRecipe(given);
-  const { eval_every = Math.max(10, Math.ceil(steps / 10)), eval_rows = 8 * batch } = given;
-  const recipe = makeRecipe({ ...given, eval_every, eval_rows });
-  const split = splitDocuments(documents, { seed: recipe.seed });
-  const train = tokenizeDocuments(split.train, tokenizer);
-  const validation = tokenizeDocuments(split.validation, tokenizer);
-  const { unigram, bigram, trigram } = ngramBaselines(train, validation, config.vocab_size);
-  const data: DataEvent = {
-    kind: "data", parameters: countParameters(config).total, steps,
-    train_bytes: train.bytes, validation_bytes: validation.bytes,
-    baselines: { unigram: unigram.bitsPerByte, bigram: bigram.bitsPerByte, trigram: trigram.bitsPerByte },
-  };
-  return { data, config, recipe, train, validation };
-}
-
-/** What is behind an error: a read that was pending on a lost device fails before the device says that it is lost. */
+/** What is behind an error: a read that waits on a lost device fails before the device says that it is lost. */
 async function causeOf(error: unknown, device: Device): Promise<unknown> {
   if (!device.failure && error instanceof DOMException) {
     await Promise.race([device.gpuDevice.lost, new Promise((resolve) => setTimeout(resolve, 500))]);
@@ -313,41 +291,6 @@ interface Work {
   end(): void;
   /** Gives the device away until `over` and until it is free again. */
   interrupt(over: Promise<void>): Promise<void>;
-}
-
-/** Speed and time left from the last steps; the first compiles shaders and counts for the total only. */
-class StepClock {
-  /** Milliseconds. */
-  total = 0;
-  readonly #tokens: number;
-  #recent: number[] = [];
-  #isFirst = true;
-
-  constructor(tokens: number) {
-    this.#tokens = tokens;
-  }
-
-  add(milliseconds: number): void {
-    this.total += milliseconds;
-    this.#recent = this.#isFirst ? [] : [...this.#recent, milliseconds].slice(-SPEED_WINDOW);
-    this.#isFirst = false;
-  }
-
-  get #mean(): number | null {
-    return this.#recent.length === 0 ? null : this.#recent.reduce((a, b) => a + b) / this.#recent.length;
-  }
-
-  get tokensPerSecond(): number {
-    return rate(this.#tokens, this.#mean ?? this.total);
-  }
-
-  secondsFor(steps: number): number | null {
-    return this.#mean === null ? null : (steps * this.#mean) / 1000;
-  }
-}
-
-function rate(count: number, milliseconds: number): number {
-  return milliseconds > 0 ? (1000 * count) / milliseconds : 0;
 }
 
 function memoryOf(device: Device): Memory {

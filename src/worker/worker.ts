@@ -3,16 +3,18 @@
  * `KraitWorker`.
  */
 import { failureOf } from "./failure.ts";
-import type { WorkerMessage, WorkerRequest } from "./protocol.ts";
+import type { WorkerEvent, WorkerMessage, WorkerRequest } from "./protocol.ts";
 import { Session } from "./session.ts";
 
-const post = (message: WorkerMessage, transfer: Transferable[] = []) => self.postMessage(message, { transfer });
+const post = (message: WorkerMessage, transfer: Transferable[] = []) => {
+  self.postMessage(message, { transfer });
+};
 const session = new Session((error) => post({ kind: "lost", error }));
 
 /** Runs one request that wants an answer, and posts it. */
 async function answer(request: Extract<WorkerRequest, { readonly id: number }>): Promise<void> {
   const { id } = request;
-  const emit = (event: Extract<WorkerMessage, { kind: "event" }>["event"]) => post({ kind: "event", id, event });
+  const emit = (event: WorkerEvent) => post({ kind: "event", id, event });
   try {
     switch (request.kind) {
       case "open":

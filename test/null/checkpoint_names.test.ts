@@ -7,7 +7,6 @@ import { canonicalName, checkTensors, listCheckpointTensors, resolveTensors } fr
   "../../src/models/checkpoint_names.ts";
 import type { FoundTensor } from "../../src/models/checkpoint_names.ts";
 import { parseConfig, withoutMtp } from "../../src/models/config.ts";
-import { preset } from "../../src/models/presets.ts";
 import { FormatError } from "../../src/tensor/errors.ts";
 
 const golden = new URL("../fixtures/golden/", import.meta.url).pathname;
