@@ -31,3 +31,5 @@ export { AdamW } from "./train/optimizer.ts";
 export { Generator, type GenerateOptions } from "./infer/engine.ts";
 export { generateText } from "./infer/text.ts";
 export type { Sampling } from "./infer/sampling.ts";
+export { KraitWorker, WorkerError } from "./worker/client.ts";
+export type { Failure, Phase, TrainingEvent, WriteResult } from "./worker/protocol.ts";

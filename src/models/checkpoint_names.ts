@@ -109,13 +109,14 @@ function layerParameters(
       const input = latent ?? hidden;
       linear("gate", "router", experts, hidden);
       add("mixer.gate.e_score_correction_bias", "router_bias", [experts]);
-      if (latent !== null) linear("fc1_latent_proj", "latent_linear", latent, hidden);
+      const { mlp_bias: bias } = config;
+      if (latent !== null) linear("fc1_latent_proj", "latent_linear", latent, hidden, bias, true);
       add("mixer.experts.up_proj", "expert", [experts, width, input]);
       add("mixer.experts.down_proj", "expert", [experts, input, width]);
-      if (latent !== null) linear("fc2_latent_proj", "latent_linear", hidden, latent);
+      if (latent !== null) linear("fc2_latent_proj", "latent_linear", hidden, latent, bias, true);
       if (spec.shared_size > 0) {
-        linear("shared_experts.up_proj", "shared_linear", spec.shared_size, hidden);
-        linear("shared_experts.down_proj", "shared_linear", hidden, spec.shared_size);
+        linear("shared_experts.up_proj", "shared_linear", spec.shared_size, hidden, bias, true);
+        linear("shared_experts.down_proj", "shared_linear", hidden, spec.shared_size, bias, true);
       }
       break;
     }

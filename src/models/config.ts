@@ -375,9 +375,6 @@ function checkLayers(keys: ConfigKeys, config: NemotronHConfig): void {
     if (rows > MAX_SIZE) keys.fail("mamba_num_heads", `at most ${MAX_SIZE} rows of in_proj`, rows);
   }
   if (letters.includes("E")) {
-    if (config.mlp_bias) {
-      keys.fail("mlp_bias", "false in a model with E layers (their biases are not supported)", true);
-    }
     for (const spec of [...layerSpecs(config), ...mtpSpecs(config)]) {
       if (spec.kind === "moe") checkMoE(keys, config, spec);
     }

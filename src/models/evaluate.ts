@@ -53,69 +53,77 @@ export async function evaluate(model: NemotronH, inputs: EvaluateInputs, options
   const take = (name: string, tensor: Tensor, shape = tensor.shape, integer = false) =>
     pending.push({ name, shape, tensor: tensor.retain(), integer });
 
-  const parts = labels ? ["loss", ...(model.mtp ? ["mtp"] : [])] : ["loss"];
-  for (const part of parts) {
-    scope(() => {
-      const seq_idx = documents && upload(documents);
-      const routing: Routing[] = [];
-      const context = { seq_idx, step: null, routing };
-      const loss = (h: Tensor, depth: number) =>
-        linear_cross_entropy(h.reshape([B * L, D]), model.lm_head,
-          device.tensor(shifted(labels!, inputs, documents, depth), [B * L]), {});
-      const tape = new Tape();
-      const minimised = tape.run(() => {
-        const h = model.hidden(upload(input_ids), context, null, (x, i) => {
-          if (options.internals && part === "loss") take(`hidden_states.${i}`, x);
-        });
-        if (part === "loss") {
-          take("logits", model.logits(h));
-          if (options.internals) take("hidden_states.final", h);
-          return labels && loss(h, 1);
-        }
-        const next = upload(nextTokens(inputs, 1));
-        const m = model.mtpHidden(h, next, context);
-        const logits = model.logits(m);
-        take("mtp.logits", logits, [B, L - 1, V]);
-        if (options.internals) take("mtp.hidden", m, [B, L - 1, D]);
-        const first = loss(m, 2);
-        if (L > 2) {
-          const m2 = model.mtpHidden(m, upload(nextTokens(inputs, 2)), { ...context, routing: null });
-          take("mtp.logits_depth2", model.logits(m2), [B, L - 2, V]);
-          take("mtp.loss_depth2", loss(m2, 3));
-        }
-        return first;
+  const evaluatePart = (part: string, tape: Tape) => {
+    const seq_idx = documents && upload(documents);
+    const routing: Routing[] = [];
+    const context = { seq_idx, step: null, routing };
+    const loss = (h: Tensor, depth: number) =>
+      linear_cross_entropy(h.reshape([B * L, D]), model.lm_head,
+        device.tensor(shifted(labels!, inputs, documents, depth), [B * L]), {});
+    const minimised = tape.run(() => {
+      const h = model.hidden(upload(input_ids), context, null, (x, i) => {
+        if (options.internals && part === "loss") take(`hidden_states.${i}`, x);
       });
-      const prefix = part === "loss" ? "" : "mtp.";
-      if (minimised) take(`${prefix}loss`, minimised);
-      if (minimised && options.grads) {
-        const gradients = tape.backward([minimised], [device.tensor([1], [])]);
+      if (part === "loss") {
+        take("logits", model.logits(h));
+        if (options.internals) take("hidden_states.final", h);
+        return labels && loss(h, 1);
+      }
+      const next = upload(nextTokens(inputs, 1));
+      const m = model.mtpHidden(h, next, context);
+      const logits = model.logits(m);
+      take("mtp.logits", logits, [B, L - 1, V]);
+      if (options.internals) take("mtp.hidden", m, [B, L - 1, D]);
+      const first = loss(m, 2);
+      if (L > 2) {
+        const m2 = model.mtpHidden(m, upload(nextTokens(inputs, 2)), { ...context, routing: null });
+        take("mtp.logits_depth2", model.logits(m2), [B, L - 2, V]);
+        take("mtp.loss_depth2", loss(m2, 3));
+      }
+      return first;
+    });
+    const prefix = part === "loss" ? "" : "mtp.";
+    if (minimised) take(`${prefix}loss`, minimised);
+    if (minimised && options.grads) {
+      const gradients = tape.backward([minimised], [device.tensor([1], [])]);
+      try {
         for (const [name, parameter] of model.parameters) {
           if (!parameter.requiresGrad) continue;
           take(`${prefix}grad.${name}`, gradients.get(parameter.key) ?? device.zeros(parameter.shape), parameter.shape);
         }
+      } finally {
         for (const gradient of gradients.values()) gradient.release();
-      } else {
+      }
+    }
+    if (options.internals) {
+      for (const { layer, logits, weight, index } of routing) {
+        const isMtp = layer.startsWith("mtp");
+        if (isMtp !== (part === "mtp")) continue;
+        const at = layer.replace(/^(backbone|mtp)\.layers\.(\d+).*$/, isMtp ? "router.mtp.$2" : "router.$2");
+        take(`${at}.logits`, logits);
+        take(`${at}.topk_weights`, weight);
+        take(`${at}.topk_indices`, index, index.shape, true);
+      }
+    }
+  };
+  try {
+    for (const part of labels && model.mtp ? ["loss", "mtp"] : ["loss"]) {
+      const tape = new Tape();
+      try {
+        scope(() => evaluatePart(part, tape));
+      } finally {
         tape.dispose();
       }
-      if (options.internals) {
-        for (const { layer, logits, weight, index } of routing) {
-          const isMtp = layer.startsWith("mtp");
-          if (isMtp !== (part === "mtp")) continue;
-          const at = layer.replace(/^(backbone|mtp)\.layers\.(\d+).*$/, isMtp ? "router.mtp.$2" : "router.$2");
-          take(`${at}.logits`, logits);
-          take(`${at}.topk_weights`, weight);
-          take(`${at}.topk_indices`, index, index.shape, true);
-        }
-      }
-    });
+    }
+    for (const { name, shape, tensor, integer } of pending) {
+      const values = await tensor.read();
+      const data = integer ? Int32Array.from(values) : values as Float32Array;
+      outputs.set(name, { dtype: integer ? "I32" : "F32", shape, data: cropped(data, tensor.shape, shape) });
+    }
+    return outputs;
+  } finally {
+    for (const { tensor } of pending) tensor.release();
   }
-  for (const { name, shape, tensor, integer } of pending) {
-    const values = await tensor.read();
-    tensor.release();
-    const data = integer ? Int32Array.from(values) : values as Float32Array;
-    outputs.set(name, { dtype: integer ? "I32" : "F32", shape, data: cropped(data, tensor.shape, shape) });
-  }
-  return outputs;
 }
 
 /**
@@ -131,29 +139,30 @@ export async function evaluateIncremental(
   if (inputs.attention_mask || inputs.cu_seqlens) {
     throw new FormatError("An incremental run takes rows without padding and without document bounds.");
   }
-  const cache = model.createCache(B, L);
   const logits = new Float32Array(B * L * V);
   const lengths = [...pieces];
   for (let done = pieces.reduce((a, b) => a + b, 0); done < L; done++) lengths.push(1);
-  for (const [i, length] of lengths.entries()) {
-    const from = cache.length;
-    const ids = new Int32Array(B * length);
-    for (let b = 0; b < B; b++) ids.set(input_ids.subarray(b * L + from, b * L + from + length), b * length);
-    cache.position.write(Uint32Array.from([from]));
-    const piece = scope(() => {
-      const context = stepContext(cache, { decode: length === 1 && i >= pieces.length });
-      return model.logits(model.hidden(device.tensor(ids, [B, length]), context, cache));
-    });
-    cache.length += length;
-    const values = await piece.read() as Float32Array;
-    piece.dispose();
-    for (let b = 0; b < B; b++) {
-      logits.set(values.subarray(b * length * V, (b + 1) * length * V), (b * L + from) * V);
+  const cache = model.createCache(B, L);
+  try {
+    for (const [i, length] of lengths.entries()) {
+      const from = cache.length;
+      const ids = new Int32Array(B * length);
+      for (let b = 0; b < B; b++) ids.set(input_ids.subarray(b * L + from, b * L + from + length), b * length);
+      cache.position.write(Uint32Array.from([from]));
+      const piece = scope(() => {
+        const context = stepContext(cache, { decode: length === 1 && i >= pieces.length });
+        return model.logits(model.hidden(device.tensor(ids, [B, length]), context, cache));
+      });
+      cache.length += length;
+      const values = await piece.read().finally(() => piece.dispose()) as Float32Array;
+      for (let b = 0; b < B; b++) {
+        logits.set(values.subarray(b * length * V, (b + 1) * length * V), (b * L + from) * V);
+      }
     }
+    return { logits, caches: await readCaches(cache) };
+  } finally {
+    disposeCache(cache);
   }
-  const caches = await readCaches(cache);
-  disposeCache(cache);
-  return { logits, caches };
 }
 
 async function readCaches(cache: ModelCache): Promise<Outputs> {

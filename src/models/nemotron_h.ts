@@ -220,7 +220,7 @@ function createMixer(config: NemotronHConfig, spec: LayerSpec, w: Weights): Mixe
     case "mlp":
       return new MLP(hidden, spec.intermediate_size, config.mlp_bias, w);
     case "moe":
-      return new MoE({ hidden, ...spec, n_group: config.n_group, topk_group: config.topk_group,
+      return new MoE({ hidden, ...spec, bias: config.mlp_bias, n_group: config.n_group, topk_group: config.topk_group,
         norm_topk_prob: config.norm_topk_prob, routed_scaling_factor: config.routed_scaling_factor }, w);
   }
 }

@@ -22,6 +22,8 @@ export interface MoESizes {
   readonly topk_group: number;
   readonly norm_topk_prob: boolean;
   readonly routed_scaling_factor: number;
+  /** Biases of the shared expert and the latent projections; routed experts have none. */
+  readonly bias: boolean;
 }
 
 /**
@@ -37,7 +39,7 @@ export class MoE {
   /** (experts, width, inner width) */
   readonly up: Tensor;
   readonly down: Tensor;
-  readonly latent: { fc1: Tensor; fc2: Tensor } | null;
+  readonly latent: { fc1: Tensor; fc1_bias: Tensor | null; fc2: Tensor; fc2_bias: Tensor | null } | null;
   readonly shared: MLP | null;
 
   constructor(sizes: MoESizes, w: Weights) {
@@ -49,10 +51,12 @@ export class MoE {
     this.correction_bias = w.take("gate.e_score_correction_bias", [E]);
     this.up = w.take("experts.up_proj", [E, F, X]);
     this.down = w.take("experts.down_proj", [E, X, F]);
+    const bias = (name: string, width: number) => sizes.bias ? w.take(`${name}.bias`, [width]) : null;
     this.latent = moe_latent_size === null ? null : {
-      fc1: w.take("fc1_latent_proj.weight", [X, hidden]), fc2: w.take("fc2_latent_proj.weight", [hidden, X]),
+      fc1: w.take("fc1_latent_proj.weight", [X, hidden]), fc1_bias: bias("fc1_latent_proj", X),
+      fc2: w.take("fc2_latent_proj.weight", [hidden, X]), fc2_bias: bias("fc2_latent_proj", hidden),
     };
-    this.shared = sizes.shared_size > 0 ? new MLP(hidden, sizes.shared_size, false, w.at("shared_experts")) : null;
+    this.shared = sizes.shared_size > 0 ? new MLP(hidden, sizes.shared_size, sizes.bias, w.at("shared_experts")) : null;
   }
 
   /** (batch, seqlen, hidden) -> (batch, seqlen, hidden) */
@@ -65,12 +69,12 @@ export class MoE {
     }) as [Tensor, Tensor];
     context.routing?.push(promote({ layer: this.path, logits, weight, index }));
     const plan = moe_plan(index, E);
-    const inner = this.latent ? linear(x_TD, this.latent.fc1, null) : x_TD;
+    const inner = this.latent ? linear(x_TD, this.latent.fc1, this.latent.fc1_bias) : x_TD;
     const expert_in = moe_permute(inner, plan, K);
     const up = grouped_linear(expert_in, this.up, plan.offsets);
     const expert_out = grouped_linear(relu2(up), this.down, plan.offsets);
     const combined = moe_unpermute(expert_out, weight, plan);
-    const routed = this.latent ? linear(combined, this.latent.fc2, null) : combined;
+    const routed = this.latent ? linear(combined, this.latent.fc2, this.latent.fc2_bias) : combined;
     const out = this.shared ? add(routed, this.shared.forward(x_TD)) : routed;
     return out.reshape(x_BLD.shape);
   }

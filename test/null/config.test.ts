@@ -310,14 +310,13 @@ describe("values out of range", () => {
     [{ n_routed_experts: 0 }, "n_routed_experts: expected an integer from 1"],
     [{ moe_intermediate_size: 0 }, "moe_intermediate_size: expected an integer from 1"],
     [{ n_routed_experts: 2 ** 26, moe_intermediate_size: 2 ** 26 }, "at most 2^53 - 1 weights in a layer"],
-    [{ mlp_bias: true }, "mlp_bias: expected false in a model with E layers"],
   ])("%j", (keys, message) => {
     expect(() => small(keys)).toThrow(ConfigError);
     expect(() => small(keys)).toThrow(message);
   });
 
   test("sizes of kinds of layers that the model lacks are not looked at", () => {
-    const keys = { n_group: 3, n_routed_experts: 7, num_key_value_heads: 3, mlp_bias: true };
+    const keys = { n_group: 3, n_routed_experts: 7, num_key_value_heads: 3 };
     expect(small({ ...keys, hybrid_override_pattern: "M-" }).hybrid_override_pattern).toBe("M-");
     expect(small({ n_groups: 3, hybrid_override_pattern: "*E" }).n_groups).toBe(3);
   });
