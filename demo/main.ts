@@ -34,7 +34,9 @@ const output = element("output", HTMLElement);
 const written = element("written", HTMLElement);
 const downloads = element("downloads", HTMLElement);
 const show = (id: string, content: string) => (element(id, HTMLElement).textContent = content);
-const onClick = (id: string, act: () => void) => element(id, HTMLButtonElement).addEventListener("click", act);
+const onClick = (id: string, act: () => void) => {
+  element(id, HTMLButtonElement).addEventListener("click", act);
+};
 
 const chart = new Chart(element("chart", SVGSVGElement), ({ step, train, validation }) => {
   show("l-train", bits(train));
@@ -145,8 +147,8 @@ function onTraining(event: TrainingEvent, started: { steps: number }): void {
       chart.reset(event.steps, baselines.sort((a, b) => b.value - a.value));
       show("facts",
         `${count(event.parameters)} parameters learn ${count(event.train_bytes)} bytes and are tried on ` +
-        `${count(event.validation_bytes)} others. Lower is better; dashed is what counting letters, pairs and ` +
-        "triples of the same text achieves.");
+        `${count(event.validation_bytes)} others. Lower is better; dashed is what counting letters, pairs ` +
+        "and triples of the same text achieves.");
       return;
     }
     case "step": {
@@ -284,6 +286,8 @@ async function start(): Promise<void> {
     save("loss.svg", lossCurve({ ...chart.data, yLabel: "bits per byte" }), "image/svg+xml");
   });
   refresh();
+  say(status, "Ready when you are.");
+  show("adapter", "Looking for a GPU…");
   try {
     const { name, kind } = await krait.open();
     show("adapter", kind === "software" ? `${name}: no graphics card, so this will be slow` : name);

@@ -1,8 +1,8 @@
 /**
- * A text to try the page with: a year in the log of a lighthouse that never stood anywhere. It is put together
- * from phrases, but what belongs together fits: the weekday follows the date, the sea the wind, the lamp the
- * season, the moon its phase, and what happens to the boat has consequences. A model can learn that; counting
- * letters cannot.
+ * A text to try the page with: a year in the log of a lighthouse that never stood anywhere. It is put
+ * together from phrases, but what belongs together fits: the weekday follows the date, the sea the wind, the
+ * lamp the season, the moon its phase, and what happens to the boat has consequences. A model can learn that,
+ * while counting letters cannot.
  */
 
 const MONTHS = [

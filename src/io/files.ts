@@ -76,7 +76,9 @@ export async function urlSource(url: string, request: typeof fetch = fetch): Pro
   if (first.status === 404) return null;
   if (first.status !== 206) return memorySource(url, new Uint8Array(await first.arrayBuffer()));
   const range = first.headers.get("Content-Range") ?? "";
-  const total = /^bytes 0-0\/([0-9]{1,15})$/.exec(range)?.[1];
+  // Some servers answer with more than the byte asked for; only the total counts here.
+  await first.body?.cancel();
+  const total = /^bytes 0-[0-9]+\/([0-9]{1,15})$/.exec(range)?.[1];
   if (total === undefined) {
     throw new FormatError(`${url}: expected a total size in Content-Range, found "${range}"`);
   }

@@ -133,6 +133,8 @@ export class KraitWorker {
   }
 
   #failAll(message: string): void {
-    for (const id of Array.from(this.#pending.keys())) this.#take(id)?.reject(new WorkerError({ code: "failed", message }));
+    const waiting = [...this.#pending.values()];
+    this.#pending.clear();
+    for (const { reject } of waiting) reject(new WorkerError({ code: "failed", message }));
   }
 }

@@ -8,8 +8,9 @@ import { makeRecipe } from "../train/recipe.ts";
 import type { DataEvent, TrainOptions } from "./protocol.ts";
 
 /**
- * Everything about a run that needs no device: config, recipe, tokens, and what counting models achieve on them.
- * @throws FormatError without enough text; UsageError for a recipe out of range; ConfigError for an unknown preset
+ * Everything about a run that needs no device: config, recipe, tokens, what counting models achieve on them.
+ * @throws FormatError without enough text; UsageError for a recipe out of range; ConfigError for an unknown
+ *   preset
  */
 export function planRun({ documents, preset: name = "tiny", recipe: given = {} }: TrainOptions) {
   const config = preset(name);

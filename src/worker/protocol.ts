@@ -2,9 +2,9 @@
  * What a page and the worker say to each other. Every message is a plain object that structured cloning
  * carries.
  *
- * A request with an `id` is answered by exactly one `done` or `failed` with that id. In between come the events
- * of the task. One task runs at a time; while training is paused, text may be generated and the checkpoint
- * taken.
+ * A request with an `id` is answered by exactly one `done` or `failed` with that id. In between come the
+ * events of the task. One task runs at a time; while training is paused, text may be generated and the
+ * checkpoint taken.
  */
 import type { AdapterKind } from "../gpu/adapters.ts";
 import type { Document } from "../train/data.ts";

@@ -247,7 +247,9 @@ export class Session {
     if (this.#device) return this.#device;
     const device = this.#device = await openDevice();
     void device.gpuDevice.lost.then(({ reason }) => {
-      if (reason !== "destroyed" && device.failure) this.#onLost(failureOf(device.failure));
+      if (reason === "destroyed" || !device.failure) return;
+      this.#onLost(failureOf(device.failure));
+      this.resume(); // a paused run cannot go on, and says so
     });
     return device;
   }
@@ -265,7 +267,7 @@ export class Session {
   }
 }
 
-/** What is behind an error: a read that waits on a lost device fails before the device says that it is lost. */
+/** What is behind an error: a read that waits on a lost device fails before the device says it is lost. */
 async function causeOf(error: unknown, device: Device): Promise<unknown> {
   if (!device.failure && error instanceof DOMException) {
     await Promise.race([device.gpuDevice.lost, new Promise((resolve) => setTimeout(resolve, 500))]);

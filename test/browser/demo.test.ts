@@ -8,12 +8,13 @@ import { parseConfig } from "../../src/models/config.ts";
 import { withPage } from "./chromium.ts";
 import type { Download, Page } from "playwright-core";
 
-/** Waits until an element's text matches, and returns the text. An error that the page shows instead is thrown. */
+/** Waits until an element's text matches, and returns it. An error that the page shows instead is thrown. */
 async function textOf(page: Page, selector: string, pattern: RegExp): Promise<string> {
   const wanted = page.locator(selector, { hasText: pattern });
-  await wanted.or(page.locator(".status.failed")).first().waitFor({ timeout: 60_000 });
+  const failed = page.locator(".status.failed");
+  await wanted.or(failed).first().waitFor({ timeout: 40_000 });
   if (await wanted.count() === 0) {
-    throw new Error(`Waiting for ${pattern} in ${selector}: ${await page.locator(".status.failed").first().textContent()}`);
+    throw new Error(`Waiting for ${pattern} in ${selector}: ${(await failed.allTextContents()).join()}`);
   }
   return (await wanted.textContent())!;
 }
@@ -22,7 +23,7 @@ async function contentOf(download: Download): Promise<Buffer> {
   return readFileSync(await download.path());
 }
 
-test("the page trains on pasted text, pauses, writes and saves", { timeout: 150_000 }, () => withPage(async (page, url) => {
+test("the page trains, pauses, writes and saves", { timeout: 150_000 }, () => withPage(async (page, url) => {
   const strangers: string[] = [];
   const violations: string[] = [];
   page.on("request", (request) => {
@@ -31,10 +32,12 @@ test("the page trains on pasted text, pauses, writes and saves", { timeout: 150_
   await page.addInitScript(() => {
     const all: string[] = [];
     Object.assign(globalThis, { violations: all });
-    document.addEventListener("securitypolicyviolation", (event) => all.push(`${event.violatedDirective} ${event.blockedURI}`));
+    document.addEventListener("securitypolicyviolation", ({ violatedDirective, blockedURI }) => {
+      all.push(`${violatedDirective} ${blockedURI}`);
+    });
   });
   await page.goto(`${url}demo/index.html#steps=16&batch=2&seqlen=32&seed=3`);
-  await textOf(page, "#adapter", /swiftshader|GPU|graphics/i);
+  await textOf(page, "#adapter", /^(?!Looking)./);
   expect(await page.locator("[name=steps]").inputValue()).toBe("16");
   expect(await page.locator("#generate").isDisabled()).toBe(true);
 
@@ -75,7 +78,8 @@ test("the page trains on pasted text, pauses, writes and saves", { timeout: 150_
     await textOf(page, "#write-status", row === "draft" ? /drafts were accepted/ : /second\.$/);
     texts.push((await page.textContent("#written"))!);
     const figures = await page.locator(`#speed-${row} td`).allTextContents();
-    expect(figures.slice(0, 3).every((figure) => Number(figure.replace(",", "")) > 0), figures.join()).toBe(true);
+    const [reading, writing, perPass] = figures.map((figure) => Number(figure.replace(",", "")));
+    expect(Math.min(reading!, writing!, perPass!), figures.join()).toBeGreaterThan(0);
   }
   expect(texts[0]!.length).toBeGreaterThan(5);
   expect(texts[1]).toBe(texts[0]);
@@ -85,12 +89,13 @@ test("the page trains on pasted text, pauses, writes and saves", { timeout: 150_
     return contentOf(file);
   };
   const config = parseConfig(await download("#save-config"));
-  const weights = await openSafetensors(memorySource("model.safetensors", new Uint8Array(await download("#save-weights"))));
+  const bytes = new Uint8Array(await download("#save-weights"));
+  const weights = await openSafetensors(memorySource("model.safetensors", bytes));
   expect(weights.tensors.size).toBe(countTensors(config));
   expect(String(await download("#save-chart"))).toMatch(/^<svg[^]*trigram[^]*<\/svg>\s*$/);
 
   violations.push(...await page.evaluate<string[]>("globalThis.violations"));
-  // The source server is asked not to offer the socket through which Vite's own client would listen for changes.
+  // The source server offers no socket, through which Vite's own client would listen for changes.
   expect(violations.filter((each) => !each.includes("ws:"))).toEqual([]);
   expect(strangers).toEqual([]);
 }));

@@ -9,7 +9,8 @@ export interface OpsResult {
   readonly failures: readonly string[];
 }
 
-const modules = import.meta.glob<{ default: OpSamples | OpSamples[] }>("../ops/*.samples.ts", { eager: true });
+type Samples = { default: OpSamples | OpSamples[] };
+const modules = import.meta.glob<Samples>("../ops/*.samples.ts", { eager: true });
 
 /** Runs every sample of every op on the page's adapter, one device for all. */
 export default async function ops(): Promise<OpsResult> {

@@ -3,7 +3,8 @@ import type { OpSamples } from "../ops/suite.ts";
 import { runInPage, withPage } from "./chromium.ts";
 import type { OpsResult } from "./ops.page.ts";
 
-const modules = import.meta.glob<{ default: OpSamples | OpSamples[] }>("../ops/*.samples.ts", { eager: true });
+type Samples = { default: OpSamples | OpSamples[] };
+const modules = import.meta.glob<Samples>("../ops/*.samples.ts", { eager: true });
 const specs = Object.values(modules).flatMap((module) => module.default);
 const total = (counts: number[]) => counts.reduce((a, b) => a + b, 0);
 

@@ -25,7 +25,8 @@ function start(prelude: string): { worker: Worker; krait: KraitWorker } {
   const first = URL.createObjectURL(new Blob([prelude], { type: "text/javascript" }));
   // Two imports run in order, and messages wait until both are done.
   const script = `import ${JSON.stringify(first)}; import ${JSON.stringify(entry)};`;
-  const worker = new Worker(URL.createObjectURL(new Blob([script], { type: "text/javascript" })), { type: "module" });
+  const whole = URL.createObjectURL(new Blob([script], { type: "text/javascript" }));
+  const worker = new Worker(whole, { type: "module" });
   return { worker, krait: new KraitWorker(worker) };
 }
 
@@ -33,7 +34,8 @@ async function refusal(work: Promise<unknown>): Promise<string> {
   try {
     await work;
   } catch (error) {
-    return error instanceof WorkerError ? `${error.code}: ${error.message}` : `not a WorkerError: ${String(error)}`;
+    if (!(error instanceof WorkerError)) throw error;
+    return `${error.code}: ${error.message}`;
   }
   return "nothing was refused";
 }
