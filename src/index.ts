@@ -32,4 +32,6 @@ export { Generator, type GenerateOptions } from "./infer/engine.ts";
 export { generateText } from "./infer/text.ts";
 export type { Sampling } from "./infer/sampling.ts";
 export { KraitWorker, WorkerError } from "./worker/client.ts";
-export type { Failure, Phase, TrainingEvent, WriteResult } from "./worker/protocol.ts";
+export type {
+  AdapterSummary, CheckpointFiles, Failure, Phase, TrainingEvent, TrainOptions, TrainResult, WriteOptions, WriteResult,
+} from "./worker/protocol.ts";

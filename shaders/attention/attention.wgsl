@@ -2,17 +2,19 @@
 //
 //   q, out [B, L, Hq, Dh] · k, v [B, Lk, Hkv, Dh] · lse [B, Hq, L] · seq_idx i32 [B, L] (condition `seq_idx`)
 //
-// Query t is at absolute position t + (Lk - L) and sees keys up to there (of its own seq_idx). Query head h reads
-// key/value head h / (Hq / Hkv). HEAD_VEC4 = Dh / 4 is at most 16. All arithmetic in f32.
+// Query t is at absolute position t + (Lk - L) and sees keys up to there (of its own seq_idx). Query head h
+// reads key/value head h / (Hq / Hkv). HEAD_VEC4 = Dh / 4 is at most 16. All arithmetic in f32.
 //
-// One invocation owns four (or two) neighbouring query rows of a head and walks over the keys; one workgroup owns WG * OWNED rows and
-// stops at the last key that any of them sees. Rows and results stay in registers (lib/slab) and no workgroup memory
-// is used: made for adapters where loads and barriers are dear. Where subgroups exist a quad shares its loads.
+// One invocation owns four (or two) neighbouring query rows of a head and walks over the keys; one workgroup
+// owns WG * OWNED rows and stops at the last key that any of them sees. Rows and results stay in registers
+// (lib/slab) and no workgroup memory is used: made for adapters where loads and barriers are dear. Where
+// subgroups exist a quad shares its loads.
 //
-// Online softmax (Milakov & Gimelshein 2018; Dao 2023, arXiv 2307.08691, algorithm 1). Masked scores are the finite
-// -1e30 and their weights are set to zero after exp, so no infinity arises.
+// Online softmax (Milakov & Gimelshein 2018; Dao 2023, arXiv 2307.08691, algorithm 1). Masked scores are the
+// finite -1e30 and their weights are set to zero after exp, so no infinity arises.
 import package::lib::index::workgroup_index;
-import package::lib::slab::{OWNED, Rows, RowsU, Part, Slab, row_numbers, part_dot, slab_add, slab_scale, set_row, get_row};
+import package::lib::slab::{OWNED, Row, Rows, RowsU, Part, Slab};
+import package::lib::slab::{row_numbers, part_dot, slab_add, slab_scale, set_row, get_row};
 @if(seq_idx) import package::lib::slab::RowsI;
 @if(subgroups) import package::lib::slab::gather_part;
 
@@ -38,15 +40,6 @@ override HEAD_VEC4: u32 = 8;
 
 const HIDDEN: f32 = -1e30;
 
-fn query(at: u32, d: u32) -> vec4f {
-  if (d >= HEAD_VEC4) { return vec4f(); }
-  return params.scale * q[at + d];
-}
-
-fn query_part(at: u32, d: u32) -> Part {
-  return Part(query(at, d), query(at, d + 1u), query(at, d + 2u), query(at, d + 3u));
-}
-
 fn key(at: u32, d: u32) -> vec4f {
   if (d >= HEAD_VEC4) { return vec4f(); }
   return k[at + d];
@@ -67,17 +60,6 @@ fn value_part(at: u32, d: u32, quad: u32) -> Part {
   @else return Part(value(at, d), value(at, d + 1u), value(at, d + 2u), value(at, d + 3u));
 }
 
-fn store(at: u32, d: u32, x: vec4f) {
-  if (d < HEAD_VEC4) { out[at + d] = x; }
-}
-
-fn store_part(at: u32, d: u32, x: Part) {
-  store(at, d, x.a);
-  store(at, d + 1u, x.b);
-  store(at, d + 2u, x.c);
-  store(at, d + 3u, x.d);
-}
-
 fn attend(tile: u32, lane: u32, quad: u32) {
   let rows = WG * OWNED;
   let ntiles = (params.seqlen + rows - 1u) / rows;
@@ -90,6 +72,7 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   let kv_head = b * params.kv_seqlen * params.nkv_heads + h / (params.nheads / params.nkv_heads);
   let position = row_numbers(mine + shift);
 
+  var row: Row;
   var q0 = Slab();
   var q1 = Slab();
   var q2 = Slab();
@@ -98,10 +81,11 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   for (var t = mine; t < min(mine + OWNED, params.seqlen); t++) {
     let r = t - mine;
     let at = ((b * params.seqlen + t) * params.nheads + h) * HEAD_VEC4;
-    q0 = set_row(q0, r, query_part(at, 0u));
-    if (HEAD_VEC4 > 4u) { q1 = set_row(q1, r, query_part(at, 4u)); }
-    if (HEAD_VEC4 > 8u) { q2 = set_row(q2, r, query_part(at, 8u)); }
-    if (HEAD_VEC4 > 12u) { q3 = set_row(q3, r, query_part(at, 12u)); }
+    for (var i = at; i < at + HEAD_VEC4; i++) { row[i - at] = params.scale * q[i]; }
+    set_row(&q0, r, &row, 0u);
+    if (HEAD_VEC4 > 4u) { set_row(&q1, r, &row, 4u); }
+    if (HEAD_VEC4 > 8u) { set_row(&q2, r, &row, 8u); }
+    if (HEAD_VEC4 > 12u) { set_row(&q3, r, &row, 12u); }
     @if(seq_idx) documents[r] = seq_idx[b * params.seqlen + t];
   }
 
@@ -143,10 +127,11 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   for (var t = mine; t < min(mine + OWNED, params.seqlen); t++) {
     let r = t - mine;
     let at = ((b * params.seqlen + t) * params.nheads + h) * HEAD_VEC4;
-    store_part(at, 0u, get_row(o0, r));
-    if (HEAD_VEC4 > 4u) { store_part(at, 4u, get_row(o1, r)); }
-    if (HEAD_VEC4 > 8u) { store_part(at, 8u, get_row(o2, r)); }
-    if (HEAD_VEC4 > 12u) { store_part(at, 12u, get_row(o3, r)); }
+    get_row(o0, r, &row, 0u);
+    if (HEAD_VEC4 > 4u) { get_row(o1, r, &row, 4u); }
+    if (HEAD_VEC4 > 8u) { get_row(o2, r, &row, 8u); }
+    if (HEAD_VEC4 > 12u) { get_row(o3, r, &row, 12u); }
+    for (var i = at; i < at + HEAD_VEC4; i++) { out[i] = row[i - at]; }
     lse[(b * params.nheads + h) * params.seqlen + t] = kept[r];
   }
 }
@@ -162,7 +147,8 @@ fn attention(
 @else
 @compute @workgroup_size(WG)
 fn attention(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   attend(workgroup_index(wid, nwg), lane, 0u);
 }

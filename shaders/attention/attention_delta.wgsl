@@ -1,7 +1,8 @@
 // Attention, backward, first step: what the softmax of each query row needs, packed as one vec2.
 //
 //   stats[b, h, t] = (lse, delta), delta = dot(dout, out)
-//   out, dout [B, L, H, Dh] · lse [B, H, L] · stats [B, H, L, 2]. HEAD_VEC4 = Dh / 4. One invocation makes one entry.
+//   out, dout [B, L, H, Dh] · lse [B, H, L] · stats [B, H, L, 2]. HEAD_VEC4 = Dh / 4. One invocation makes
+//   one entry.
 import package::lib::index::workgroup_index;
 
 @group(0) @binding(0) var<storage, read> out: array<vec4f>;
@@ -21,7 +22,8 @@ override HEAD_VEC4: u32 = 8;
 
 @compute @workgroup_size(WG)
 fn attention_delta(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   if (i >= params.total) { return; }

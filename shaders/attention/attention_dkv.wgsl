@@ -1,14 +1,18 @@
-// Causal attention, backward to keys and values. With p = exp(scale q k^T - lse) and ds = p * (dout v^T - delta):
+// Causal attention, backward to keys and values. With p = exp(scale q k^T - lse) and ds = p * (dout v^T -
+// delta):
 //
-//   dv = sum over queries of p dout, dk = scale * sum over queries of ds q, both over all query heads of the group
-//   q, dout [B, L, Hq, Dh] · k, v, dk, dv [B, Lk, Hkv, Dh] · stats = (lse, delta) [B, Hq, L, 2] · seq_idx i32 [B, L]
+//   dv = sum over queries of p dout, dk = scale * sum over queries of ds q, both over all query heads of the
+//   group
+//   q, dout [B, L, Hq, Dh] · k, v, dk, dv [B, Lk, Hkv, Dh] · stats = (lse, delta) [B, Hq, L, 2] · seq_idx i32
+//   [B, L]
 //
-// Positions, heads and documents are those of attention.wgsl. One invocation owns four (or two) neighbouring key rows of a
-// key/value head and walks over the heads of the group, then over the queries that may see its keys; one workgroup
-// owns WG * OWNED keys. The order of the sums is fixed and nothing is added atomically. HEAD_VEC4 = Dh / 4 is at most 16.
-// All arithmetic in f32.
+// Positions, heads and documents are those of attention.wgsl. One invocation owns four (or two) neighbouring
+// key rows of a key/value head and walks over the heads of the group, then over the queries that may see its
+// keys; one workgroup owns WG * OWNED keys. The order of the sums is fixed and nothing is added atomically.
+// HEAD_VEC4 = Dh / 4 is at most 16. All arithmetic in f32.
 import package::lib::index::workgroup_index;
-import package::lib::slab::{OWNED, Rows, RowsU, Part, Slab, row_numbers, part_dot, slab_add, set_row, get_row};
+import package::lib::slab::{OWNED, Row, Rows, RowsU, Part, Slab};
+import package::lib::slab::{row_numbers, part_dot, slab_add, set_row, get_row};
 @if(seq_idx) import package::lib::slab::RowsI;
 @if(subgroups) import package::lib::slab::gather_part;
 
@@ -34,24 +38,6 @@ struct Params {
 override WG: u32 = 8;
 override HEAD_VEC4: u32 = 8;
 
-fn key(at: u32, d: u32) -> vec4f {
-  if (d >= HEAD_VEC4) { return vec4f(); }
-  return params.scale * k[at + d];
-}
-
-fn key_part(at: u32, d: u32) -> Part {
-  return Part(key(at, d), key(at, d + 1u), key(at, d + 2u), key(at, d + 3u));
-}
-
-fn value(at: u32, d: u32) -> vec4f {
-  if (d >= HEAD_VEC4) { return vec4f(); }
-  return v[at + d];
-}
-
-fn value_part(at: u32, d: u32) -> Part {
-  return Part(value(at, d), value(at, d + 1u), value(at, d + 2u), value(at, d + 3u));
-}
-
 fn query(at: u32, d: u32) -> vec4f {
   if (d >= HEAD_VEC4) { return vec4f(); }
   return q[at + d];
@@ -72,20 +58,6 @@ fn gradient_part(at: u32, d: u32, quad: u32) -> Part {
   @else return Part(gradient(at, d), gradient(at, d + 1u), gradient(at, d + 2u), gradient(at, d + 3u));
 }
 
-fn store(at: u32, d: u32, x: vec4f, y: vec4f) {
-  if (d < HEAD_VEC4) {
-    dk[at + d] = params.scale * x;
-    dv[at + d] = y;
-  }
-}
-
-fn store_parts(at: u32, d: u32, x: Part, y: Part) {
-  store(at, d, x.a, y.a);
-  store(at, d + 1u, x.b, y.b);
-  store(at, d + 2u, x.c, y.c);
-  store(at, d + 3u, x.d, y.d);
-}
-
 fn attend(tile: u32, lane: u32, quad: u32) {
   let rows = WG * OWNED;
   let ntiles = (params.kv_seqlen + rows - 1u) / rows;
@@ -97,6 +69,7 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   let position = row_numbers(mine);
   let shift = params.kv_seqlen - params.seqlen;
 
+  var row: Row;
   var k0 = Slab();
   var k1 = Slab();
   var k2 = Slab();
@@ -117,20 +90,16 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   for (var j = mine; j < min(mine + OWNED, params.kv_seqlen); j++) {
     let r = j - mine;
     let at = ((b * params.kv_seqlen + j) * params.nkv_heads + hkv) * HEAD_VEC4;
-    k0 = set_row(k0, r, key_part(at, 0u));
-    v0 = set_row(v0, r, value_part(at, 0u));
-    if (HEAD_VEC4 > 4u) {
-      k1 = set_row(k1, r, key_part(at, 4u));
-      v1 = set_row(v1, r, value_part(at, 4u));
-    }
-    if (HEAD_VEC4 > 8u) {
-      k2 = set_row(k2, r, key_part(at, 8u));
-      v2 = set_row(v2, r, value_part(at, 8u));
-    }
-    if (HEAD_VEC4 > 12u) {
-      k3 = set_row(k3, r, key_part(at, 12u));
-      v3 = set_row(v3, r, value_part(at, 12u));
-    }
+    for (var i = at; i < at + HEAD_VEC4; i++) { row[i - at] = params.scale * k[i]; }
+    set_row(&k0, r, &row, 0u);
+    if (HEAD_VEC4 > 4u) { set_row(&k1, r, &row, 4u); }
+    if (HEAD_VEC4 > 8u) { set_row(&k2, r, &row, 8u); }
+    if (HEAD_VEC4 > 12u) { set_row(&k3, r, &row, 12u); }
+    for (var i = at; i < at + HEAD_VEC4; i++) { row[i - at] = v[i]; }
+    set_row(&v0, r, &row, 0u);
+    if (HEAD_VEC4 > 4u) { set_row(&v1, r, &row, 4u); }
+    if (HEAD_VEC4 > 8u) { set_row(&v2, r, &row, 8u); }
+    if (HEAD_VEC4 > 12u) { set_row(&v3, r, &row, 12u); }
     @if(seq_idx) documents[r] = seq_idx[b * params.seqlen + j];
   }
 
@@ -188,10 +157,16 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   for (var j = mine; j < min(mine + OWNED, params.kv_seqlen); j++) {
     let r = j - mine;
     let at = ((b * params.kv_seqlen + j) * params.nkv_heads + hkv) * HEAD_VEC4;
-    store_parts(at, 0u, get_row(x0, r), get_row(y0, r));
-    if (HEAD_VEC4 > 4u) { store_parts(at, 4u, get_row(x1, r), get_row(y1, r)); }
-    if (HEAD_VEC4 > 8u) { store_parts(at, 8u, get_row(x2, r), get_row(y2, r)); }
-    if (HEAD_VEC4 > 12u) { store_parts(at, 12u, get_row(x3, r), get_row(y3, r)); }
+    get_row(x0, r, &row, 0u);
+    if (HEAD_VEC4 > 4u) { get_row(x1, r, &row, 4u); }
+    if (HEAD_VEC4 > 8u) { get_row(x2, r, &row, 8u); }
+    if (HEAD_VEC4 > 12u) { get_row(x3, r, &row, 12u); }
+    for (var i = at; i < at + HEAD_VEC4; i++) { dk[i] = params.scale * row[i - at]; }
+    get_row(y0, r, &row, 0u);
+    if (HEAD_VEC4 > 4u) { get_row(y1, r, &row, 4u); }
+    if (HEAD_VEC4 > 8u) { get_row(y2, r, &row, 8u); }
+    if (HEAD_VEC4 > 12u) { get_row(y3, r, &row, 12u); }
+    for (var i = at; i < at + HEAD_VEC4; i++) { dv[i] = row[i - at]; }
   }
 }
 
@@ -206,7 +181,8 @@ fn attention_dkv(
 @else
 @compute @workgroup_size(WG)
 fn attention_dkv(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   attend(workgroup_index(wid, nwg), lane, 0u);
 }

@@ -1,13 +1,15 @@
 // Causal attention, backward to the queries. With p = exp(scale q k^T - lse) and dp = dout v^T:
 //
 //   dq = scale * ds k, ds = p * (dp - delta)
-//   q, dout, dq [B, L, Hq, Dh] · k, v [B, Lk, Hkv, Dh] · stats = (lse, delta) [B, Hq, L, 2] · seq_idx i32 [B, L]
+//   q, dout, dq [B, L, Hq, Dh] · k, v [B, Lk, Hkv, Dh] · stats = (lse, delta) [B, Hq, L, 2] · seq_idx i32 [B,
+//   L]
 //
-// Positions, heads, documents and the sharing of the work are those of attention.wgsl: one invocation owns a few query
-// rows and walks over the keys. HEAD_VEC4 = Dh / 4 is at most 16. All arithmetic in f32.
-// Masked weights are set to zero after exp. Source: Dao 2023 (arXiv 2307.08691), algorithm 2.
+// Positions, heads, documents and the sharing of the work are those of attention.wgsl: one invocation owns a
+// few query rows and walks over the keys. HEAD_VEC4 = Dh / 4 is at most 16. All arithmetic in f32. Masked
+// weights are set to zero after exp. Source: Dao 2023 (arXiv 2307.08691), algorithm 2.
 import package::lib::index::workgroup_index;
-import package::lib::slab::{OWNED, Rows, RowsU, Part, Slab, row_numbers, part_dot, slab_add, set_row, get_row};
+import package::lib::slab::{OWNED, Row, Rows, RowsU, Part, Slab};
+import package::lib::slab::{row_numbers, part_dot, slab_add, set_row, get_row};
 @if(seq_idx) import package::lib::slab::RowsI;
 @if(subgroups) import package::lib::slab::gather_part;
 
@@ -32,24 +34,6 @@ struct Params {
 override WG: u32 = 8;
 override HEAD_VEC4: u32 = 8;
 
-fn query(at: u32, d: u32) -> vec4f {
-  if (d >= HEAD_VEC4) { return vec4f(); }
-  return params.scale * q[at + d];
-}
-
-fn query_part(at: u32, d: u32) -> Part {
-  return Part(query(at, d), query(at, d + 1u), query(at, d + 2u), query(at, d + 3u));
-}
-
-fn gradient(at: u32, d: u32) -> vec4f {
-  if (d >= HEAD_VEC4) { return vec4f(); }
-  return dout[at + d];
-}
-
-fn gradient_part(at: u32, d: u32) -> Part {
-  return Part(gradient(at, d), gradient(at, d + 1u), gradient(at, d + 2u), gradient(at, d + 3u));
-}
-
 fn key(at: u32, d: u32) -> vec4f {
   if (d >= HEAD_VEC4) { return vec4f(); }
   return k[at + d];
@@ -70,17 +54,6 @@ fn value_part(at: u32, d: u32, quad: u32) -> Part {
   @else return Part(value(at, d), value(at, d + 1u), value(at, d + 2u), value(at, d + 3u));
 }
 
-fn store(at: u32, d: u32, x: vec4f) {
-  if (d < HEAD_VEC4) { dq[at + d] = params.scale * x; }
-}
-
-fn store_part(at: u32, d: u32, x: Part) {
-  store(at, d, x.a);
-  store(at, d + 1u, x.b);
-  store(at, d + 2u, x.c);
-  store(at, d + 3u, x.d);
-}
-
 fn attend(tile: u32, lane: u32, quad: u32) {
   let rows = WG * OWNED;
   let ntiles = (params.seqlen + rows - 1u) / rows;
@@ -93,6 +66,7 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   let kv_head = b * params.kv_seqlen * params.nkv_heads + h / (params.nheads / params.nkv_heads);
   let position = row_numbers(mine + shift);
 
+  var row: Row;
   var q0 = Slab();
   var q1 = Slab();
   var q2 = Slab();
@@ -111,20 +85,16 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   for (var t = mine; t < min(mine + OWNED, params.seqlen); t++) {
     let r = t - mine;
     let at = ((b * params.seqlen + t) * params.nheads + h) * HEAD_VEC4;
-    q0 = set_row(q0, r, query_part(at, 0u));
-    g0 = set_row(g0, r, gradient_part(at, 0u));
-    if (HEAD_VEC4 > 4u) {
-      q1 = set_row(q1, r, query_part(at, 4u));
-      g1 = set_row(g1, r, gradient_part(at, 4u));
-    }
-    if (HEAD_VEC4 > 8u) {
-      q2 = set_row(q2, r, query_part(at, 8u));
-      g2 = set_row(g2, r, gradient_part(at, 8u));
-    }
-    if (HEAD_VEC4 > 12u) {
-      q3 = set_row(q3, r, query_part(at, 12u));
-      g3 = set_row(g3, r, gradient_part(at, 12u));
-    }
+    for (var i = at; i < at + HEAD_VEC4; i++) { row[i - at] = params.scale * q[i]; }
+    set_row(&q0, r, &row, 0u);
+    if (HEAD_VEC4 > 4u) { set_row(&q1, r, &row, 4u); }
+    if (HEAD_VEC4 > 8u) { set_row(&q2, r, &row, 8u); }
+    if (HEAD_VEC4 > 12u) { set_row(&q3, r, &row, 12u); }
+    for (var i = at; i < at + HEAD_VEC4; i++) { row[i - at] = dout[i]; }
+    set_row(&g0, r, &row, 0u);
+    if (HEAD_VEC4 > 4u) { set_row(&g1, r, &row, 4u); }
+    if (HEAD_VEC4 > 8u) { set_row(&g2, r, &row, 8u); }
+    if (HEAD_VEC4 > 12u) { set_row(&g3, r, &row, 12u); }
     let stat = stats[(b * params.nheads + h) * params.seqlen + t];
     lse[r] = stat.x;
     delta[r] = stat.y;
@@ -166,10 +136,11 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   for (var t = mine; t < min(mine + OWNED, params.seqlen); t++) {
     let r = t - mine;
     let at = ((b * params.seqlen + t) * params.nheads + h) * HEAD_VEC4;
-    store_part(at, 0u, get_row(x0, r));
-    if (HEAD_VEC4 > 4u) { store_part(at, 4u, get_row(x1, r)); }
-    if (HEAD_VEC4 > 8u) { store_part(at, 8u, get_row(x2, r)); }
-    if (HEAD_VEC4 > 12u) { store_part(at, 12u, get_row(x3, r)); }
+    get_row(x0, r, &row, 0u);
+    if (HEAD_VEC4 > 4u) { get_row(x1, r, &row, 4u); }
+    if (HEAD_VEC4 > 8u) { get_row(x2, r, &row, 8u); }
+    if (HEAD_VEC4 > 12u) { get_row(x3, r, &row, 12u); }
+    for (var i = at; i < at + HEAD_VEC4; i++) { dq[i] = params.scale * row[i - at]; }
   }
 }
 
@@ -184,7 +155,8 @@ fn attention_dq(
 @else
 @compute @workgroup_size(WG)
 fn attention_dq(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   attend(workgroup_index(wid, nwg), lane, 0u);
 }

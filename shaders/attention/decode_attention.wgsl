@@ -1,13 +1,15 @@
 // Attention of a few new tokens over a cache: out = softmax(scale q K^T) V over positions 0 .. position + t.
 //
-//   q, out [B, L, Hq, Dh] · caches [B, Hkv, Lmax, Dh] · position u32 [1], index of the first new token, already in the cache
+//   q, out [B, L, Hq, Dh] · caches [B, Hkv, Lmax, Dh] · position u32 [1], index of the first new token,
+//   already in the cache
 //
-// Query t sees the keys up to position + t. Query head h reads key/value head h / (Hq / Hkv). Condition `vec4`: Dh is a
-// multiple of four; otherwise the tail of the last vector is filled with zeros. HEAD_VEC4 = ceil(Dh / 4).
+// Query t sees the keys up to position + t. Query head h reads key/value head h / (Hq / Hkv). Condition
+// `vec4`: Dh is a multiple of four; otherwise the tail of the last vector is filled with zeros. HEAD_VEC4 =
+// ceil(Dh / 4).
 //
-// One workgroup computes one row of out: lane i walks over the keys i, i + WG, ... with an online softmax in registers, and
-// the lanes' results are combined in the order of the lanes. Masks are lengths here, so no infinity arises; an idle lane
-// has weight zero.
+// One workgroup computes one row of out: lane i walks over the keys i, i + WG, ... with an online softmax in
+// registers, and the lanes' results are combined in the order of the lanes. Masks are lengths here, so no
+// infinity arises; an idle lane has weight zero.
 import package::lib::index::workgroup_index;
 
 override WG: u32 = 8;
@@ -45,17 +47,20 @@ var<workgroup> partial: array<vec4f, 1008>; // lanes * HEAD_VEC4, at most 15.75 
 
 fn query_at(row: u32, d: u32) -> vec4f {
   @if(vec4) return q[row * HEAD_VEC4 + d];
-  @else return vec4f(q_scalar(row, 4u * d), q_scalar(row, 4u * d + 1u), q_scalar(row, 4u * d + 2u), q_scalar(row, 4u * d + 3u));
+  @else return vec4f(q_scalar(row, 4u * d), q_scalar(row, 4u * d + 1u),
+    q_scalar(row, 4u * d + 2u), q_scalar(row, 4u * d + 3u));
 }
 
 fn key_at(row: u32, d: u32) -> vec4f {
   @if(vec4) return key[row * HEAD_VEC4 + d];
-  @else return vec4f(k_scalar(row, 4u * d), k_scalar(row, 4u * d + 1u), k_scalar(row, 4u * d + 2u), k_scalar(row, 4u * d + 3u));
+  @else return vec4f(k_scalar(row, 4u * d), k_scalar(row, 4u * d + 1u),
+    k_scalar(row, 4u * d + 2u), k_scalar(row, 4u * d + 3u));
 }
 
 fn value_at(row: u32, d: u32) -> vec4f {
   @if(vec4) return value[row * HEAD_VEC4 + d];
-  @else return vec4f(v_scalar(row, 4u * d), v_scalar(row, 4u * d + 1u), v_scalar(row, 4u * d + 2u), v_scalar(row, 4u * d + 3u));
+  @else return vec4f(v_scalar(row, 4u * d), v_scalar(row, 4u * d + 1u),
+    v_scalar(row, 4u * d + 2u), v_scalar(row, 4u * d + 3u));
 }
 
 @if(!vec4) fn q_scalar(row: u32, d: u32) -> f32 {
@@ -84,7 +89,8 @@ fn store(row: u32, d: u32, x: vec4f) {
 
 @compute @workgroup_size(WG)
 fn decode_attention(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let row = workgroup_index(wid, nwg); // (b * L + t) * Hq + h
   if (row >= params.rows) { return; }

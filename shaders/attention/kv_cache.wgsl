@@ -2,7 +2,8 @@
 //
 //   x [B, L, Hkv, Dh] · cache [B, Hkv, Lmax, Dh] · position u32 [1], where the first new token goes
 //
-// write: cache[b, h, position + t] = x[b, t, h]; positions from Lmax on are dropped. read: x[b, t, h] = cache[b, h, t].
+// write: cache[b, h, position + t] = x[b, t, h]; positions from Lmax on are dropped. read: x[b, t, h] =
+// cache[b, h, t].
 // One invocation moves one element.
 import package::lib::index::workgroup_index;
 
@@ -34,7 +35,8 @@ fn place(i: u32, start: u32) -> vec2u {
 
 @compute @workgroup_size(WG)
 fn write_tokens(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   if (i >= params.count) { return; }
@@ -44,7 +46,8 @@ fn write_tokens(
 
 @compute @workgroup_size(WG)
 fn read_tokens(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   if (i >= params.count) { return; }

@@ -1,7 +1,7 @@
 // add: y = a + b. accumulate: dst += src, in place.
 //
-// `count` elements of V: vec4f where the size is a multiple of 4 (condition `vec4`). One invocation makes EACH of
-// them, WG apart, so that neighbours touch neighbouring memory.
+// `count` elements of V: vec4f where the size is a multiple of 4 (condition `vec4`). One invocation makes
+// EACH of them, WG apart, so that neighbours touch neighbouring memory.
 import package::lib::index::workgroup_index;
 
 @if(vec4) alias V = vec4f;
@@ -23,7 +23,8 @@ override EACH: u32 = 4;
 
 @compute @workgroup_size(WG)
 fn add(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let first = workgroup_index(wid, nwg) * WG * EACH + lane;
   for (var n = 0u; n < EACH; n++) {
@@ -36,7 +37,8 @@ fn add(
 
 @compute @workgroup_size(WG)
 fn accumulate(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let first = workgroup_index(wid, nwg) * WG * EACH + lane;
   for (var n = 0u; n < EACH; n++) {

@@ -1,7 +1,8 @@
 // Copies a block of columns: dst[r, dst_first + c] = src[r, src_first + c] for r < rows, c < width.
 //
-// Widths and offsets count elements of V: vec4f where all of them are multiples of 4 (condition `vec4`). Works on any
-// 32-bit elements, since no arithmetic is done. One invocation takes every `parts`-th element of a row.
+// Widths and offsets count elements of V: vec4f where all of them are multiples of 4 (condition `vec4`).
+// Works on any 32-bit elements, since no arithmetic is done. One invocation takes every `parts`-th element of
+// a row.
 import package::lib::index::workgroup_index;
 
 @if(vec4) alias V = vec4u;
@@ -25,7 +26,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn columns(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   let row = i / params.parts;

@@ -1,7 +1,8 @@
-// y = f(x), element by element: f is relu(x)^2 or x * sigmoid(x) with the condition `relu2` or `silu`, else s * x.
+// y = f(x), element by element: f is relu(x)^2 or x * sigmoid(x) with the condition `relu2` or `silu`, else s
+// * x.
 //
-// x, y have `count` elements of V: vec4f where the size is a multiple of 4 (condition `vec4`). One invocation makes
-// EACH of them, WG apart, so that neighbours touch neighbouring memory.
+// x, y have `count` elements of V: vec4f where the size is a multiple of 4 (condition `vec4`). One invocation
+// makes EACH of them, WG apart, so that neighbours touch neighbouring memory.
 import package::lib::index::workgroup_index;
 @if(silu) import package::lib::activations::{silu, silu4};
 
@@ -32,7 +33,8 @@ fn apply(v: V) -> V {
 
 @compute @workgroup_size(WG)
 fn unary(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let first = workgroup_index(wid, nwg) * WG * EACH + lane;
   for (var n = 0u; n < EACH; n++) {

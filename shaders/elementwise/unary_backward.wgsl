@@ -28,7 +28,8 @@ fn slope(v: V) -> V {
 
 @compute @workgroup_size(WG)
 fn unary_backward(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let first = workgroup_index(wid, nwg) * WG * EACH + lane;
   for (var n = 0u; n < EACH; n++) {

@@ -32,9 +32,9 @@ fn silu_grad4(x: vec4f) -> vec4f {
 
 // log(1 + e) for 0 <= e <= 1, to a few ulp of the result.
 //
-// log(1.0 + e) would drop the low bits of a small e (all of them below 2^-24), and WGSL's log may be off by 2^-21
-// near 1. So the series log(1 + e) = 2 artanh(s) with s = e / (2 + e) <= 1/3 is summed instead; the first term left
-// out is s^17 / 17 < 2^-30.
+// log(1.0 + e) would drop the low bits of a small e (all of them below 2^-24), and WGSL's log may be off by
+// 2^-21 near 1. So the series log(1 + e) = 2 artanh(s) with s = e / (2 + e) <= 1/3 is summed instead; the
+// first term left out is s^17 / 17 < 2^-30.
 fn log1p_unit(e: f32) -> f32 {
   let s = e / (2.0 + e);
   let q = s * s;
@@ -48,8 +48,8 @@ fn log1p_unit(e: f32) -> f32 {
   return 2.0 * (s + s * q * tail);
 }
 
-// softplus(x) = log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)); d softplus / dx = sigmoid(x). Freshly initialised
-// steps have x near -7, where the result is as small as 1e-3 and its relative accuracy matters.
+// softplus(x) = log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)); d softplus / dx = sigmoid(x). Freshly
+// initialised steps have x near -7, where the result is as small as 1e-3 and its relative accuracy matters.
 fn softplus(x: f32) -> f32 {
   return max(x, 0.0) + log1p_unit(exp(-abs(x)));
 }

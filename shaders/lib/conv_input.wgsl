@@ -1,4 +1,5 @@
-// What the kernels of the causal convolution share: its inputs before and in a row, its taps, and where documents start.
+// What the kernels of the causal convolution share: its inputs before and in a row, its taps, and where
+// documents start.
 //
 // The importing file declares x, weight, initial_state, seq_idx and params.{seqlen, channels, taps}.
 

@@ -1,9 +1,9 @@
 // Sum and maximum over the WG invocations of a workgroup, in a fixed order (same inputs, same bits).
 //
 // The importing file declares `override WG: u32` and uses it as its workgroup size; `lane` is
-// local_invocation_index. Every invocation must call, in uniform control flow, and every one receives the result.
-// Two barriers for any WG: eight strands first, then the eight partial results in registers. A tree of log2(WG)
-// barriers is dearer wherever a barrier costs more than a handful of loads, as it does on CPUs.
+// local_invocation_index. Every invocation must call, in uniform control flow, and every one receives the
+// result. Two barriers for any WG: eight strands first, then the eight partial results in registers. A tree
+// of log2(WG) barriers is dearer wherever a barrier costs more than a handful of loads, as it does on CPUs.
 
 const REDUCE_STRANDS: u32 = 8;
 

@@ -1,10 +1,11 @@
-// Register tiles for kernels in which an invocation owns four rows (two with the condition `two_rows`, for wide heads)
-// and walks over other rows, one at a time.
+// Register tiles for kernels in which an invocation owns four rows (two with the condition `two_rows`, for
+// wide heads) and walks over other rows, one at a time.
 //
-// A Part is sixteen dimensions of one row, a Slab the same dimensions of the owned rows: a Block for each four
-// dimensions, with a column per row. A row of 64 dimensions is four parts, 64 dimensions of the owned rows four slabs.
-// Owned rows are loaded and stored in loops whose bounds a compiler cannot know, so that the loads stand in the
-// program once: each one costs tens of milliseconds of compilation on the software adapters.
+// A Part is sixteen dimensions of one row, a Slab the same dimensions of the owned rows: a Block for each
+// four dimensions, with a column per row. A row of 64 dimensions is four parts, 64 dimensions of the owned
+// rows four slabs. Owned rows pass through a Row, filled in a loop whose bounds a compiler cannot know: so
+// each load stands in the program once, and a load that stands there costs tens of milliseconds of
+// compilation on the software adapters.
 
 @if(two_rows) const OWNED: u32 = 2u;
 @else const OWNED: u32 = 4u;
@@ -18,6 +19,7 @@
 @if(two_rows) alias Block = mat2x4f;
 @else alias Block = mat4x4f;
 
+alias Row = array<vec4f, 16>;
 struct Part { a: vec4f, b: vec4f, c: vec4f, d: vec4f }
 struct Slab { a: Block, b: Block, c: Block, d: Block }
 
@@ -67,12 +69,18 @@ fn get_column(m: Block, r: u32) -> vec4f {
   @else return select(low, select(m[2], m[3], r == 3u), r >= 2u);
 }
 
-// Replaces owned row r.
-fn set_row(x: Slab, r: u32, row: Part) -> Slab {
-  return Slab(set_column(x.a, r, row.a), set_column(x.b, r, row.b), set_column(x.c, r, row.c), set_column(x.d, r, row.d));
+// Takes owned row r from the part of `row` that begins at vec4 d.
+fn set_row(x: ptr<function, Slab>, r: u32, row: ptr<function, Row>, d: u32) {
+  (*x).a = set_column((*x).a, r, (*row)[d]);
+  (*x).b = set_column((*x).b, r, (*row)[d + 1u]);
+  (*x).c = set_column((*x).c, r, (*row)[d + 2u]);
+  (*x).d = set_column((*x).d, r, (*row)[d + 3u]);
 }
 
-// Owned row r.
-fn get_row(x: Slab, r: u32) -> Part {
-  return Part(get_column(x.a, r), get_column(x.b, r), get_column(x.c, r), get_column(x.d, r));
+// Puts owned row r into the part of `row` that begins at vec4 d.
+fn get_row(x: Slab, r: u32, row: ptr<function, Row>, d: u32) {
+  (*row)[d] = get_column(x.a, r);
+  (*row)[d + 1u] = get_column(x.b, r);
+  (*row)[d + 2u] = get_column(x.c, r);
+  (*row)[d + 3u] = get_column(x.d, r);
 }

@@ -1,11 +1,13 @@
-// u[b,t,g,n] = sum over the heads h of group g of weight_t sum_p v_t[h,p] S[b,c,h,p,n], for the positions t of every chunk.
+// u[b,t,g,n] = sum over the heads h of group g of weight_t sum_p v_t[h,p] S[b,c,h,p,n], for the positions t
+// of every chunk c.
 //
-// v [B,L,H,P], S [B,nC,H,P,N], weight [B,H,nC,Q], u [B,L,G,N]; f32 sums in order of h, then p. With v = x, S = dstates and
-// the leaving weights this is dB; with v = dy, S = prev_states and the entering weights, the state's part of dC.
+// v [B,L,H,P], S [B,nC,H,P,N], weight [B,H,nC,Q], u [B,L,G,N]; f32 sums in order of h, then p. With v = x,
+// S = dstates and the leaving weights this is dB; with v = dy, S = prev_states and the entering weights, the
+// state's part of dC.
 // One invocation computes a tile of 8 positions by 8 n: 16 quads are loaded for 256 multiply-adds.
 
 import package::lib::index::workgroup_index;
-import package::lib::tile::{next_quad, below, quad_indices};
+import package::lib::tile::{Tile, add_dots, sums_of, next_quad, four, below, quad_indices};
 
 struct Params {
   seqlen: u32,
@@ -29,21 +31,32 @@ struct Params {
 
 override WG: u32 = 64;
 
-@if(vec4) fn load_state(head: u32, p: u32, n: u32) -> vec4f {
-  return states[((head * params.headdim + p) * params.dstate + n) / 4u];
+@if(vec4) fn load_state(row: u32, n: u32) -> vec4f {
+  return states[(row * params.dstate + n) / 4u];
 }
-@else fn load_state(head: u32, p: u32, n: u32) -> vec4f {
-  let at = quad_indices(head * params.headdim + min(p, params.headdim - 1u), n, params.dstate);
+@else fn load_state(row: u32, n: u32) -> vec4f {
+  let at = quad_indices(row, n, params.dstate);
   return vec4f(states[at.x], states[at.y], states[at.z], states[at.w]);
 }
 
-// Zero past headdim, where load_state repeats the last row.
+// Zero past headdim, where the state's last row is repeated.
 @if(vec4) fn load_v(row: u32, p: u32) -> vec4f {
   return v[(row * params.headdim + p) / 4u];
 }
 @else fn load_v(row: u32, p: u32) -> vec4f {
   let at = quad_indices(row, p, params.headdim);
-  return select(vec4f(0.0), vec4f(v[at.x], v[at.y], v[at.z], v[at.w]), below(p, params.headdim));
+  return select(vec4f(), vec4f(v[at.x], v[at.y], v[at.z], v[at.w]), below(p, params.headdim));
+}
+
+// Four rows p of the state, at columns n, ..., n + 3, as four rows n.
+fn state_columns(rows: vec4u, n: u32) -> mat4x4f {
+  return transpose(mat4x4f(
+    load_state(rows.x, n), load_state(rows.y, n), load_state(rows.z, n), load_state(rows.w, n)));
+}
+
+fn v_rows(rows: vec4u, p: u32, weight: vec4f) -> mat4x4f {
+  return mat4x4f(weight.x * load_v(rows.x, p), weight.y * load_v(rows.y, p),
+    weight.z * load_v(rows.z, p), weight.w * load_v(rows.w, p));
 }
 
 @if(vec4) fn store(row: u32, n: u32, value: vec4f) {
@@ -57,7 +70,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn apply_state_transposed(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   var id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {
@@ -79,41 +93,27 @@ fn apply_state_transposed(
   if (t0 >= length) {
     return;
   }
+  let row = b * params.seqlen + first;
   // Rows past the end repeat the last one and are not stored.
-  let qa = min(t0 + vec4u(0u, 1u, 2u, 3u), vec4u(length - 1u));
-  let qb = min(t0 + vec4u(4u, 5u, 6u, 7u), vec4u(length - 1u));
-  let ta = b * params.seqlen + first + qa;
-  let tb = b * params.seqlen + first + qb;
+  let ta = four(t0, length - 1u);
+  let tb = four(t0 + 4u, length - 1u);
 
-  var r0 = vec4f(); var r1 = vec4f(); var r2 = vec4f(); var r3 = vec4f();
-  var r4 = vec4f(); var r5 = vec4f(); var r6 = vec4f(); var r7 = vec4f();
-  var s0 = vec4f(); var s1 = vec4f(); var s2 = vec4f(); var s3 = vec4f();
-  var s4 = vec4f(); var s5 = vec4f(); var s6 = vec4f(); var s7 = vec4f();
+  var tile = Tile();
   for (var h = g * heads; h < (g + 1u) * heads; h++) {
-    let head = (b * params.nchunks + c) * params.nheads + h;
+    let head = ((b * params.nchunks + c) * params.nheads + h) * params.headdim;
     let at = ((b * params.nheads + h) * params.nchunks + c) * params.chunk_size;
-    let wa = vec4f(weight[at + qa.x], weight[at + qa.y], weight[at + qa.z], weight[at + qa.w]);
-    let wb = vec4f(weight[at + qb.x], weight[at + qb.y], weight[at + qb.z], weight[at + qb.w]);
-    let va = ta * params.nheads + h;
-    let vb = tb * params.nheads + h;
+    let wa = vec4f(weight[at + ta.x], weight[at + ta.y], weight[at + ta.z], weight[at + ta.w]);
+    let wb = vec4f(weight[at + tb.x], weight[at + tb.y], weight[at + tb.z], weight[at + tb.w]);
+    let va = (row + ta) * params.nheads + h;
+    let vb = (row + tb) * params.nheads + h;
     for (var p = 0u; p < params.headdim; p += 4u) {
-      let S0 = mat4x4f(load_state(head, p, n0), load_state(head, p + 1u, n0),
-        load_state(head, p + 2u, n0), load_state(head, p + 3u, n0));
-      let S1 = mat4x4f(load_state(head, p, n1), load_state(head, p + 1u, n1),
-        load_state(head, p + 2u, n1), load_state(head, p + 3u, n1));
-      let v0 = wa.x * load_v(va.x, p); r0 += S0 * v0; s0 += S1 * v0;
-      let v1 = wa.y * load_v(va.y, p); r1 += S0 * v1; s1 += S1 * v1;
-      let v2 = wa.z * load_v(va.z, p); r2 += S0 * v2; s2 += S1 * v2;
-      let v3 = wa.w * load_v(va.w, p); r3 += S0 * v3; s3 += S1 * v3;
-      let v4 = wb.x * load_v(vb.x, p); r4 += S0 * v4; s4 += S1 * v4;
-      let v5 = wb.y * load_v(vb.y, p); r5 += S0 * v5; s5 += S1 * v5;
-      let v6 = wb.z * load_v(vb.z, p); r6 += S0 * v6; s6 += S1 * v6;
-      let v7 = wb.w * load_v(vb.w, p); r7 += S0 * v7; s7 += S1 * v7;
+      let rows = head + four(p, params.headdim - 1u);
+      add_dots(&tile, v_rows(va, p, wa), v_rows(vb, p, wb), state_columns(rows, n0), state_columns(rows, n1));
     }
   }
-  let sums = array<vec4f, 16>(r0, s0, r1, s1, r2, s2, r3, s3, r4, s4, r5, s5, r6, s6, r7, s7);
+  let sums = sums_of(tile);
   for (var k = 0u; k < 8u && t0 + k < length; k++) {
-    let at = (b * params.seqlen + first + t0 + k) * params.ngroups + g;
+    let at = (row + t0 + k) * params.ngroups + g;
     store(at, n0, sums[2u * k]);
     store(at, n1, sums[2u * k + 1u]);
   }

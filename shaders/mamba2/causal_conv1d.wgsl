@@ -1,12 +1,13 @@
-// y[t,c] = silu(bias[c] + sum_d w_d[c] x[t-d,c]), w_d = weight[c, K-1-d], K <= 4: a causal depthwise convolution.
+// y[t,c] = silu(bias[c] + sum_d w_d[c] x[t-d,c]), w_d = weight[c, K-1-d], K <= 4: a causal depthwise
+// convolution.
 //
-// x and y [B,L,C], weight [C,K], bias [C], state [B,C,K]: the last K inputs, oldest first. Before the row lie the inputs of
-// `initial_state` (zeros without the condition `initial`); inputs of another document count as zero (seq_idx [B,L], a change
-// of value starts a document; the first one continues the initial state).
+// x and y [B,L,C], weight [C,K], bias [C], state [B,C,K]: the last K inputs, oldest first. Before the row lie
+// the inputs of `initial_state` (zeros without the condition `initial`); inputs of another document count as
+// zero (seq_idx [B,L], a change of value starts a document; the first one continues the initial state).
 // Source: the convolution in front of Mamba-2's scan, arXiv 2405.21060, section 7.
 //
-// `causal_conv1d`: one invocation slides a window of four inputs over SPAN positions of four channels, so that each input is
-// loaded once. `final_state`: one invocation gathers the K last inputs of one channel.
+// `causal_conv1d`: one invocation slides a window of four inputs over SPAN positions of four channels, so
+// that each input is loaded once. `final_state`: one invocation gathers the K last inputs of one channel.
 
 import package::lib::index::workgroup_index;
 import package::lib::activations::silu4;
@@ -17,7 +18,8 @@ struct Params {
   seqlen: u32,
   channels: u32,
   taps: u32, // K
-  total: u32, // causal_conv1d: batch * ceil(seqlen / SPAN) * ceil(channels / 4); final_state: batch * channels
+  // causal_conv1d: batch * ceil(seqlen / SPAN) * ceil(channels / 4); final_state: batch * channels
+  total: u32,
 }
 
 @if(vec4) @group(0) @binding(0) var<storage, read> x: array<vec4f>;
@@ -45,7 +47,8 @@ override SPAN: u32 = 16;
 
 @compute @workgroup_size(WG)
 fn causal_conv1d(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {
@@ -85,7 +88,8 @@ fn causal_conv1d(
 
 @compute @workgroup_size(WG)
 fn final_state(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {

@@ -1,12 +1,13 @@
 // Gradients of causal_conv1d. With v the pre-activation and dv[t] = dy[t] silu'(v[t]):
-//   dx[t] = sum_d w_d dv[t+d];   dw_d = sum_t dv[t] x[t-d];   dbias = sum_t dv[t],   pairs of different documents left out.
+//   dx[t] = sum_d w_d dv[t+d];   dw_d = sum_t dv[t] x[t-d];   dbias = sum_t dv[t],   pairs of different
+//   documents left out.
 //
-// Shapes as in causal_conv1d.wgsl. The sums over t are left per span of positions: `part` [B * ceil(L / SPAN), C * K + C],
-// weights first, then biases, for sum_rows.
+// Shapes as in causal_conv1d.wgsl. The sums over t are left per span of positions: `part` [B * ceil(L /
+// SPAN), C * K + C], weights first, then biases, for sum_rows.
 //
-// `causal_conv1d_backward`: one invocation slides over SPAN positions of four channels and recomputes v; the three gradients
-// dv behind its span that reach back into it are computed a second time. `final_state_backward`: one invocation adds
-// the gradient of the last K inputs of one channel to dx.
+// `causal_conv1d_backward`: one invocation slides over SPAN positions of four channels and recomputes v; the
+// three gradients dv behind its span that reach back into it are computed a second time.
+// `final_state_backward`: one invocation adds the gradient of the last K inputs of one channel to dx.
 
 import package::lib::index::workgroup_index;
 import package::lib::activations::silu_grad4;
@@ -68,7 +69,8 @@ fn store_part(span: u32, c: u32, dw: mat4x4f, dbias: vec4f) {
 
 @compute @workgroup_size(WG)
 fn causal_conv1d_backward(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {
@@ -91,8 +93,8 @@ fn causal_conv1d_backward(
     offset = vec4f(bias[at.x], bias[at.y], bias[at.z], bias[at.w]);
   }
   let t0 = i32(first);
-  // x1, x2, x3: the inputs 1, 2, 3 positions back, zero in another document; e1, e2, e3: their gradients so far; open: which
-  // of them belong to the document of position t.
+  // x1, x2, x3: the inputs 1, 2, 3 positions back, zero in another document; e1, e2, e3: their gradients so
+  // far; open: which of them belong to the document of position t.
   var x1 = input(b, t0 - 1, c);
   var x2 = select(input(b, t0 - 2, c), vec4f(0.0), document_begins(b, t0 - 1));
   var x3 = select(input(b, t0 - 3, c), vec4f(0.0), document_begins(b, t0 - 1) || document_begins(b, t0 - 2));
@@ -142,7 +144,8 @@ fn causal_conv1d_backward(
 
 @compute @workgroup_size(WG)
 fn final_state_backward(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {

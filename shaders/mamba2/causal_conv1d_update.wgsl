@@ -23,7 +23,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn causal_conv1d_update(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {

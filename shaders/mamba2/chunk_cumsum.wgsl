@@ -1,8 +1,10 @@
-// dt = clamp(softplus(dt_raw + dt_bias), lo, hi) and the decay exponent a_i = sum_{m<=i} dt_m A, A = -exp(A_log).
+// dt = clamp(softplus(dt_raw + dt_bias), lo, hi) and the decay exponent a_i = sum_{m<=i} dt_m A, A =
+// -exp(A_log).
 //
-// dt_raw [B,L,H], A_log and dt_bias [H]; dt and dA_cumsum [B,H,nC,Q]. The sum restarts in each chunk and is kept in f32:
-// later kernels take exp of differences of it only. Positions past the end of the row get dt = 0, so that the exponent
-// (and with it the state) stays as it was. One invocation walks one chunk of one head.
+// dt_raw [B,L,H], A_log and dt_bias [H]; dt and dA_cumsum [B,H,nC,Q]. The sum restarts in each chunk and is
+// kept in f32:
+// later kernels take exp of differences of it only. Positions past the end of the row get dt = 0, so that the
+// exponent (and with it the state) stays as it was. One invocation walks one chunk of one head.
 
 import package::lib::index::workgroup_index;
 import package::lib::activations::softplus;
@@ -28,7 +30,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn chunk_cumsum(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {
@@ -46,7 +49,8 @@ fn chunk_cumsum(
   for (var q = 0u; q < params.chunk_size; q++) {
     var step = 0.0;
     if (q < length) {
-      step = clamp(softplus(dt_raw[(b * params.seqlen + first + q) * params.nheads + h] + bias), params.lo, params.hi);
+      let raw = dt_raw[(b * params.seqlen + first + q) * params.nheads + h];
+      step = clamp(softplus(raw + bias), params.lo, params.hi);
     }
     a += step * A;
     dt[out + q] = step;

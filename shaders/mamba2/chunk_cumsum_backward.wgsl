@@ -2,9 +2,9 @@
 //   ddt_raw_m = (ddt_m + A alpha_m) sigmoid(dt_raw_m + dt_bias), 0 where dt was clamped;
 //   dA_log    = A sum_m dt_m alpha_m;   ddt_bias = sum_m ddt_raw_m.
 //
-// ddt, dcumsum and dt are [B,H,nC,Q], ddt_raw [B,L,H]. The two sums are left per chunk, [B*nC, H], for sum_rows. Positions
-// past the end of the row have no ddt_raw, but their dcumsum (the chunk's last exponent) counts. One invocation walks one
-// chunk of one head backwards.
+// ddt, dcumsum and dt are [B,H,nC,Q], ddt_raw [B,L,H]. The two sums are left per chunk, [B*nC, H], for
+// sum_rows. Positions past the end of the row have no ddt_raw, but their dcumsum (the chunk's last exponent)
+// counts. One invocation walks one chunk of one head backwards.
 
 import package::lib::index::workgroup_index;
 import package::lib::activations::{sigmoid, softplus};
@@ -33,7 +33,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn chunk_cumsum_backward(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {

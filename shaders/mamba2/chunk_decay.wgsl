@@ -2,8 +2,9 @@
 //   entering: weight_q = exp(a_q)                      of the state that enters the chunk;
 //   leaving:  decay_q = exp(a_last - a_q),  weight_q = decay_q dt_q    of position q, at the chunk's end.
 //
-// dt, dA_cumsum (= a), decay and weight are [B,H,nC,Q]; weights are 0 past the end of the row and across a document start
-// (start [B,nC,Q], see document_start.wgsl). Exponents are <= 0, as a never increases; masks come after exp.
+// dt, dA_cumsum (= a), decay and weight are [B,H,nC,Q]; weights are 0 past the end of the row and across a
+// document start (start [B,nC,Q], see document_start.wgsl). Exponents are <= 0, as a never increases; masks
+// come after exp.
 // One invocation computes one position.
 
 import package::lib::index::workgroup_index;
@@ -37,7 +38,8 @@ fn in_sequence(id: u32) -> bool {
 
 @compute @workgroup_size(WG)
 fn entering(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {
@@ -50,7 +52,8 @@ fn entering(
 
 @compute @workgroup_size(WG)
 fn leaving(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {

@@ -3,11 +3,12 @@
 // With z_j from chunk_scan_transposed.wgsl and off_i from chunk_scan.wgsl:
 //   dx_j  = dt_j (z_j + CB_jj dy_j) + D dy_j;   ddt_j = x_j . (z_j + CB_jj dy_j)
 //   da_j  = dy_j . off_j - dt_j (x_j . z_j);    skip_j = x_j . dy_j, whose sum is dD
-// The diagonal of CB has decay 1 whatever a is and is kept out of da: subtracting it afterwards would cancel badly.
+// The diagonal of CB has decay 1 whatever a is and is kept out of da: subtracting it afterwards would cancel
+// badly.
 //
-// x, dy, off and dx [B,L,H,P] (dx holds z on entry), CB [B,nC,G,Q,Q]; dt, ddt and dcumsum (= da) [B,H,nC,Q], 0 past the end
-// of the row; skip [B,L,H]. `inputs` comes first, `exponents` adds to its dcumsum. One invocation computes one position of
-// one head.
+// x, dy, off and dx [B,L,H,P] (dx holds z on entry), CB [B,nC,G,Q,Q]; dt, ddt and dcumsum (= da) [B,H,nC,Q],
+// 0 past the end of the row; skip [B,L,H]. `inputs` comes first, `exponents` adds to its dcumsum. One
+// invocation computes one position of one head.
 
 import package::lib::index::workgroup_index;
 
@@ -61,7 +62,8 @@ fn place_of(id: u32) -> Place {
 
 @compute @workgroup_size(WG)
 fn inputs(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {
@@ -73,7 +75,8 @@ fn inputs(
   let step = dt[id];
   if (at.t < params.seqlen) {
     let q = at.t % params.chunk_size;
-    let matrix = (at.b * params.nchunks + at.t / params.chunk_size) * params.ngroups + at.h / (params.nheads / params.ngroups);
+    let group = at.h / (params.nheads / params.ngroups);
+    let matrix = (at.b * params.nchunks + at.t / params.chunk_size) * params.ngroups + group;
     let cb = CB[(matrix * params.chunk_size + q) * params.chunk_size + q];
     let first = ((at.b * params.seqlen + at.t) * params.nheads + at.h) * params.headdim / WIDTH;
     for (var p = first; p < first + params.headdim / WIDTH; p++) {
@@ -90,7 +93,8 @@ fn inputs(
 
 @compute @workgroup_size(WG)
 fn exponents(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   let at = place_of(id);

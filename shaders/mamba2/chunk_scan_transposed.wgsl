@@ -1,13 +1,14 @@
-// z_j[p] = sum_{i>j} CB_ij exp(a_i - a_j) dy_i[p] within each chunk: the gradient of dt_j x_j, less its diagonal term.
+// z_j[p] = sum_{i>j} CB_ij exp(a_i - a_j) dy_i[p] by chunks: the gradient of dt_j x_j without the diagonal.
 //
-// CB [B,nC,G,Q,Q], dy and z [B,L,H,P], dA_cumsum (= a) [B,H,nC,Q]; f32 sums in order of i. Pairs of different documents are
-// left out (start [B,nC,Q], see document_start.wgsl).
+// CB [B,nC,G,Q,Q], dy and z [B,L,H,P], dA_cumsum (= a) [B,H,nC,Q]; f32 sums in order of i. Pairs of different
+// documents are left out (start [B,nC,Q], see document_start.wgsl).
 //
-// One invocation computes a tile of 8 positions j by 8 p in registers. Behind the tile (i > jl, its last position) the decay
-// is split into exp(a_i - a_jl) exp(a_jl - a_j), both with exponents <= 0: one exp per i, not one per pair.
+// One invocation computes a tile of 8 positions j by 8 p. Behind the tile (i > jl, its last position) the
+// decay is split into exp(a_i - a_jl) exp(a_jl - a_j), both with exponents <= 0: one exp per i, not one per
+// pair.
 
 import package::lib::index::workgroup_index;
-import package::lib::tile::{next_quad, below, quad_indices};
+import package::lib::tile::{Tile, add_outer, sums_of, next_quad, four, quad_indices};
 
 struct Params {
   seqlen: u32,
@@ -31,12 +32,16 @@ struct Params {
 
 override WG: u32 = 64;
 
-@if(vec4) fn load_CB(row: u32, j: u32) -> vec4f {
-  return CB[(row * params.chunk_size + j) / 4u];
+@if(vec4) fn load_CB(row: u32, j: vec4u) -> vec4f {
+  return CB[(row * params.chunk_size + j.x) / 4u];
 }
-@else fn load_CB(row: u32, j: u32) -> vec4f {
-  let at = quad_indices(row, j, params.chunk_size);
+@else fn load_CB(row: u32, j: vec4u) -> vec4f {
+  let at = row * params.chunk_size + j;
   return vec4f(CB[at.x], CB[at.y], CB[at.z], CB[at.w]);
+}
+
+fn load_a(at: vec4u) -> vec4f {
+  return vec4f(dA_cumsum[at.x], dA_cumsum[at.y], dA_cumsum[at.z], dA_cumsum[at.w]);
 }
 
 @if(vec4) fn load_dy(row: u32, p: u32) -> vec4f {
@@ -45,11 +50,6 @@ override WG: u32 = 64;
 @else fn load_dy(row: u32, p: u32) -> vec4f {
   let at = quad_indices(row, p, params.headdim);
   return vec4f(dy[at.x], dy[at.y], dy[at.z], dy[at.w]);
-}
-
-fn load_a(chunk: u32, q: u32) -> vec4f {
-  let at = quad_indices(chunk, q, params.chunk_size);
-  return vec4f(dA_cumsum[at.x], dA_cumsum[at.y], dA_cumsum[at.z], dA_cumsum[at.w]);
 }
 
 @if(vec4) fn store(row: u32, p: u32, value: vec4f) {
@@ -63,7 +63,8 @@ fn load_a(chunk: u32, q: u32) -> vec4f {
 
 @compute @workgroup_size(WG)
 fn chunk_scan_transposed(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   var id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {
@@ -85,55 +86,42 @@ fn chunk_scan_transposed(
   if (j0 >= length) {
     return;
   }
-  let j1 = next_quad(j0, params.chunk_size);
   let row = b * params.seqlen + first;
-  let chunk = (b * params.nheads + h) * params.nchunks + c;
+  let steps = ((b * params.nheads + h) * params.nchunks + c) * params.chunk_size;
   let matrix = ((b * params.nchunks + c) * params.ngroups + g) * params.chunk_size;
   let begins = (b * params.nchunks + c) * params.chunk_size;
-  let aa = load_a(chunk, j0);
-  let ab = load_a(chunk, j1);
-  let a_last = ab.w;
-  let fa = exp(min(a_last - aa, vec4f(0.0)));
-  let fb = exp(min(a_last - ab, vec4f(0.0)));
+  // What is computed for positions past the end is not stored.
+  let ja = four(j0, params.chunk_size - 1u);
+  let jb = four(next_quad(j0, params.chunk_size), params.chunk_size - 1u);
+  let aa = load_a(steps + ja);
+  let ab = load_a(steps + jb);
+  let fa = exp(min(ab.w - aa, vec4f()));
+  let fb = exp(min(ab.w - ab, vec4f()));
 
-  var r0 = vec4f(); var r1 = vec4f(); var r2 = vec4f(); var r3 = vec4f();
-  var r4 = vec4f(); var r5 = vec4f(); var r6 = vec4f(); var r7 = vec4f();
-  var s0 = vec4f(); var s1 = vec4f(); var s2 = vec4f(); var s3 = vec4f();
-  var s4 = vec4f(); var s5 = vec4f(); var s6 = vec4f(); var s7 = vec4f();
-  for (var i = j0 + 1u; i < length; i++) {
-    let a_i = dA_cumsum[chunk * params.chunk_size + i];
-    var wa = load_CB(matrix + i, j0);
-    var wb = load_CB(matrix + i, j1);
-    if (i > j0 + 7u) {
-      let after = exp(min(a_i - a_last, 0.0));
-      wa *= after * fa;
-      wb *= after * fb;
-    } else {
-      wa = select(vec4f(0.0), wa * exp(min(a_i - aa, vec4f(0.0))), below(j0, i));
-      wb = select(vec4f(0.0), wb * exp(min(a_i - ab, vec4f(0.0))), below(j1, i));
-    }
-    @if(documents) {
-      let begin = start[begins + i];
-      wa = select(wa, vec4f(0.0), vec4i(i32(j0)) + vec4i(0, 1, 2, 3) < vec4i(begin));
-      wb = select(wb, vec4f(0.0), vec4i(i32(j1)) + vec4i(0, 1, 2, 3) < vec4i(begin));
-    }
-    let d0 = load_dy((row + i) * params.nheads + h, p0);
-    let d1 = load_dy((row + i) * params.nheads + h, p1);
-    r0 += wa.x * d0; s0 += wa.x * d1;
-    r1 += wa.y * d0; s1 += wa.y * d1;
-    r2 += wa.z * d0; s2 += wa.z * d1;
-    r3 += wa.w * d0; s3 += wa.w * d1;
-    r4 += wb.x * d0; s4 += wb.x * d1;
-    r5 += wb.y * d0; s5 += wb.y * d1;
-    r6 += wb.z * d0; s6 += wb.z * d1;
-    r7 += wb.w * d0; s7 += wb.w * d1;
+  var tile = Tile();
+  for (var i = j0 + 1u; i < min(j0 + 8u, length); i++) {
+    let a_i = dA_cumsum[steps + i];
+    var wa = select(vec4f(), load_CB(matrix + i, ja) * exp(min(a_i - aa, vec4f())), ja < vec4u(i));
+    var wb = select(vec4f(), load_CB(matrix + i, jb) * exp(min(a_i - ab, vec4f())), jb < vec4u(i));
+    @if(documents) let begin = vec4i(start[begins + i]);
+    @if(documents) wa = select(wa, vec4f(), vec4i(ja) < begin);
+    @if(documents) wb = select(wb, vec4f(), vec4i(jb) < begin);
+    let dy_row = (row + i) * params.nheads + h;
+    add_outer(&tile, wa, wb, load_dy(dy_row, p0), load_dy(dy_row, p1));
   }
-  let sums = array<vec4f, 16>(r0, s0, r1, s1, r2, s2, r3, s3, r4, s4, r5, s5, r6, s6, r7, s7);
-  for (var k = 0u; k < 8u; k++) {
-    let j = select(j1 + k - 4u, j0 + k, k < 4u);
-    if (j < length) {
-      store((row + j) * params.nheads + h, p0, sums[2u * k]);
-      store((row + j) * params.nheads + h, p1, sums[2u * k + 1u]);
-    }
+  for (var i = j0 + 8u; i < length; i++) {
+    let kept = exp(min(dA_cumsum[steps + i] - ab.w, 0.0));
+    var wa = load_CB(matrix + i, ja) * fa;
+    var wb = load_CB(matrix + i, jb) * fb;
+    @if(documents) let begin = vec4i(start[begins + i]);
+    @if(documents) wa = select(wa, vec4f(), vec4i(ja) < begin);
+    @if(documents) wb = select(wb, vec4f(), vec4i(jb) < begin);
+    let dy_row = (row + i) * params.nheads + h;
+    add_outer(&tile, wa, wb, kept * load_dy(dy_row, p0), kept * load_dy(dy_row, p1));
+  }
+  let sums = sums_of(tile);
+  for (var k = 0u; k < 8u && j0 + k < length; k++) {
+    store((row + j0 + k) * params.nheads + h, p0, sums[2u * k]);
+    store((row + j0 + k) * params.nheads + h, p1, sums[2u * k + 1u]);
   }
 }

@@ -1,12 +1,13 @@
 // S[b,c,h,p,n] = sum over the positions t of chunk c of weight_t v_t[p] u_t[n].
 //
-// v [B,L,H,P], u [B,L,G,N] (head h reads group h / (H/G)), weight [B,H,nC,Q], S [B,nC,H,P,N]; f32 sums in order of t.
-// With v = x, u = B and the leaving weights this is what a chunk adds to the state (Mamba-2, arXiv 2405.21060, section 6);
-// with v = dy, u = C and the entering weights it is the gradient of the state that entered it.
-// One invocation computes a tile of 8 p by 8 n in registers: four quads are loaded for 64 multiply-adds.
+// v [B,L,H,P], u [B,L,G,N] (head h reads group h / (H/G)), weight [B,H,nC,Q], S [B,nC,H,P,N]; f32 sums in
+// order of t. With v = x, u = B and the leaving weights this is what a chunk adds to the state; with v = dy,
+// u = C and the entering weights it is the gradient of the state that entered it.
+// One invocation computes a tile of 8 p by 8 n: four quads are loaded for 64 multiply-adds.
+// Source: Mamba-2, arXiv 2405.21060, section 6.
 
 import package::lib::index::workgroup_index;
-import package::lib::tile::{next_quad, below, quad_indices};
+import package::lib::tile::{Tile, add_outer, sums_of, next_quad, quad_indices};
 
 struct Params {
   seqlen: u32,
@@ -35,7 +36,7 @@ override WG: u32 = 64;
 }
 @else fn load_v(row: u32, p: u32) -> vec4f {
   let at = quad_indices(row, p, params.headdim);
-  return select(vec4f(0.0), vec4f(v[at.x], v[at.y], v[at.z], v[at.w]), below(p, params.headdim));
+  return vec4f(v[at.x], v[at.y], v[at.z], v[at.w]);
 }
 
 @if(vec4) fn load_u(row: u32, n: u32) -> vec4f {
@@ -43,7 +44,7 @@ override WG: u32 = 64;
 }
 @else fn load_u(row: u32, n: u32) -> vec4f {
   let at = quad_indices(row, n, params.dstate);
-  return select(vec4f(0.0), vec4f(u[at.x], u[at.y], u[at.z], u[at.w]), below(n, params.dstate));
+  return vec4f(u[at.x], u[at.y], u[at.z], u[at.w]);
 }
 
 @if(vec4) fn store(head: u32, p: u32, n: u32, value: vec4f) {
@@ -59,7 +60,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn chunk_state(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   var id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {
@@ -81,27 +83,14 @@ fn chunk_state(
   let length = min(params.chunk_size, params.seqlen - first);
   let weights = ((b * params.nheads + h) * params.nchunks + c) * params.chunk_size;
 
-  var r0 = vec4f(); var r1 = vec4f(); var r2 = vec4f(); var r3 = vec4f();
-  var r4 = vec4f(); var r5 = vec4f(); var r6 = vec4f(); var r7 = vec4f();
-  var s0 = vec4f(); var s1 = vec4f(); var s2 = vec4f(); var s3 = vec4f();
-  var s4 = vec4f(); var s5 = vec4f(); var s6 = vec4f(); var s7 = vec4f();
+  var tile = Tile();
   for (var t = 0u; t < length; t++) {
-    let row = b * params.seqlen + first + t;
     let w = weight[weights + t];
-    let v0 = w * load_v(row * params.nheads + h, p0);
-    let v1 = w * load_v(row * params.nheads + h, p1);
-    let u0 = load_u(row * params.ngroups + g, n0);
-    let u1 = load_u(row * params.ngroups + g, n1);
-    r0 += v0.x * u0; s0 += v0.x * u1;
-    r1 += v0.y * u0; s1 += v0.y * u1;
-    r2 += v0.z * u0; s2 += v0.z * u1;
-    r3 += v0.w * u0; s3 += v0.w * u1;
-    r4 += v1.x * u0; s4 += v1.x * u1;
-    r5 += v1.y * u0; s5 += v1.y * u1;
-    r6 += v1.z * u0; s6 += v1.z * u1;
-    r7 += v1.w * u0; s7 += v1.w * u1;
+    let v_row = (b * params.seqlen + first + t) * params.nheads + h;
+    let u_row = (b * params.seqlen + first + t) * params.ngroups + g;
+    add_outer(&tile, w * load_v(v_row, p0), w * load_v(v_row, p1), load_u(u_row, n0), load_u(u_row, n1));
   }
-  let sums = array<vec4f, 16>(r0, s0, r1, s1, r2, s2, r3, s3, r4, s4, r5, s5, r6, s6, r7, s7);
+  let sums = sums_of(tile);
   for (var k = 0u; k < 8u; k++) {
     let p = select(p1 + k - 4u, p0 + k, k < 4u);
     store(head, p, n0, sums[2u * k]);

@@ -1,9 +1,12 @@
 // Gradients of chunk_state for x, dt and the decay exponent a, from w_t = dS B_t (apply_state.wgsl):
-//   s_t = w_t . x_t;  dx_t = weight_t w_t;  ddt_t = decay_t s_t;  da_t = -weight_t s_t;  da_last += sum_t weight_t s_t.
+//   s_t = w_t . x_t;  dx_t = weight_t w_t;  ddt_t = decay_t s_t;  da_t = -weight_t s_t;  da_last += sum_t
+//   weight_t s_t.
 //
-// x and dx [B,L,H,P] (dx holds w on entry); decay, weight, ddt and dcumsum (= da) [B,H,nC,Q], 0 past the end of the row.
+// x and dx [B,L,H,P] (dx holds w on entry); decay, weight, ddt and dcumsum (= da) [B,H,nC,Q], 0 past the end
+// of the row.
 // The chunk's last position has decay 1 whatever a is, so it takes no part in da.
-// `positions`: one invocation computes one position of one head. `last`: one invocation sums one chunk of one head.
+// `positions`: one invocation computes one position of one head. `last`: one invocation sums one chunk of one
+// head.
 
 import package::lib::index::workgroup_index;
 
@@ -50,7 +53,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn positions(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {
@@ -70,7 +74,8 @@ fn positions(
 
 @compute @workgroup_size(WG)
 fn last(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {

@@ -1,9 +1,12 @@
-// start[b,c,q]: where the document of position q of chunk c begins, as a position in that chunk; -1 if before the chunk.
+// start[b,c,q]: where the document of position q of chunk c begins, as a position in that chunk; -1 if before
+// the chunk.
 //
-// seq_idx [B,L], start [B,nC,Q]. A document starts wherever seq_idx differs from the position before it, so equal values
-// with another document between them stay apart. The first document of a row continues what came before the row (-1).
-// With i >= j: positions i and j share a document iff j >= start[i]; the state entering the chunk reaches i iff
-// start[i] < 0. Positions past the end of the row continue its last document. One invocation walks one chunk.
+// seq_idx [B,L], start [B,nC,Q]. A document starts wherever seq_idx differs from the position before it, so
+// equal values with another document between them stay apart. The first document of a row continues what came
+// before the row (-1).
+// With i >= j: positions i and j share a document iff j >= start[i]; the state entering the chunk reaches i
+// iff start[i] < 0. Positions past the end of the row continue its last document. One invocation walks one
+// chunk.
 
 import package::lib::index::workgroup_index;
 
@@ -22,7 +25,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn document_start(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {

@@ -1,7 +1,8 @@
 // S <- exp(dt A) S + dt x (outer) B,   y = S C + D x: one decode step of the scan.
 //
-// state S [B,H,P,N] changes in place, in f32; x and y [B,H,P], dt and dA = dt A [B,H] (from chunk_cumsum with one position),
-// B and C [B,G,N] (head h reads group h / (H/G)), D [H]. One invocation updates one row S[b,h,p,:].
+// state S [B,H,P,N] changes in place, in f32; x and y [B,H,P], dt and dA = dt A [B,H] (from chunk_cumsum with
+// one position), B and C [B,G,N] (head h reads group h / (H/G)), D [H]. One invocation updates one row
+// S[b,h,p,:].
 
 import package::lib::index::workgroup_index;
 
@@ -40,7 +41,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn selective_state_update(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {

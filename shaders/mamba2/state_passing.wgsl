@@ -1,7 +1,9 @@
-// prev[0] = initial, prev[c+1] = share_c prev[c] + states[c], share_c = exp(a_last) of chunk c; prev[nC] is the final state.
+// prev[0] = initial, prev[c+1] = share_c prev[c] + states[c], share_c = exp(a_last) of chunk c; prev[nC] is
+// the final state.
 //
-// states and prev [B,nC,H,P,N], initial and final [B,H,P,N], dA_cumsum (= a) [B,H,nC,Q]. A chunk in which a document starts
-// lets nothing through (start [B,nC,Q], see document_start.wgsl). f32 throughout: a state is never stored in less.
+// states and prev [B,nC,H,P,N], initial and final [B,H,P,N], dA_cumsum (= a) [B,H,nC,Q]. A chunk in which a
+// document starts lets nothing through (start [B,nC,Q], see document_start.wgsl). f32 throughout: a state is
+// never stored in less.
 // One invocation carries one element (a quad with `vec4`) through all chunks.
 
 import package::lib::index::workgroup_index;
@@ -29,7 +31,8 @@ override WG: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn state_passing(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {
@@ -40,11 +43,13 @@ fn state_passing(
   var state = Cell();
   @if(initial) state = initial_state[id];
   for (var c = 0u; c < params.nchunks; c++) {
-    let at = ((b * params.nchunks + c) * params.nheads + head % params.nheads) * params.cells + id % params.cells;
+    let row = (b * params.nchunks + c) * params.nheads + head % params.nheads;
+    let at = row * params.cells + id % params.cells;
     prev_states[at] = state;
     let last = (head * params.nchunks + c + 1u) * params.chunk_size - 1u;
     var share = exp(min(dA_cumsum[last], 0.0));
-    @if(documents) share = select(0.0, share, start[(b * params.nchunks + c + 1u) * params.chunk_size - 1u] < 0);
+    @if(documents) let end = (b * params.nchunks + c + 1u) * params.chunk_size;
+    @if(documents) share = select(0.0, share, start[end - 1u] < 0);
     state = share * state + states[at];
   }
   final_state[id] = state;

@@ -1,9 +1,11 @@
 // Gradients of state_passing. From the last chunk to the first, with dS = dfinal at the end:
-//   dstates[c] = dS;   da_last[c] = share_c <dS, prev[c]>;   dS <- share_c dS + dprev[c];   dinitial = dS after chunk 0.
+//   dstates[c] = dS;   da_last[c] = share_c <dS, prev[c]>;   dS <- share_c dS + dprev[c];   dinitial = dS
+//   after chunk 0.
 //
-// Shapes and share_c as in state_passing.wgsl; dcumsum [B,H,nC,Q] is zero but at the last position of a chunk.
-// `states`: one invocation carries one element (a quad with `vec4`) back through all chunks. `exponents`: one workgroup
-// sums <dS, prev> over the P * N elements of one chunk of one head.
+// Shapes and share_c as in state_passing.wgsl; dcumsum [B,H,nC,Q] is zero but at the last position of a
+// chunk.
+// `states`: one invocation carries one element (a quad with `vec4`) back through all chunks. `exponents`: one
+// workgroup sums <dS, prev> over the P * N elements of one chunk of one head.
 
 import package::lib::index::workgroup_index;
 import package::lib::reduce::workgroup_sum;
@@ -44,7 +46,8 @@ fn share(head: u32, c: u32) -> f32 {
 }
 
 fn cell(head: u32, c: u32, i: u32) -> u32 {
-  return ((head / params.nheads * params.nchunks + c) * params.nheads + head % params.nheads) * params.cells + i;
+  let row = (head / params.nheads * params.nchunks + c) * params.nheads + head % params.nheads;
+  return row * params.cells + i;
 }
 
 @if(vec4) fn sum_of(product: vec4f) -> f32 {
@@ -56,7 +59,8 @@ fn cell(head: u32, c: u32, i: u32) -> u32 {
 
 @compute @workgroup_size(WG)
 fn states(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {
@@ -74,7 +78,8 @@ fn states(
 
 @compute @workgroup_size(WG)
 fn exponents(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg); // head * nchunks + c
   if (id >= params.total) {

@@ -1,7 +1,7 @@
 // out[s,k] = the sum of x[r, offset + k] over the rows r of slice s: SLICE rows each, in their order.
 //
-// x [rows, stride], out [ceil(rows / SLICE), cols]. Launched again on its own output until one row is left, it sums any
-// number of rows in a fixed order. One invocation sums one column of one slice.
+// x [rows, stride], out [ceil(rows / SLICE), cols]. Launched again on its own output until one row is left,
+// it sums any number of rows in a fixed order. One invocation sums one column of one slice.
 
 import package::lib::index::workgroup_index;
 
@@ -22,7 +22,8 @@ override SLICE: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn sum_rows(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let id = workgroup_index(wid, nwg) * WG + lane;
   if (id >= params.total) {

@@ -4,8 +4,9 @@
 //   x, z, out [tokens, ngroups, n] · weight [ngroups, n] · rstd [tokens, ngroups]; a plain norm has one group
 //   Elements are V: vec4f where n is a multiple of 4 (condition `vec4`). Sums in f32.
 //
-// rms_norm_rows: one invocation owns the same group of four neighbouring tokens, so that a weight is loaded once for
-// four; nothing is shared between invocations. rms_norm_row: one workgroup owns one group of one token.
+// rms_norm_rows: one invocation owns the same group of four neighbouring tokens, so that a weight is loaded
+// once for four; nothing is shared between invocations. rms_norm_row: one workgroup owns one group of one
+// token.
 import package::lib::index::workgroup_index;
 import package::lib::reduce::workgroup_sum;
 import package::lib::activations::{silu, silu4};
@@ -43,7 +44,8 @@ fn square(v: V) -> f32 {
 
 @compute @workgroup_size(WG)
 fn rms_norm_rows(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   let g = i % params.ngroups;
@@ -55,7 +57,8 @@ fn rms_norm_rows(
   let at = row * params.cols;
   var sum = vec4f();
   for (var c = 0u; c < params.cols; c++) {
-    sum += vec4f(square(value(at.x + c)), square(value(at.y + c)), square(value(at.z + c)), square(value(at.w + c)));
+    sum += vec4f(square(value(at.x + c)), square(value(at.y + c)),
+      square(value(at.z + c)), square(value(at.w + c)));
   }
   let r = inverseSqrt(sum / f32(params.n) + params.eps);
   for (var c = 0u; c < params.cols; c++) {
@@ -73,7 +76,8 @@ fn rms_norm_rows(
 
 @compute @workgroup_size(WG)
 fn rms_norm_row(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let row = workgroup_index(wid, nwg);
   if (row >= params.tokens * params.ngroups) { return; }

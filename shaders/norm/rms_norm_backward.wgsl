@@ -3,11 +3,13 @@
 //   dv = rstd * (g - vhat * mean(g * vhat)), the mean over the n columns of a group
 //   dx = dv, or with the condition `gated` (v = x * silu(z)): dx = dv * silu(z), dz = dv * x * silu'(z)
 //
-// Shapes, elements and the two ways of sharing the work are those of rms_norm.wgsl. Sums in f32.
-// Source: spec of the gated norm in state-spaces/mamba (layernorm_gated, norm_before_gate = false).
+// Shapes, elements and the two ways of sharing the work are those of rms_norm.wgsl. Sums in f32. The way by rows
+// also leaves the sum of dout * vhat over its four tokens in `partial` [ceil(tokens / 4), ngroups, n], from which
+// weight_gradient.wgsl makes the gradient of the weight: all that it needs is at hand here.
+// Source: state-spaces/mamba, layernorm_gated with norm_before_gate = false.
 import package::lib::index::workgroup_index;
 import package::lib::reduce::workgroup_sum;
-import package::lib::activations::{silu, silu4, silu_grad, silu_grad4};
+import package::lib::activations::{sigmoid, sigmoid4};
 
 @if(vec4) alias V = vec4f;
 @else alias V = f32;
@@ -19,6 +21,7 @@ import package::lib::activations::{silu, silu4, silu_grad, silu_grad4};
 @group(0) @binding(4) var<storage, read> dout: array<V>;
 @group(0) @binding(5) var<storage, read_write> dx: array<V>;
 @if(gated) @group(0) @binding(6) var<storage, read_write> dz: array<V>;
+@group(0) @binding(7) var<storage, read_write> partial: array<V>;
 
 struct Params {
   tokens: u32,
@@ -30,9 +33,17 @@ struct Params {
 
 override WG: u32 = 64;
 
+@if(gated)
+fn gate_of(v: V) -> V {
+  @if(vec4) return sigmoid4(v);
+  @else return sigmoid(v);
+}
+
 fn value(i: u32) -> V {
-  @if(gated && vec4) return x[i] * silu4(z[i]);
-  @elif(gated) return x[i] * silu(z[i]);
+  @if(gated) {
+    let gate = z[i];
+    return x[i] * gate * gate_of(gate);
+  }
   @else return x[i];
 }
 
@@ -41,35 +52,39 @@ fn product(a: V, b: V) -> f32 {
   @else return a * b;
 }
 
-// Writes the gradients of element i. `mean` is that of g * vhat, `w` the weight.
-fn store(i: u32, r: f32, mean: f32, w: V) {
-  @if(gated && vec4) {
-    let gate = silu4(z[i]);
-    let dv = r * (dout[i] * w - x[i] * gate * r * mean);
-    dx[i] = dv * gate;
-    dz[i] = dv * x[i] * silu_grad4(z[i]);
-  }
-  @elif(gated) {
-    let gate = silu(z[i]);
-    let dv = r * (dout[i] * w - x[i] * gate * r * mean);
-    dx[i] = dv * gate;
-    dz[i] = dv * x[i] * silu_grad(z[i]);
+// Writes the gradients of element i and returns dout * vhat. `mean` is that of g * vhat, `w` the weight.
+fn store(i: u32, r: f32, mean: f32, w: V) -> V {
+  let incoming = dout[i];
+  let input = x[i];
+  @if(gated) {
+    let gate = z[i];
+    let s = gate_of(gate);
+    let vhat = r * input * gate * s;
+    let dv = r * (incoming * w - vhat * mean);
+    dx[i] = dv * gate * s;
+    dz[i] = dv * input * s * (1.0 + gate * (1.0 - s));
+    return incoming * vhat;
   }
   @else {
-    dx[i] = r * (dout[i] * w - x[i] * r * mean);
+    let vhat = r * input;
+    dx[i] = r * (incoming * w - vhat * mean);
+    return incoming * vhat;
   }
 }
 
 @compute @workgroup_size(WG)
 fn rms_norm_backward_rows(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   let g = i % params.ngroups;
   let first = i / params.ngroups * 4u;
   if (first >= params.tokens) { return; }
-  // Tokens past the end repeat the last one: the same values are written again.
-  let t = min(first + vec4u(0u, 1u, 2u, 3u), vec4u(params.tokens - 1u));
+  // Tokens past the end repeat the last one: the same values are written again, but summed only once.
+  let wanted = first + vec4u(0u, 1u, 2u, 3u);
+  let live = select(vec4f(), vec4f(1.0), vec4u(params.tokens) > wanted);
+  let t = min(wanted, vec4u(params.tokens - 1u));
   let row = t * params.ngroups + g;
   let at = row * params.cols;
   var sum = vec4f();
@@ -82,16 +97,18 @@ fn rms_norm_backward_rows(
   let mean = sum * r / f32(params.n);
   for (var c = 0u; c < params.cols; c++) {
     let w = weight[g * params.cols + c];
-    store(at.x + c, r.x, mean.x, w);
-    store(at.y + c, r.y, mean.y, w);
-    store(at.z + c, r.z, mean.z, w);
-    store(at.w + c, r.w, mean.w, w);
+    var sum = store(at.x + c, r.x, mean.x, w);
+    sum += live.y * store(at.y + c, r.y, mean.y, w);
+    sum += live.z * store(at.z + c, r.z, mean.z, w);
+    sum += live.w * store(at.w + c, r.w, mean.w, w);
+    partial[i * params.cols + c] = sum; // i is part * ngroups + g
   }
 }
 
 @compute @workgroup_size(WG)
 fn rms_norm_backward_row(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let row = workgroup_index(wid, nwg);
   if (row >= params.tokens * params.ngroups) { return; }
@@ -104,6 +121,6 @@ fn rms_norm_backward_row(
   let r = rstd[row];
   let mean = workgroup_sum(sum, lane) * r / f32(params.n);
   for (var c = lane; c < params.cols; c += WG) {
-    store(at + c, r, mean, weight[g * params.cols + c]);
+    _ = store(at + c, r, mean, weight[g * params.cols + c]);
   }
 }

@@ -1,6 +1,8 @@
-// RMS norm, backward to its weight: dweight = sum over tokens of dout * v * rstd, in two passes of fixed order.
+// RMS norm, backward to its weight: dweight = sum over tokens of dout * v * rstd, in two passes of fixed
+// order.
 //
-//   v = x, or x * silu(z) with the condition `gated`; x, z, dout [tokens, ngroups, n] · rstd [tokens, ngroups]
+//   v = x, or x * silu(z) with the condition `gated`; x, z, dout [tokens, ngroups, n] · rstd [tokens,
+//   ngroups]
 //   partial [nparts, ngroups * n] · dweight [ngroups * n]. Elements are V: vec4f where n is a multiple of 4.
 //
 // sum_tokens: one invocation owns one V of columns and the tokens of one part.
@@ -37,7 +39,8 @@ fn value(i: u32) -> V {
 
 @compute @workgroup_size(WG)
 fn sum_tokens(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let i = workgroup_index(wid, nwg) * WG + lane;
   let width = params.ngroups * params.cols;
@@ -55,7 +58,8 @@ fn sum_tokens(
 
 @compute @workgroup_size(WG)
 fn sum_parts(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u, @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
 ) {
   let c = workgroup_index(wid, nwg) * WG + lane;
   let width = params.ngroups * params.cols;

@@ -30,7 +30,9 @@ export class Tape {
     const produced = new Set(this.#records.flatMap((record) => record.outputs.map((output) => output.key)));
     try {
       outputs.forEach((output, i) => accumulate(gradients, output.key, seeds[i]!.retain()));
-      for (let record = this.#records.pop(); record; record = this.#records.pop()) walkBack(record, gradients);
+      for (let record = this.#records.pop(); record; record = this.#records.pop()) {
+        walkBack(record, gradients);
+      }
     } catch (error) {
       for (const gradient of gradients.values()) gradient.release();
       this.dispose();

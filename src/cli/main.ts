@@ -9,7 +9,8 @@ import { quickstart } from "./commands/quickstart.ts";
 import { train } from "./commands/train.ts";
 
 // Both src/cli and dist/node lie two folders below package.json.
-const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
+const { version } =
+  JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
 
 process.exitCode = await runCli([doctor, info, train, generate, logits, bench, quickstart], process.argv.slice(2), {
   version,

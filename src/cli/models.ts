@@ -12,11 +12,14 @@ import { BYTE_VOCABULARY, byteTokenizer } from "../text/byte_tokenizer.ts";
 import { hubTokenizer, type Tokenizer } from "../text/tokenizer.ts";
 
 /**
- * The folder that holds config.json: the given one, or, for the output folder of a training run, its newest checkpoint.
+ * The folder that holds config.json: the given one, or, for the output folder of a training run,
+ * its newest checkpoint.
  * @throws UsageError when there is no such folder; FormatError when it holds no model.
  */
 export function modelFolder(path: string): string {
-  if (!statSync(path, { throwIfNoEntry: false })?.isDirectory()) throw new UsageError(`The model folder ${path} does not exist.`);
+  if (!statSync(path, { throwIfNoEntry: false })?.isDirectory()) {
+    throw new UsageError(`The model folder ${path} does not exist.`);
+  }
   if (existsSync(join(path, "config.json"))) return path;
   const latest = join(path, "latest");
   if (existsSync(latest)) {
@@ -31,7 +34,8 @@ export function findConfig(nameOrPath: string, options: { dt_min_clamp?: boolean
   if (presetNames().includes(nameOrPath)) return preset(nameOrPath);
   const stats = statSync(nameOrPath, { throwIfNoEntry: false });
   if (!stats) {
-    throw new UsageError(`"${nameOrPath}" is neither a preset (${presetNames().join(", ")}) nor an existing file or folder.`);
+    throw new UsageError(
+      `"${nameOrPath}" is neither a preset (${presetNames().join(", ")}) nor an existing file or folder.`);
   }
   const file = stats.isDirectory() ? join(modelFolder(nameOrPath), "config.json") : nameOrPath;
   return parseConfig(readFileSync(file), { what: file, ...options });
@@ -44,24 +48,30 @@ export interface FoundTokenizer {
 }
 
 /**
- * The tokenizer of a tokenizer.json or of a folder that holds one; bytes where there is none and the vocabulary allows it.
- * @throws UsageError for a path that does not exist; FormatError when the vocabulary is smaller than the tokenizer's.
+ * The tokenizer of a tokenizer.json or of a folder that holds one;
+ * bytes where there is none and the vocabulary allows it.
+ * @throws UsageError for a path that does not exist;
+ *   FormatError when the vocabulary is smaller than the tokenizer's.
  */
 export function findTokenizer(path: string | null, vocabSize: number): FoundTokenizer {
   const isFolder = path !== null && statSync(path, { throwIfNoEntry: false })?.isDirectory();
   const file = isFolder ? join(path, "tokenizer.json") : path;
-  if (file && !isFolder && !existsSync(file)) throw new UsageError(`The tokenizer file ${file} does not exist.`);
+  if (file && !isFolder && !existsSync(file)) {
+    throw new UsageError(`The tokenizer file ${file} does not exist.`);
+  }
   if (!file || !existsSync(file)) {
     if (vocabSize >= BYTE_VOCABULARY) return { tokenizer: byteTokenizer(vocabSize), files: {} };
     throw new FormatError(
-      `${path ?? "The model"} has no tokenizer.json, and bytes need a vocabulary of at least ${BYTE_VOCABULARY}, found ${vocabSize}.`);
+      `${path ?? "The model"} has no tokenizer.json, and bytes need a vocabulary of at least ` +
+      `${BYTE_VOCABULARY}, found ${vocabSize}.`);
   }
   const settings = join(dirname(file), "tokenizer_config.json");
   const files: Record<string, string> = { "tokenizer.json": readFileSync(file, "utf8") };
   if (existsSync(settings)) files["tokenizer_config.json"] = readFileSync(settings, "utf8");
   const tokenizer = hubTokenizer(files["tokenizer.json"]!, files["tokenizer_config.json"]);
   if (tokenizer.vocabSize > vocabSize) {
-    throw new FormatError(`The tokenizer ${file} has ${tokenizer.vocabSize} ids, but the model's vocabulary only ${vocabSize}.`);
+    throw new FormatError(
+      `The tokenizer ${file} has ${tokenizer.vocabSize} ids, but the model's vocabulary only ${vocabSize}.`);
   }
   return { tokenizer, files };
 }

@@ -1,4 +1,7 @@
-/** A training run with its files: metrics, checkpoints, loss curve. Shared by `krait train` and the quickstart. */
+/**
+ * A training run with its files: metrics, checkpoints, loss curve.
+ * Shared by `krait train` and the quickstart.
+ */
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { localFileLayer } from "../io/files.node.ts";
@@ -48,7 +51,9 @@ export interface TrainingResult {
   readonly interrupted: boolean;
 }
 
-/** Trains to the end of the recipe or until interrupted; either way the newest state is on disk afterwards. */
+/**
+ * Trains to the end of the recipe or until interrupted; either way the newest state is on disk afterwards.
+ */
 export async function runTraining(options: TrainingOptions): Promise<TrainingResult> {
   const { device, recipe, split, tokenizer, out, signal } = options;
   const corpus = tokenizeDocuments(split.train, tokenizer);
@@ -58,7 +63,9 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
   const previous = await openCheckpoint(layer, out);
   if (options.resume && !previous) throw new KraitError(`There is no checkpoint in ${out} to resume from.`);
   if (!options.resume && previous) {
-    throw new KraitError(`${out} already holds a run (its newest checkpoint is ${previous.name}); give another --out, or --resume.`);
+    throw new KraitError(
+      `${out} already holds a run (its newest checkpoint is ${previous.name}); give another --out, ` +
+      "or --resume.");
   }
   checkCorpusSize(corpus.tokens.length, recipe);
   const model = new NemotronH(options.config, createParameters(device, options.config, recipe.seed));
@@ -91,7 +98,8 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
       const step = await run.step();
       const { step: index, mtp_loss, max_violation, ...rest } = step;
       metrics.write({
-        step: index + 1, ...rest, ...Object.fromEntries(mtp_loss.map((loss, i) => [`mtp_loss_${i + 1}`, loss])),
+        step: index + 1, ...rest,
+        ...Object.fromEntries(mtp_loss.map((loss, i) => [`mtp_loss_${i + 1}`, loss])),
         max_violation, live_bytes: device.pool.liveBytes, peak_bytes: device.pool.peakBytes,
       });
       options.onStep?.(step);
@@ -104,7 +112,8 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
   } finally {
     metrics.close();
   }
-  writeCurve(join(out, "loss.svg"), join(out, "metrics.jsonl"), baselines, (loss) => bitsPerByte(loss, validation));
+  writeCurve(
+    join(out, "loss.svg"), join(out, "metrics.jsonl"), baselines, (loss) => bitsPerByte(loss, validation));
   return { run, baselines, evaluation, checkpoint, interrupted: signal.aborted };
 }
 
@@ -118,13 +127,15 @@ function writeCurve(
   });
   writeFileSync(file, lossCurve({
     train: points("loss"), validation: points("val_loss"), title: "Loss", yLabel: "bits per byte",
-    references: (["unigram", "bigram", "trigram"] as const).map((label) => ({ label, value: baselines[label].bitsPerByte })),
+    references: (["unigram", "bigram", "trigram"] as const)
+      .map((label) => ({ label, value: baselines[label].bitsPerByte })),
   }));
 }
 
 /** @throws FormatError when a corpus has fewer tokens than one row of the recipe. */
 function checkCorpusSize(tokens: number, recipe: Recipe): void {
   if (tokens <= recipe.seqlen) {
-    throw new FormatError(`The training data holds ${tokens} tokens, but one row of the recipe needs ${recipe.seqlen + 1}.`);
+    throw new FormatError(
+      `The training data holds ${tokens} tokens, but one row of the recipe needs ${recipe.seqlen + 1}.`);
   }
 }

@@ -13,11 +13,16 @@ export interface BufferView {
 }
 
 export interface GpuOptions {
-  /** "adapter": all that the adapter offers (default); "default": WebGPU's guaranteed limits and no optional feature. */
+  /**
+   * "adapter": all that the adapter offers (default);
+   * "default": WebGPU's guaranteed limits and no optional feature.
+   */
   limits?: "adapter" | "default";
   /** Most bytes of storage buffers to hold; default: whatever the driver gives. */
   poolCeilingBytes?: number;
 }
+
+const LOSS_PATIENCE_MS = 250;
 
 /** One GPU device with its memory, its order of work and its failures. */
 export class Gpu {
@@ -63,7 +68,9 @@ export class Gpu {
   }
 
   /** A bind group for these buffers, made once and kept while they live. */
-  bindGroup(key: string, layout: GPUBindGroupLayout, views: readonly { binding: number; view: BufferView }[]): GPUBindGroup {
+  bindGroup(
+    key: string, layout: GPUBindGroupLayout, views: readonly { binding: number; view: BufferView }[],
+  ): GPUBindGroup {
     let full = key;
     for (const { view } of views) full += `|${view.storage.id}:${view.byteOffset}:${view.byteLength}`;
     const cached = this.#bindGroups.get(full);
@@ -73,7 +80,8 @@ export class Gpu {
       entries: views.map(({ binding, view }) => ({
         binding,
         resource: {
-          buffer: view.storage.buffer, offset: view.byteOffset, size: Math.max(16, Math.ceil(view.byteLength / 4) * 4),
+          buffer: view.storage.buffer, offset: view.byteOffset,
+          size: Math.max(16, Math.ceil(view.byteLength / 4) * 4),
         },
       })),
     });
@@ -89,11 +97,14 @@ export class Gpu {
   /**
    * Runs everything recorded so far and reads a range back.
    * @returns its bytes
-   * @throws DeviceLostError, OutOfMemoryError, ShaderError or GpuError: the failure of this or any earlier command.
+   * @throws DeviceLostError, OutOfMemoryError, ShaderError or GpuError:
+   *   the failure of this or any earlier command.
    */
   async readBytes(view: BufferView): Promise<ArrayBuffer> {
     this.assertUsable();
-    if (this.stream.capturing) throw new GpuError("Nothing can be read back while a graph is being captured.");
+    if (this.stream.capturing) {
+      throw new GpuError("Nothing can be read back while a graph is being captured.");
+    }
     if (view.byteLength === 0) return new ArrayBuffer(0);
     this.pool.retain(view.storage);
     try {
@@ -160,8 +171,17 @@ export class Gpu {
     this.gpuDevice.destroy();
   }
 
-  #race<T>(work: Promise<T>): Promise<T> {
-    return Promise.race([work, this.#failed]);
+  async #race<T>(work: Promise<T>): Promise<T> {
+    try {
+      return await Promise.race([work, this.#failed]);
+    } catch (error) {
+      if (this.failure) throw this.failure;
+      // A dying device first rejects what is pending, with errors that do not name the cause.
+      const patience = new Promise<null>((resolve) => setTimeout(resolve, LOSS_PATIENCE_MS, null));
+      const lost = await Promise.race([this.gpuDevice.lost, patience]);
+      if (lost) this.#fail(new DeviceLostError(lost.reason, lost.message));
+      throw this.failure ?? error;
+    }
   }
 
   #fail(error: Error): void {
@@ -173,11 +193,15 @@ export class Gpu {
 
 const WANTED_FEATURES = ["shader-f16", "subgroups", "timestamp-query"];
 const WANTED_LIMITS = [
-  "maxBufferSize", "maxStorageBufferBindingSize", "maxStorageBuffersPerShaderStage", "maxComputeWorkgroupStorageSize",
+  "maxBufferSize", "maxStorageBufferBindingSize", "maxStorageBuffersPerShaderStage",
+  "maxComputeWorkgroupStorageSize",
   "maxComputeInvocationsPerWorkgroup", "maxComputeWorkgroupSizeX",
 ];
 
-/** Requests a GPUDevice from an adapter, with the optional features the engine can use and the limits asked for. */
+/**
+ * Requests a GPUDevice from an adapter, with the optional features the engine can use and the limits asked
+ * for.
+ */
 export async function requestGpuDevice(handle: AdapterHandle, options: GpuOptions): Promise<GPUDevice> {
   const adapter = await handle.request();
   if (options.limits === "default") return adapter.requestDevice();

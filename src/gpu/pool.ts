@@ -13,7 +13,10 @@ export interface PooledBuffer {
   readonly arena: Arena | null;
 }
 
-/** Private memory of a captured graph: what the capture freed may be reused inside the capture, and by nobody else. */
+/**
+ * Private memory of a captured graph: what the capture freed may be reused inside the capture,
+ * and by nobody else.
+ */
 export interface Arena {
   open: boolean;
   destroyed: boolean;
@@ -22,8 +25,9 @@ export interface Arena {
 }
 
 /**
- * Rounds a byte count up to its size class: powers of two up to 64 KiB, then eight classes an octave, so that at most an
- * eighth is wasted on what is large. Creating a buffer costs up to 0.75 ms on a software driver; reuse costs nothing.
+ * Rounds a byte count up to its size class: powers of two up to 64 KiB, then eight classes an octave, so that
+ * at most an eighth is wasted on what is large. Creating a buffer costs up to 0.75 ms on a software driver;
+ * reuse costs nothing.
  */
 export function sizeClass(bytes: number): number {
   if (bytes <= 256) return 256;
@@ -72,7 +76,8 @@ export class BufferPool {
   allocate(bytes: number): PooledBuffer {
     if (bytes > this.#maxBuffer) {
       throw new OutOfMemoryError(
-        `A tensor of ${bytes} bytes was asked for, but the largest buffer this device can bind is ${this.#maxBuffer} bytes.`,
+        `A tensor of ${bytes} bytes was asked for, ` +
+        `but the largest buffer this device can bind is ${this.#maxBuffer} bytes.`,
         bytes, this.#maxBuffer);
     }
     const size = Math.min(sizeClass(bytes), this.#maxBuffer);
@@ -153,15 +158,16 @@ export class BufferPool {
     if (this.heldBytes + size > this.ceilingBytes) {
       const available = Math.max(0, this.ceilingBytes - this.heldBytes);
       throw new OutOfMemoryError(
-        `A tensor of ${asked} bytes was asked for, but only ${available} bytes are left under the pool's ceiling of ` +
-        `${this.ceilingBytes} bytes.`, asked, available);
+        `A tensor of ${asked} bytes was asked for, but only ${available} bytes are left under the pool's ` +
+        `ceiling of ${this.ceilingBytes} bytes.`, asked, available);
     }
     this.device.pushErrorScope("out-of-memory");
     const buffer = this.device.createBuffer({ size, usage: USAGE });
     this.device.popErrorScope().then((error) => {
       if (error) {
         this.#onFailure(new OutOfMemoryError(
-          `The driver could not allocate ${size} bytes (${this.heldBytes} bytes are already held).`, size, 0));
+          `The driver could not allocate ${size} bytes (${this.heldBytes} bytes are already held).`, size,
+          0));
       }
     }, () => {}); // a lost device reports itself
     this.heldBytes += size;

@@ -9,8 +9,8 @@ export interface ProfileEvent {
 }
 
 /**
- * Times every dispatch with timestamp queries. While it is attached each dispatch gets a compute pass of its own, so the
- * whole runs a little slower than without.
+ * Times every dispatch with timestamp queries. While it is attached each dispatch gets a compute pass of its
+ * own, so the whole runs a little slower than without.
  */
 export class Profiler {
   readonly events: ProfileEvent[] = [];
@@ -24,11 +24,13 @@ export class Profiler {
   /** @throws Error when the device has no "timestamp-query" feature. */
   constructor(device: GPUDevice) {
     if (!device.features.has("timestamp-query")) {
-      throw new Error("Profiling needs the device feature timestamp-query, which this adapter does not offer.");
+      throw new Error(
+        "Profiling needs the device feature timestamp-query, which this adapter does not offer.");
     }
     this.#device = device;
     this.#querySet = device.createQuerySet({ type: "timestamp", count: 2 * CAPACITY });
-    this.#resolved = device.createBuffer({ size: 16 * CAPACITY, usage: 0x200 | 0x04 }); // QUERY_RESOLVE | COPY_SRC
+    // QUERY_RESOLVE | COPY_SRC
+    this.#resolved = device.createBuffer({ size: 16 * CAPACITY, usage: 0x200 | 0x04 });
   }
 
   /** True when the query set must be resolved before another dispatch. */
@@ -64,7 +66,8 @@ export class Profiler {
         const start = times[2 * i]!;
         const end = times[2 * i + 1]!;
         this.events.push({
-          name, workgroups, startUs: Number(start / 10n) / 100, durationUs: Math.max(0, Number(end - start) / 1000),
+          name, workgroups, startUs: Number(start / 10n) / 100,
+          durationUs: Math.max(0, Number(end - start) / 1000),
         });
       });
       pending.staging.destroy();

@@ -4,7 +4,8 @@ import type { Profiler } from "./profiler.ts";
 
 const UNIFORM_STRIDE = 256; // the default minUniformBufferOffsetAlignment
 const BLOCK_SLOTS = 256;
-const COMMANDS_PER_SUBMIT = 64; // keeps a submission far below the seconds after which browsers reset a device
+// keeps a submission far below the seconds after which browsers reset a device
+const COMMANDS_PER_SUBMIT = 64;
 
 /** A compute pipeline that may still be compiling. */
 export interface PipelineHandle {
@@ -22,7 +23,8 @@ interface UniformBlock {
 
 type Command =
   | {
-    kind: "dispatch"; pipeline: PipelineHandle; group: GPUBindGroup; uniforms: UniformBlock | null; offset: number;
+    kind: "dispatch"; pipeline: PipelineHandle; group: GPUBindGroup; uniforms: UniformBlock | null;
+    offset: number;
     workgroups: readonly [number, number, number];
   }
   | { kind: "copy"; from: PooledBuffer; fromOffset: number; to: PooledBuffer; toOffset: number; size: number }
@@ -36,7 +38,9 @@ export class Graph {
   readonly arena: Arena;
   readonly blocks: UniformBlock[];
   disposed = false;
-  constructor(commands: readonly Command[], retained: readonly PooledBuffer[], arena: Arena, blocks: UniformBlock[]) {
+  constructor(
+    commands: readonly Command[], retained: readonly PooledBuffer[], arena: Arena, blocks: UniformBlock[],
+  ) {
     this.commands = commands;
     this.retained = retained;
     this.arena = arena;
@@ -49,8 +53,8 @@ export class Graph {
 }
 
 /**
- * The device's order of work. Recording is synchronous and only appends to a list; batches are encoded and submitted in that
- * order as soon as their pipelines are compiled. Nothing here waits except `idle`.
+ * The device's order of work. Recording is synchronous and only appends to a list; batches are encoded and
+ * submitted in that order as soon as their pipelines are compiled. Nothing here waits except `idle`.
  */
 export class Stream {
   /** Submissions to the queue so far. */
@@ -66,7 +70,10 @@ export class Stream {
   readonly #freeBlocks: UniformBlock[] = [];
   #commands: Command[] = [];
   #blocks: UniformBlock[] = [];
-  /** The running capture: its arena, and by id the buffers from outside that it uses, retained at their first use. */
+  /**
+   * The running capture: its arena, and by id the buffers from outside that it uses,
+   * retained at their first use.
+   */
   #capture: { arena: Arena; outside: Map<number, PooledBuffer> } | null = null;
   /** Batches that wait for a pipeline, in order; null when everything recorded has been submitted. */
   #waiting: Promise<void> | null = null;
@@ -112,7 +119,10 @@ export class Stream {
     if (size > 0) this.#record({ kind: "clear", buffer, offset, size }, [buffer]);
   }
 
-  /** Records an upload; the bytes are copied now. Inside a capture it would upload the same bytes at every replay. */
+  /**
+   * Records an upload; the bytes are copied now.
+   * Inside a capture it would upload the same bytes at every replay.
+   */
   write(buffer: PooledBuffer, offset: number, bytes: Uint8Array): void {
     if (bytes.byteLength === 0) return;
     const padded = new Uint8Array(Math.ceil(bytes.byteLength / 4) * 4);
@@ -158,7 +168,9 @@ export class Stream {
   /** Runs a captured step again, in order with whatever else is recorded. */
   replay(graph: Graph): void {
     if (graph.disposed) throw new GpuError("This captured graph was disposed and cannot be replayed.");
-    if (this.#capture) throw new GpuError("A captured graph cannot be replayed while another one is being captured.");
+    if (this.#capture) {
+      throw new GpuError("A captured graph cannot be replayed while another one is being captured.");
+    }
     this.flush();
     this.#enqueue(graph.commands, [], false);
   }
@@ -169,7 +181,8 @@ export class Stream {
     graph.disposed = true;
     for (const buffer of graph.retained) this.#pool.release(buffer);
     this.#pool.destroyArena(graph.arena);
-    // A replay that still waits for a pipeline reads these blocks; what is captured next must not overwrite them.
+    // A replay that still waits for a pipeline reads these blocks;
+    // what is captured next must not overwrite them.
     const blocks = graph.blocks.splice(0);
     if (this.#waiting) void this.idle().then(() => this.#recycle(blocks));
     else this.#recycle(blocks);
@@ -198,7 +211,8 @@ export class Stream {
       }
       if (upload) this.#recycle(blocks);
     };
-    const compiling = commands.flatMap((c) => c.kind === "dispatch" && !c.pipeline.pipeline ? [c.pipeline.ready] : []);
+    const compiling = commands.flatMap((c) =>
+      c.kind === "dispatch" && !c.pipeline.pipeline ? [c.pipeline.ready] : []);
     if (!this.#waiting && compiling.length === 0) return run();
     const previous = this.#waiting ?? Promise.resolve();
     const waiting: Promise<void> = previous

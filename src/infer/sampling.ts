@@ -23,7 +23,9 @@ export function checkSampling(sampling: Sampling): void {
   const refuse = (name: string, range: string, found: number) => {
     throw new UsageError(`${name} must be ${range}, found ${found}.`);
   };
-  if (!(temperature >= 0 && Number.isFinite(temperature))) refuse("temperature", "a number of at least 0", temperature);
+  if (!(temperature >= 0 && Number.isFinite(temperature))) {
+    refuse("temperature", "a number of at least 0", temperature);
+  }
   if (!(Number.isInteger(top_k) && top_k >= 0)) refuse("top_k", "a whole number of at least 0", top_k);
   if (!(top_p > 0 && top_p <= 1)) refuse("top_p", "above 0 and at most 1", top_p);
   if (!(min_p >= 0 && min_p <= 1)) refuse("min_p", "from 0 to 1", min_p);
@@ -37,11 +39,12 @@ export interface Verdict {
 }
 
 /**
- * Lossless rejection (Leviathan et al. 2023, Chen et al. 2023): accepts draft i with probability min(1, p_i/q_i); the first
- * rejected place is drawn from max(p - q, 0), and after a full acceptance one more token from p. The tokens are then
- * distributed exactly as if each had been drawn from p.
+ * Lossless rejection (Leviathan et al. 2023, Chen et al. 2023): accepts draft i with probability min(1,
+ * p_i/q_i); the first rejected place is drawn from max(p - q, 0), and after a full acceptance one more token
+ * from p. The tokens are then distributed exactly as if each had been drawn from p.
  *
- * @param drafts n tokens; @param q n rows of V probabilities they were drawn from; @param p n + 1 rows of the model
+ * @param drafts n tokens; @param q n rows of V probabilities they were drawn from;
+ *   @param p n + 1 rows of the model
  * @param uniform draws from [0, 1)
  */
 export function verifyDrafts(

@@ -1,7 +1,7 @@
 /**
- * Self-speculation: the model's MTP head drafts tokens, one pass of the whole model checks them all. Attention caches are
- * cut back by forgetting positions; recurrent states are only advanced, from the inputs that the checking pass left, once it
- * is known how many tokens were accepted.
+ * Self-speculation: the model's MTP head drafts tokens, one pass of the whole model checks them all.
+ * Attention caches are cut back by forgetting positions; recurrent states are only advanced, from the inputs
+ * that the checking pass left, once it is known how many tokens were accepted.
  */
 import type { Graph } from "../gpu/stream.ts";
 import type { ForwardContext } from "../nn/context.ts";
@@ -61,7 +61,8 @@ export class Speculation {
   constructor(model: NemotronH, cache: ModelCache, n: number, sampling: Sampling, settings: Tensor) {
     if (!model.mtp) throw new UsageError("Drafting needs a model with MTP layers; this one has none.");
     if (cache.mtp.some((layer) => layer?.kind === "mamba2")) {
-      throw new UsageError("Drafting needs MTP layers without recurrent state; this model's MTP pattern holds Mamba layers.");
+      throw new UsageError(
+        "Drafting needs MTP layers without recurrent state; this model's MTP pattern holds Mamba layers.");
     }
     this.#model = model;
     this.#device = model.device;
@@ -71,13 +72,12 @@ export class Speculation {
     this.#settings = settings;
     this.#uniform = uniformStream(sampling.seed, STREAM.verdict);
     const { device } = model;
-    [this.#hidden, this.#following, this.#row, this.#verifyIds] = unscoped(() => [
-      device.zeros([1, n + 1, model.config.hidden_size]), device.zeros([1, n + 1], "i32"), device.zeros([1], "i32"),
-      device.zeros([1, n + 1], "i32"),
-    ]) as [Tensor, Tensor, Tensor, Tensor];
-    const each = (shape: number[]) => unscoped(() => Array.from({ length: n }, () => device.zeros(shape, "u32")));
-    this.#positions = each([1]);
-    this.#counters = each([4]);
+    const each = (shape: number[]) => Array.from({ length: n }, () => device.zeros(shape, "u32"));
+    [this.#hidden, this.#following, this.#row, this.#verifyIds, this.#positions, this.#counters] = unscoped(() => [
+      device.zeros([1, n + 1, model.config.hidden_size]), device.zeros([1, n + 1], "i32"),
+      device.zeros([1], "i32"),
+      device.zeros([1, n + 1], "i32"), each([1]), each([4]),
+    ]) as [Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[]];
   }
 
   /** Begins after a prompt: `last` is the hidden state (1, D) of its last position. */
@@ -130,13 +130,32 @@ export class Speculation {
   dispose(): void {
     const { draft, verify, commit = [] } = this.#captured ?? {};
     for (const graph of [...commit, draft, verify]) if (graph) this.#device.stream.disposeGraph(graph);
-    const own = [this.#hidden, this.#following, this.#row, this.#verifyIds, ...this.#positions, ...this.#counters];
+    const own =
+      [this.#hidden, this.#following, this.#row, this.#verifyIds, ...this.#positions, ...this.#counters];
     for (const tensor of own) tensor.dispose();
-    if (this.#captured) for (const tensor of [this.#captured.tokens, this.#captured.p, this.#captured.q]) tensor?.dispose();
+    if (this.#captured) {
+      for (const tensor of [this.#captured.tokens, this.#captured.p, this.#captured.q]) tensor?.dispose();
+    }
     for (const layer of this.#cache.layers) if (layer?.kind === "mamba2") layer.pending = null;
   }
 
   #capture(): Captured {
+    return unscoped(() => this.#captureInto(this.#outputs()));
+  }
+
+  /** What a pass reads back. */
+  #outputs(): Pick<Captured, "tokens" | "q" | "p"> {
+    const device = this.#device;
+    const n = this.#n;
+    const V = this.#model.config.vocab_size;
+    const greedy = this.#sampling.temperature === 0;
+    return {
+      tokens: device.zeros([greedy ? 2 * n + 1 : n], "u32"),
+      q: greedy ? null : device.zeros([n, V]), p: greedy ? null : device.zeros([n + 1, V]),
+    };
+  }
+
+  #captureInto({ tokens, q, p }: Pick<Captured, "tokens" | "q" | "p">): Captured {
     const model = this.#model;
     const device = this.#device;
     const cache = this.#cache;
@@ -144,11 +163,10 @@ export class Speculation {
     const { hidden_size: D, vocab_size: V } = model.config;
     const greedy = this.#sampling.temperature === 0;
     const { stream } = device;
-    const [tokens, q, p] = unscoped(() => [
-      device.zeros([greedy ? 2 * n + 1 : n], "u32"), greedy ? null : device.zeros([n, V]), greedy ? null : device.zeros([n + 1, V]),
-    ]) as [Tensor, Tensor | null, Tensor | null];
     const put = (from: Tensor, fromElement: number, to: Tensor, toElement: number, count: number) =>
-      stream.copy(from.storage, from.byteOffset + 4 * fromElement, to.storage, to.byteOffset + 4 * toElement, 4 * count);
+      stream.copy(
+        from.storage, from.byteOffset + 4 * fromElement, to.storage, to.byteOffset + 4 * toElement,
+        4 * count);
 
     const draft = device.capture(() => scope(() => {
       // The rows of the last pass first: they put true hidden states where drafting had put its own guesses.
@@ -163,11 +181,13 @@ export class Speculation {
         if (d + 1 === n) break;
         const ids = device.empty([1, 1], "i32");
         put(drawn, 0, ids, 0, 1);
-        h = model.mtpHidden(h.reshape([1, 1, D]), ids, at(this.#positions[d + 1]!, false), cache).reshape([1, D]);
+        h = model.mtpHidden(h.reshape([1, 1, D]), ids, at(this.#positions[d + 1]!, false), cache).reshape([
+          1, D,
+        ]);
       }
     })).graph;
 
-    const { graph: verify } = device.capture(() => scope(() => {
+    const recordVerify = () => scope(() => {
       const h = model.hidden(this.#verifyIds, at(cache.position, true), cache);
       this.#hidden.copyFrom(h);
       const logits = model.logits(h.reshape([n + 1, D]));
@@ -175,8 +195,13 @@ export class Speculation {
       else put(argmax(logits), 0, tokens, n, n + 1);
       // What `commit` will read must not be reused inside the graph.
       return cache.layers.map((layer) => layer?.kind === "mamba2" ? layer.pending as unknown : null);
-    }));
-    return { draft, verify, commit: [], tokens, q, p };
+    });
+    try {
+      return { draft, verify: device.capture(recordVerify).graph, commit: [], tokens, q, p };
+    } catch (error) {
+      stream.disposeGraph(draft);
+      throw error;
+    }
   }
 
   #captureCommit(length: number): Graph {

@@ -8,7 +8,10 @@ export interface TextOptions extends Omit<GenerateOptions, "stopTokens"> {
 
 /** A generation in progress, as text. */
 export interface TextRun {
-  /** Pieces of text as they become certain: whole characters, and nothing that may still turn into a stop string. */
+  /**
+   * Pieces of text as they become certain: whole characters,
+   * and nothing that may still turn into a stop string.
+   */
   readonly pieces: AsyncIterable<string>;
   /** Tokens generated so far. */
   readonly tokens: number[];

@@ -38,8 +38,8 @@ export const launchObservers = new Set<(kernel: string, entry: string) => void>(
 
 /**
  * Records one dispatch of a kernel on the device of the bound tensors. Nothing runs yet.
- * @throws GpuError for a missing or unknown binding, parameter, override or condition, for tensors of two devices, and for
- *   a buffer bound as writable and a second time.
+ * @throws GpuError for a missing or unknown binding, parameter, override or condition, for tensors of two
+ *   devices, and for a buffer bound as writable and a second time.
  */
 export function launch<K extends KernelName>(kernel: K, options: LaunchOptions<K>): void {
   const shape: KernelShape = manifest[kernel];
@@ -56,14 +56,19 @@ export function launch<K extends KernelName>(kernel: K, options: LaunchOptions<K
       continue;
     }
     const view = bind[name];
-    if (!view) throw new GpuError(`Kernel ${kernel} (${entry}) needs a tensor for ${name}, but none was bound.`);
-    if (gpu && view.device !== gpu) throw new GpuError(`Kernel ${kernel} (${entry}): ${name} lies on another device.`);
+    if (!view) {
+      throw new GpuError(`Kernel ${kernel} (${entry}) needs a tensor for ${name}, but none was bound.`);
+    }
+    if (gpu && view.device !== gpu) {
+      throw new GpuError(`Kernel ${kernel} (${entry}): ${name} lies on another device.`);
+    }
     gpu = view.device;
     views.push({ ...shape.bindings[name]!, view });
   }
   for (const name in bind) {
     if (bind[name] && !used.includes(name)) {
-      throw new GpuError(`Kernel ${kernel} (${entry}) does not use a binding ${name}; it uses ${used.join(", ")}.`);
+      throw new GpuError(
+        `Kernel ${kernel} (${entry}) does not use a binding ${name}; it uses ${used.join(", ")}.`);
     }
   }
   if (!gpu) throw new GpuError(`Kernel ${kernel} (${entry}) was launched without tensors.`);
@@ -82,12 +87,16 @@ export function launch<K extends KernelName>(kernel: K, options: LaunchOptions<K
       if (!(name in shape.overrides)) throw new GpuError(`Kernel ${kernel} has no override ${name}.`);
     }
     for (const condition of conditions) {
-      if (!shape.conditions.includes(condition)) throw new GpuError(`Kernel ${kernel} has no condition ${condition}.`);
+      if (!shape.conditions.includes(condition)) {
+        throw new GpuError(`Kernel ${kernel} has no condition ${condition}.`);
+      }
     }
     return { kernel, entry, bindings: views, usesParams, constants, conditions };
   });
   const group = gpu.bindGroup(pipeline.layoutKey, pipeline.layout, views);
-  const uniforms = usesParams ? pack(kernel, shape, options.params as Record<string, number> | undefined) : null;
+  const uniforms = usesParams
+    ? pack(kernel, shape, options.params as Record<string, number> | undefined)
+    : null;
   gpu.stream.dispatch(pipeline, group, uniforms, groups, views.map(({ view }) => view.storage));
 }
 
@@ -102,7 +111,8 @@ function checkAliases(kernel: string, views: readonly { view: BufferView; access
     if (views[i]!.access === "read") continue;
     for (let j = 0; j < views.length; j++) {
       if (j !== i && views[j]!.view.storage === views[i]!.view.storage) {
-        throw new GpuError(`Kernel ${kernel} would write a buffer that is bound a second time in the same launch.`);
+        throw new GpuError(
+          `Kernel ${kernel} would write a buffer that is bound a second time in the same launch.`);
       }
     }
   }
@@ -116,7 +126,8 @@ function fold(kernel: string, workgroups: readonly number[]): [number, number, n
   }
   for (const n of [x, y, z]) {
     if (!Number.isInteger(n) || n < 0 || n > MAX_GROUPS) {
-      throw new GpuError(`Kernel ${kernel}: a workgroup count must be a whole number from 0 to ${MAX_GROUPS}, found ${n}.`);
+      throw new GpuError(
+        `Kernel ${kernel}: a workgroup count must be a whole number from 0 to ${MAX_GROUPS}, found ${n}.`);
     }
   }
   return [x, y, z];
@@ -126,7 +137,9 @@ function pack(kernel: string, shape: KernelShape, params: Record<string, number>
   let offset = 0;
   for (const field in shape.params) {
     const value = params?.[field];
-    if (value === undefined) throw new GpuError(`Kernel ${kernel} needs the parameter ${field}, but none was given.`);
+    if (value === undefined) {
+      throw new GpuError(`Kernel ${kernel} needs the parameter ${field}, but none was given.`);
+    }
     const type = shape.params[field];
     if (type === "f32") scratch.setFloat32(offset, value, true);
     else if (type === "i32") scratch.setInt32(offset, value, true);

@@ -60,7 +60,9 @@ export function link(name: string, source: Source, options: LinkOptions = {}): L
     const known = modules.get(file);
     if (known !== undefined) return known;
     const text = source(file);
-    if (text === undefined) throw new ShaderError(`Shader ${file}.wgsl, needed by ${name}.wgsl, does not exist.`);
+    if (text === undefined) {
+      throw new ShaderError(`Shader ${file}.wgsl, needed by ${name}.wgsl, does not exist.`);
+    }
     const chosen = applyConditions(stripComments(text), conditions, file);
     modules.set(file, chosen);
     return chosen;
@@ -73,10 +75,14 @@ export function link(name: string, source: Source, options: LinkOptions = {}): L
     const text = load(file);
     const declarations = declarationsOf(text);
     const declaration = declarations.get(wanted);
-    if (!declaration) throw new ShaderError(`${from}.wgsl imports ${wanted} from ${file}.wgsl, which does not declare it.`);
+    if (!declaration) {
+      throw new ShaderError(`${from}.wgsl imports ${wanted} from ${file}.wgsl, which does not declare it.`);
+    }
     const words = new Set(declaration.text.match(/[A-Za-z_]\w*/g));
     for (const { file: other, name: what } of importsOf(text)) if (words.has(what)) bring(other, what, file);
-    for (const other of declarations.keys()) if (other !== wanted && words.has(other)) bring(file, other, file);
+    for (const other of declarations.keys()) {
+      if (other !== wanted && words.has(other)) bring(file, other, file);
+    }
     push(declaration.text, file, declaration.line);
   };
   const text = load(name);
@@ -87,7 +93,8 @@ export function link(name: string, source: Source, options: LinkOptions = {}): L
   for (const [constant, value] of Object.entries(options.constants ?? {})) {
     const pattern = new RegExp(`override\\s+${constant}\\s*(:\\s*(\\w+))?\\s*(=[^;]*)?;`);
     code = code.replace(pattern, (_, __, type: string | undefined) =>
-      `const ${constant}${type ? `: ${type}` : ""} = ${type === "f32" ? floatLiteral(value) : String(value)};`);
+      `const ${constant}${type ? `: ${type}` : ""} = ` +
+      `${type === "f32" ? floatLiteral(value) : String(value)};`);
   }
   return { code, origin };
 }
@@ -106,7 +113,9 @@ function importsOf(text: string): { file: string; name: string }[] {
   const imports: { file: string; name: string }[] = [];
   for (const match of text.matchAll(/^[ \t]*import\s+package::([\w:]+?)(?:::\{([^}]*)\}|::(\w+))\s*;/gm)) {
     const file = match[1]!.replaceAll("::", "/");
-    const names = match[2] === undefined ? [match[3]!] : match[2].split(",").map((n) => n.trim()).filter(Boolean);
+    const names = match[2] === undefined
+      ? [match[3]!]
+      : match[2].split(",").map((n) => n.trim()).filter(Boolean);
     for (const name of names) imports.push({ file, name });
   }
   return imports;
@@ -183,7 +192,9 @@ function applyConditions(text: string, conditions: ReadonlySet<string>, file: st
 function evaluate(expression: string, conditions: ReadonlySet<string>, file: string): boolean {
   return expression.split("||").some((any) => any.split("&&").every((term) => {
     const word = term.trim().match(/^(!*)\s*([A-Za-z_]\w*)$/);
-    if (!word) throw new ShaderError(`${file}.wgsl has a condition that cannot be read: @if(${expression.trim()}).`);
+    if (!word) {
+      throw new ShaderError(`${file}.wgsl has a condition that cannot be read: @if(${expression.trim()}).`);
+    }
     const value = word[2] === "true" || (word[2] !== "false" && conditions.has(word[2]!));
     return word[1]!.length % 2 === 1 ? !value : value;
   }));

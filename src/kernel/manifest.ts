@@ -21,7 +21,7 @@ export const manifest = {
       WG: "u32",
       HEAD_VEC4: "u32",
     },
-    conditions: ["seq_idx","subgroups"],
+    conditions: ["seq_idx","subgroups","two_rows"],
     entries: {
       attention: ["k","lse","out","params","q","seq_idx","v"],
     },
@@ -70,7 +70,7 @@ export const manifest = {
       WG: "u32",
       HEAD_VEC4: "u32",
     },
-    conditions: ["seq_idx","subgroups"],
+    conditions: ["seq_idx","subgroups","two_rows"],
     entries: {
       attention_dkv: ["dk","dout","dv","k","params","q","seq_idx","stats","v"],
     },
@@ -97,9 +97,87 @@ export const manifest = {
       WG: "u32",
       HEAD_VEC4: "u32",
     },
-    conditions: ["seq_idx","subgroups"],
+    conditions: ["seq_idx","subgroups","two_rows"],
     entries: {
       attention_dq: ["dout","dq","k","params","q","seq_idx","stats","v"],
+    },
+  },
+  "attention/attention_tile": {
+    bindings: {
+      q: { binding: 0, access: "read" },
+      k: { binding: 1, access: "read" },
+      v: { binding: 2, access: "read" },
+      out: { binding: 3, access: "read_write" },
+      lse: { binding: 4, access: "read_write" },
+      seq_idx: { binding: 5, access: "read" },
+    },
+    params: {
+      batch: "u32",
+      seqlen: "u32",
+      kv_seqlen: "u32",
+      nheads: "u32",
+      nkv_heads: "u32",
+      scale: "f32",
+    },
+    overrides: {
+      HEAD_VEC4: "u32",
+    },
+    conditions: ["seq_idx"],
+    entries: {
+      attention_tile: ["k","lse","out","params","q","seq_idx","v"],
+    },
+  },
+  "attention/attention_tile_dkv": {
+    bindings: {
+      q: { binding: 0, access: "read" },
+      k: { binding: 1, access: "read" },
+      v: { binding: 2, access: "read" },
+      dout: { binding: 3, access: "read" },
+      stats: { binding: 4, access: "read" },
+      dk: { binding: 5, access: "read_write" },
+      dv: { binding: 6, access: "read_write" },
+      seq_idx: { binding: 7, access: "read" },
+    },
+    params: {
+      batch: "u32",
+      seqlen: "u32",
+      kv_seqlen: "u32",
+      nheads: "u32",
+      nkv_heads: "u32",
+      scale: "f32",
+    },
+    overrides: {
+      HEAD_VEC4: "u32",
+    },
+    conditions: ["seq_idx"],
+    entries: {
+      attention_tile_dkv: ["dk","dout","dv","k","params","q","seq_idx","stats","v"],
+    },
+  },
+  "attention/attention_tile_dq": {
+    bindings: {
+      q: { binding: 0, access: "read" },
+      k: { binding: 1, access: "read" },
+      v: { binding: 2, access: "read" },
+      dout: { binding: 3, access: "read" },
+      stats: { binding: 4, access: "read" },
+      dq: { binding: 5, access: "read_write" },
+      seq_idx: { binding: 6, access: "read" },
+    },
+    params: {
+      batch: "u32",
+      seqlen: "u32",
+      kv_seqlen: "u32",
+      nheads: "u32",
+      nkv_heads: "u32",
+      scale: "f32",
+    },
+    overrides: {
+      HEAD_VEC4: "u32",
+    },
+    conditions: ["seq_idx"],
+    entries: {
+      attention_tile_dq: ["dout","dq","k","params","q","seq_idx","stats","v"],
     },
   },
   "attention/decode_attention": {
@@ -571,8 +649,8 @@ export const manifest = {
   },
   "mamba2/chunk_scan": {
     bindings: {
-      x: { binding: 0, access: "read" },
-      CB: { binding: 1, access: "read" },
+      CB: { binding: 0, access: "read" },
+      x: { binding: 1, access: "read" },
       dt: { binding: 2, access: "read" },
       dA_cumsum: { binding: 3, access: "read" },
       D: { binding: 4, access: "read" },
@@ -1213,6 +1291,7 @@ export const manifest = {
       rstd: { binding: 3, access: "read" },
       dout: { binding: 4, access: "read" },
       dx: { binding: 5, access: "read_write" },
+      partial: { binding: 7, access: "read_write" },
       z: { binding: 1, access: "read" },
       dz: { binding: 6, access: "read_write" },
     },
@@ -1227,7 +1306,7 @@ export const manifest = {
     },
     conditions: ["gated","vec4"],
     entries: {
-      rms_norm_backward_rows: ["dout","dx","dz","params","rstd","weight","x","z"],
+      rms_norm_backward_rows: ["dout","dx","dz","params","partial","rstd","weight","x","z"],
       rms_norm_backward_row: ["dout","dx","dz","params","rstd","weight","x","z"],
     },
   },

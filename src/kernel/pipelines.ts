@@ -94,7 +94,8 @@ export class PipelineCache {
 async function explain(
   request: PipelineRequest, module: GPUShaderModule, linked: Linked, error: unknown,
 ): Promise<ShaderError> {
-  const where = `${request.kernel}.wgsl (${request.entry}; ${request.conditions.join(", ") || "no conditions"}; ` +
+  const where =
+    `${request.kernel}.wgsl (${request.entry}; ${request.conditions.join(", ") || "no conditions"}; ` +
     `${JSON.stringify(request.constants)})`;
   const lines = linked.code.split("\n");
   const messages = (await module.getCompilationInfo()).messages.filter((m) => m.type === "error").map((m) => {
@@ -103,7 +104,9 @@ async function explain(
       .map((line, i) => `    ${Math.max(0, m.lineNum - 3) + i + 1} | ${line}`).join("\n");
     return `  ${origin?.file ?? request.kernel}.wgsl:${origin?.line ?? m.lineNum}: ${m.message}\n${excerpt}`;
   });
-  const reason = messages.length > 0 ? messages.join("\n") : `  ${error instanceof Error ? error.message : String(error)}`;
+  const reason = messages.length > 0
+    ? messages.join("\n")
+    : `  ${error instanceof Error ? error.message : String(error)}`;
   return new ShaderError(`Shader ${where} did not compile:\n${reason}`);
 }
 

@@ -1,4 +1,6 @@
-/** Reads a kernel's bindings, parameter struct, overrides and entry points out of its WGSL. Development only. */
+/**
+ * Reads a kernel's bindings, parameter struct, overrides and entry points out of its WGSL. Development only.
+ */
 import { WgslReflect } from "wgsl_reflect/wgsl_reflect.module.js";
 import { conditionsOf, link } from "./link.ts";
 import { shaderNames, shaderSource } from "./sources.node.ts";
@@ -36,7 +38,8 @@ export function reflectKernel(name: string): ReflectedKernel {
     try {
       reflected = new WgslReflect(link(name, shaderSource, { conditions }).code);
     } catch (error) {
-      throw new Error(`${name}.wgsl [${conditions.join()}]: ${error instanceof Error ? error.message : String(error)}`);
+      throw new Error(
+        `${name}.wgsl [${conditions.join()}]: ${error instanceof Error ? error.message : String(error)}`);
     }
     for (const variable of [...reflected.storage, ...reflected.uniforms]) {
       const isParams = variable.resourceType === 0;
@@ -50,17 +53,21 @@ export function reflectKernel(name: string): ReflectedKernel {
         result.bindings[variable.name] = { binding: variable.binding, access };
         continue;
       }
-      const members = (variable.type as unknown as { members: { name: string; type: { name: string }; offset: number }[] })
+      const members =
+        (variable.type as unknown as { members: { name: string; type: { name: string }; offset: number }[] })
         .members;
       result.params = members.map((member, i) => {
         const type = member.type.name;
         if ((type !== "u32" && type !== "i32" && type !== "f32") || member.offset !== 4 * i) {
-          throw new Error(`${name}.wgsl: Params.${member.name} is ${type}; only u32, i32 and f32 are allowed.`);
+          throw new Error(
+            `${name}.wgsl: Params.${member.name} is ${type}; only u32, i32 and f32 are allowed.`);
         }
         return [member.name, type];
       });
     }
-    for (const override of reflected.overrides) result.overrides[override.name] = override.type?.name ?? "u32";
+    for (const override of reflected.overrides) {
+      result.overrides[override.name] = override.type?.name ?? "u32";
+    }
     for (const entry of reflected.entry.compute) {
       const used = entry.resources.map((resource) => resource.name);
       result.entries[entry.name] = [...new Set([...(result.entries[entry.name] ?? []), ...used])].sort();
@@ -68,7 +75,9 @@ export function reflectKernel(name: string): ReflectedKernel {
   }
   for (const [entry, used] of Object.entries(result.entries)) {
     const count = used.filter((binding) => binding !== "params").length;
-    if (count > 8) throw new Error(`${name}.wgsl: ${entry} uses ${count} storage buffers; WebGPU's default limit is 8.`);
+    if (count > 8) {
+      throw new Error(`${name}.wgsl: ${entry} uses ${count} storage buffers; WebGPU's default limit is 8.`);
+    }
   }
   return result;
 }
@@ -97,9 +106,13 @@ export function manifestText(onError: (error: unknown) => void = (error) => { th
     lines.push("    },", "    params: {");
     for (const [field, type] of kernel.params) lines.push(`      ${field}: "${type}",`);
     lines.push("    },", "    overrides: {");
-    for (const [override, type] of Object.entries(kernel.overrides)) lines.push(`      ${override}: "${type}",`);
+    for (const [override, type] of Object.entries(kernel.overrides)) {
+      lines.push(`      ${override}: "${type}",`);
+    }
     lines.push("    },", `    conditions: ${JSON.stringify(kernel.conditions)},`, "    entries: {");
-    for (const [entry, used] of Object.entries(kernel.entries)) lines.push(`      ${entry}: ${JSON.stringify(used)},`);
+    for (const [entry, used] of Object.entries(kernel.entries)) {
+      lines.push(`      ${entry}: ${JSON.stringify(used)},`);
+    }
     lines.push("    },", "  },");
   }
   lines.push("} as const;", "");

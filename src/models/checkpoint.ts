@@ -19,7 +19,8 @@ import { checkFits } from "./parameters.ts";
  */
 export async function readParameters(
   config: NemotronHConfig, reader: TensorReader,
-  take: (name: string, values: () => Promise<Float32Array>, parameter: Parameter) => Promise<void>, what?: string,
+  take: (name: string, values: () => Promise<Float32Array>, parameter: Parameter) => Promise<void>,
+  what?: string,
 ): Promise<void> {
   for (const { parameter, from, tensors } of resolveTensors(config, reader.tensors, what ? { what } : {})) {
     await take(parameter.name, async () => {
@@ -36,7 +37,8 @@ export async function readParameters(
 /**
  * Loads a checkpoint folder (model.safetensors, or shards with an index) onto a device.
  * @param trainable parameters require gradients
- * @throws FormatError for a checkpoint that does not fit the config; OutOfMemoryError when it does not fit the device.
+ * @throws FormatError for a checkpoint that does not fit the config;
+ *   OutOfMemoryError when it does not fit the device.
  */
 export async function loadModel(
   device: Device, config: NemotronHConfig, folder: Folder, trainable = false,
@@ -93,7 +95,8 @@ export function modelFiles(model: NemotronH): Record<string, string | AsyncItera
 
 /** Outputs by name, with the gradients of stacked experts taken apart as checkpoints name them. */
 export function gradientEntries(config: NemotronHConfig, outputs: Outputs): [string, HostArray][] {
-  const experts = new Map(listParameters(config).filter(({ kind }) => kind === "expert").map((p) => [p.name, p]));
+  const experts = new Map(
+    listParameters(config).filter(({ kind }) => kind === "expert").map((p) => [p.name, p]));
   return [...outputs].flatMap(([name, array]): [string, HostArray][] => {
     const [, prefix, parameter] = /^((?:mtp\.)?grad\.)(.*)$/.exec(name) ?? [];
     const stacked = parameter === undefined ? undefined : experts.get(parameter);
@@ -101,7 +104,8 @@ export function gradientEntries(config: NemotronHConfig, outputs: Outputs): [str
     return tensorsOf(stacked).map((tensor) => {
       const size = sizeOf(tensor.shape);
       return [prefix! + tensor.name, {
-        dtype: array.dtype, shape: tensor.shape, data: array.data.subarray(tensor.expert! * size, (tensor.expert! + 1) * size),
+        dtype: array.dtype, shape: tensor.shape,
+        data: array.data.subarray(tensor.expert! * size, (tensor.expert! + 1) * size),
       }];
     });
   });

@@ -1,4 +1,7 @@
-/** A model's answers on given tokens: logits, losses, gradients, caches, router decisions, under the usual names. */
+/**
+ * A model's answers on given tokens: logits, losses, gradients, caches, router decisions,
+ * under the usual names.
+ */
 import { Tape } from "../autograd/tape.ts";
 import type { Routing } from "../nn/context.ts";
 import { linear_cross_entropy } from "../ops/linear_cross_entropy.ts";
@@ -38,11 +41,13 @@ export type Outputs = Map<string, HostArray>;
 const IGNORED = -100;
 
 /**
- * logits, loss; mtp.logits, mtp.loss and, at depth 2, mtp.logits_depth2, mtp.loss_depth2; with `grads` grad.NAME and
- * mtp.grad.NAME by parameter name.
+ * logits, loss; mtp.logits, mtp.loss and, at depth 2, mtp.logits_depth2, mtp.loss_depth2; with `grads`
+ * grad.NAME and mtp.grad.NAME by parameter name.
  * @throws FormatError for inputs that do not fit together or a token outside the vocabulary.
  */
-export async function evaluate(model: NemotronH, inputs: EvaluateInputs, options: EvaluateOptions = {}): Promise<Outputs> {
+export async function evaluate(
+  model: NemotronH, inputs: EvaluateInputs, options: EvaluateOptions = {},
+): Promise<Outputs> {
   const { batch: B, seqlen: L, input_ids, labels } = inputs;
   const { device, config: { hidden_size: D, vocab_size: V } } = model;
   checkInputs(inputs, V);
@@ -89,7 +94,8 @@ export async function evaluate(model: NemotronH, inputs: EvaluateInputs, options
       try {
         for (const [name, parameter] of model.parameters) {
           if (!parameter.requiresGrad) continue;
-          take(`${prefix}grad.${name}`, gradients.get(parameter.key) ?? device.zeros(parameter.shape), parameter.shape);
+          take(
+            `${prefix}grad.${name}`, gradients.get(parameter.key) ?? device.zeros(parameter.shape), parameter.shape);
         }
       } finally {
         for (const gradient of gradients.values()) gradient.release();
@@ -147,7 +153,9 @@ export async function evaluateIncremental(
     for (const [i, length] of lengths.entries()) {
       const from = cache.length;
       const ids = new Int32Array(B * length);
-      for (let b = 0; b < B; b++) ids.set(input_ids.subarray(b * L + from, b * L + from + length), b * length);
+      for (let b = 0; b < B; b++) {
+        ids.set(input_ids.subarray(b * L + from, b * L + from + length), b * length);
+      }
       cache.position.write(Uint32Array.from([from]));
       const piece = scope(() => {
         const context = stepContext(cache, { decode: length === 1 && i >= pieces.length });
@@ -172,7 +180,9 @@ async function readCaches(cache: ModelCache): Promise<Outputs> {
     const tensors = layer.kind === "mamba2"
       ? { conv_state: layer.conv_state, ssm_state: layer.ssm_state } : { key: layer.key, value: layer.value };
     for (const [name, tensor] of Object.entries(tensors)) {
-      outputs.set(`cache.${i}.${name}`, { dtype: "F32", shape: tensor.shape, data: await tensor.read() as Float32Array });
+      outputs.set(`cache.${i}.${name}`, {
+        dtype: "F32", shape: tensor.shape, data: await tensor.read() as Float32Array,
+      });
     }
   }
   return outputs;
@@ -188,22 +198,30 @@ function checkInputs(inputs: EvaluateInputs, vocab: number): void {
   }
   inputs.input_ids.forEach((id, i) => {
     if (id < 0 || id >= vocab) {
-      throw new FormatError(`input_ids[${Math.floor(i / L)}, ${i % L}] must be from 0 to ${vocab - 1} (the vocabulary), found ${id}.`);
+      throw new FormatError(
+        `input_ids[${Math.floor(i / L)}, ${i % L}] must be from 0 to ${vocab - 1} (the vocabulary), ` +
+        `found ${id}.`);
     }
   });
   inputs.labels?.forEach((label, i) => {
     if (label !== IGNORED && (label < 0 || label >= vocab)) {
-      throw new FormatError(`labels[${Math.floor(i / L)}, ${i % L}] must be ${IGNORED} or from 0 to ${vocab - 1}, found ${label}.`);
+      throw new FormatError(
+        `labels[${Math.floor(i / L)}, ${i % L}] must be ${IGNORED} or from 0 to ${vocab - 1}, ` +
+        `found ${label}.`);
     }
   });
   const bounds = inputs.cu_seqlens;
   const rising = bounds?.every((bound, i) => i === 0 || bound >= bounds[i - 1]!);
   if (bounds && (B !== 1 || bounds[0] !== 0 || bounds.at(-1) !== L || !rising)) {
-    throw new FormatError(`cu_seqlens must rise from 0 to ${L} for a single row, found [${Array.from(bounds)}] for ${B} rows.`);
+    throw new FormatError(
+      `cu_seqlens must rise from 0 to ${L} for a single row, found [${Array.from(bounds)}] for ${B} rows.`);
   }
 }
 
-/** Document number of every position; padding counts as documents of its own. Null where rows are whole documents. */
+/**
+ * Document number of every position; padding counts as documents of its own.
+ * Null where rows are whole documents.
+ */
 function documentsOf({ batch, seqlen, attention_mask, cu_seqlens }: EvaluateInputs): Int32Array | null {
   if (!attention_mask && !cu_seqlens) return null;
   const documents = new Int32Array(batch * seqlen);
@@ -222,7 +240,8 @@ function documentsOf({ batch, seqlen, attention_mask, cu_seqlens }: EvaluateInpu
 
 /** Targets of a prediction `depth` tokens ahead; -100 beyond the row and the document. */
 function shifted(
-  labels: Int32Array, { batch, seqlen, cu_seqlens }: EvaluateInputs, documents: Int32Array | null, depth: number,
+  labels: Int32Array, { batch, seqlen, cu_seqlens }: EvaluateInputs, documents: Int32Array | null,
+  depth: number,
 ): Int32Array {
   const targets = new Int32Array(batch * seqlen).fill(IGNORED);
   for (let b = 0; b < batch; b++) {
@@ -244,13 +263,19 @@ function nextTokens({ batch, seqlen, input_ids }: EvaluateInputs, depth: number)
   return ids;
 }
 
-/** The leading positions of every row: from (B, L, ...) to (B, L', ...) or, for routers, from (B * L, ...). */
-function cropped<A extends Float32Array | Int32Array>(data: A, from: readonly number[], to: readonly number[]): A {
+/**
+ * The leading positions of every row: from (B, L, ...) to (B, L', ...) or, for routers, from (B * L, ...).
+ */
+function cropped<A extends Float32Array | Int32Array>(
+  data: A, from: readonly number[], to: readonly number[],
+): A {
   if (from.join() === to.join() || from.length !== to.length || from.length < 3) return data;
   const [B, L] = from as [number, number];
   const width = data.length / (B * L);
   const length = to[1]!;
   const out = new (data.constructor as new (n: number) => A)(B * length * width);
-  for (let b = 0; b < B; b++) out.set(data.subarray(b * L * width, (b * L + length) * width), b * length * width);
+  for (let b = 0; b < B; b++) {
+    out.set(data.subarray(b * L * width, (b * L + length) * width), b * length * width);
+  }
   return out;
 }

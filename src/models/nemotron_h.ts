@@ -1,13 +1,14 @@
 /**
- * The Nemotron-H family: embedding, a chain of residual layers that hold one mixer each, a final RMSNorm and an untied
- * head; optionally multi-token-prediction layers that share embedding and head.
+ * The Nemotron-H family: embedding, a chain of residual layers that hold one mixer each, a final RMSNorm and
+ * an untied head; optionally multi-token-prediction layers that share embedding and head.
  *
  *   M  Mamba-2        x + out_proj(gated_norm(ssd(conv(in_proj(norm(x))))))
  *   *  attention      grouped queries, causal, no positional encoding
  *   -  MLP            down(relu(up(x))^2)
  *   E  mixture of experts, in a latent space where the config has one
  *
- * Training, prefill and decode are the same forward. Suffixes: B batch, L seqlen, D hidden, V vocabulary, T = B*L.
+ * Training, prefill and decode are the same forward.
+ * Suffixes: B batch, L seqlen, D hidden, V vocabulary, T = B*L.
  */
 import { Attention } from "../nn/attention.ts";
 import { Block, type LayerCache, type Mixer } from "../nn/block.ts";
@@ -49,7 +50,9 @@ export interface TrainingBatch {
   readonly targets: Tensor;
   /** (batch, seqlen) i32 document of each position, or null */
   readonly seq_idx: Tensor | null;
-  /** For every prediction depth d = 1, 2, ...: tokens at t+d and targets at t+d+1 (-100 beyond the document). */
+  /**
+   * For every prediction depth d = 1, 2, ...: tokens at t+d and targets at t+d+1 (-100 beyond the document).
+   */
   readonly mtp: readonly { readonly input_ids: Tensor; readonly targets: Tensor }[];
 }
 
@@ -129,7 +132,9 @@ export class NemotronH {
   }
 
   /** One prediction depth: hidden states that predict the token after `next_ids`. Shapes as in `hidden`. */
-  mtpHidden(h: Tensor, next_ids: Tensor, context: ForwardContext = PLAIN, cache: ModelCache | null = null): Tensor {
+  mtpHidden(
+    h: Tensor, next_ids: Tensor, context: ForwardContext = PLAIN, cache: ModelCache | null = null,
+  ): Tensor {
     const { mtp } = this;
     if (!mtp) throw new Error("This model has no multi-token-prediction layers.");
     let x = mtp.input(embedding(next_ids, this.embeddings), h);
@@ -173,7 +178,10 @@ export class NemotronH {
     return { total, main, mtp, aux, routing };
   }
 
-  /** Takes `length` tokens of the last verification pass into the recurrent states; attention caches hold them already. */
+  /**
+   * Takes `length` tokens of the last verification pass into the recurrent states;
+   * attention caches hold them already.
+   */
   commit(length: number, cache: ModelCache): void {
     this.blocks.forEach(({ mixer }, i) => {
       if (mixer instanceof Mamba2) scope(() => mixer.commit(length, cache.layers[i] as Mamba2Cache));
@@ -214,7 +222,8 @@ function createMixer(config: NemotronHConfig, spec: LayerSpec, w: Weights): Mixe
       }, w);
     case "attention":
       return new Attention({
-        hidden, num_attention_heads: config.num_attention_heads, num_key_value_heads: config.num_key_value_heads,
+        hidden, num_attention_heads: config.num_attention_heads,
+        num_key_value_heads: config.num_key_value_heads,
         head_dim: config.head_dim, bias: config.attention_bias,
       }, w);
     case "mlp":

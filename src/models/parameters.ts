@@ -1,4 +1,7 @@
-/** Initial weights. Every parameter has a random stream of its own, so that a seed means the same weights everywhere. */
+/**
+ * Initial weights. Every parameter has a random stream of its own,
+ * so that a seed means the same weights everywhere.
+ */
 import { OutOfMemoryError } from "../gpu/errors.ts";
 import type { Device } from "../tensor/device.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
@@ -26,28 +29,32 @@ export function checkFits(device: Device, config: NemotronHConfig): void {
   const total = list.reduce((sum, { shape }) => sum + 4 * sizeOf(shape), 0);
   if (total > device.pool.ceilingBytes) {
     throw new OutOfMemoryError(
-      `The model is larger than the device: its parameters take ${total} bytes in f32, but the memory pool may hold at most ` +
-      `${device.pool.ceilingBytes}.`, total, device.pool.ceilingBytes);
+      `The model is larger than the device: its parameters take ${total} bytes in f32, but the memory pool ` +
+      `may hold at most ${device.pool.ceilingBytes}.`, total, device.pool.ceilingBytes);
   }
 }
 
 /**
- * Draws all parameters of a model (Nemotron-H report, section 2; Mamba-2 reference for the state space): normal weights of
- * deviation `initializer_range`, those that write into the residual stream divided by sqrt(layers); conv weights uniform in
- * 1/sqrt(window); A in 1..16; steps log-uniform between time_step_min and time_step_max; D and norms 1; biases 0.
+ * Draws all parameters of a model (Nemotron-H report, section 2; Mamba-2 reference for the state space):
+ * normal weights of deviation `initializer_range`, those that write into the residual stream divided by
+ * sqrt(layers); conv weights uniform in 1/sqrt(window); A in 1..16; steps log-uniform between time_step_min
+ * and time_step_max; D and norms 1; biases 0.
  * @returns by canonical name; trainable ones require a gradient
  * @throws OutOfMemoryError when the model is larger than the device
  */
 export function createParameters(device: Device, config: NemotronHConfig, seed: number): Map<string, Tensor> {
   checkFits(device, config);
   return unscoped(() => new Map(listParameters(config).map((parameter, i) => {
-    const tensor = device.tensor(initialValues(config, parameter, { seed, stream: i, step: 0 }), parameter.shape);
+    const tensor = device.tensor(
+      initialValues(config, parameter, { seed, stream: i, step: 0 }), parameter.shape);
     tensor.requiresGrad = parameter.trainable;
     return [parameter.name, tensor];
   })));
 }
 
-function initialValues(config: NemotronHConfig, { name, kind, shape }: Parameter, key: RandomKey): Float32Array {
+function initialValues(
+  config: NemotronHConfig, { name, kind, shape }: Parameter, key: RandomKey,
+): Float32Array {
   const values = new Float32Array(sizeOf(shape));
   const uniform = (low: number, high: number) => fillUniform(key, values).map((u) => low + (high - low) * u);
   switch (kind) {
@@ -73,7 +80,8 @@ function initialValues(config: NemotronHConfig, { name, kind, shape }: Parameter
     default: {
       const writes = /(?:out_proj|o_proj|down_proj|fc2_latent_proj)(?:\.weight)?$/.test(name);
       const layers = config.num_hidden_layers;
-      const deviation = config.initializer_range / (writes && config.rescale_prenorm_residual ? Math.sqrt(layers) : 1);
+      const deviation =
+        config.initializer_range / (writes && config.rescale_prenorm_residual ? Math.sqrt(layers) : 1);
       return fillNormal(key, values).map((x) => deviation * x);
     }
   }

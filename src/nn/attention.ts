@@ -51,7 +51,10 @@ export class Attention {
     return { kind: "kv", key: make(), value: make() };
   }
 
-  /** (batch, seqlen, hidden) -> (batch, seqlen, hidden); with a cache the keys and values of this call are added to it. */
+  /**
+   * (batch, seqlen, hidden) -> (batch, seqlen, hidden);
+   * with a cache the keys and values of this call are added to it.
+   */
   forward(x_BLD: Tensor, context: ForwardContext, cache: KVCache | null): Tensor {
     const { num_attention_heads: Hq, num_key_value_heads: Hkv, head_dim: Dh } = this.sizes;
     const [B, L] = x_BLD.shape as [number, number, number];

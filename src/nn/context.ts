@@ -26,10 +26,15 @@ export interface ForwardContext {
 export interface Step {
   /** u32 [1]: tokens already in the caches, as the GPU sees it; a captured step reads it at every replay. */
   readonly position: Tensor;
-  /** The same number when the call was recorded. Prefill needs it for shapes; one-token steps must not look at it. */
+  /**
+   * The same number when the call was recorded. Prefill needs it for shapes;
+   * one-token steps must not look at it.
+   */
   readonly length: number;
   /** One token per row: states and caches are updated in place. */
   readonly decode: boolean;
-  /** Speculation: recurrent states stay as they are and `commit` takes over the accepted tokens afterwards. */
+  /**
+   * Speculation: recurrent states stay as they are and `commit` takes over the accepted tokens afterwards.
+   */
   readonly verify?: boolean;
 }

@@ -36,7 +36,10 @@ export interface Mamba2Cache {
   pending: { xBC: Tensor; x: Tensor; dt: Tensor; B: Tensor; C: Tensor } | null;
 }
 
-/** Mamba-2 mixer: in_proj, causal conv + SiLU, SSD scan, gated group RMSNorm, out_proj. Dao & Gu 2024, section 7. */
+/**
+ * Mamba-2 mixer: in_proj, causal conv + SiLU, SSD scan, gated group RMSNorm, out_proj.
+ * Dao & Gu 2024, section 7.
+ */
 export class Mamba2 {
   readonly sizes: Mamba2Sizes;
   readonly in_proj: Tensor;
@@ -83,7 +86,10 @@ export class Mamba2 {
     return this.conv1d.reshape([channels, window]);
   }
 
-  /** (batch, seqlen, hidden) -> (batch, seqlen, hidden); with a cache the run continues from it and leaves its end there. */
+  /**
+   * (batch, seqlen, hidden) -> (batch, seqlen, hidden);
+   * with a cache the run continues from it and leaves its end there.
+   */
   forward(u_BLD: Tensor, context: ForwardContext, cache: Mamba2Cache | null): Tensor {
     const { nheads: H, headdim: P, dstate: N, ngroups: G } = this.sizes;
     const [B, L] = u_BLD.shape as [number, number, number];
@@ -134,7 +140,9 @@ export class Mamba2 {
     x: Tensor, dt: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | null, initial_state: Tensor | null,
   ): readonly [Tensor, Tensor] {
     const { chunk_size, dt_limit } = this.sizes;
-    return ssd_scan(x, dt, this.A_log, B, C, this.D, this.dt_bias, { chunk_size, dt_limit, initial_state, seq_idx });
+    return ssd_scan(x, dt, this.A_log, B, C, this.D, this.dt_bias, {
+      chunk_size, dt_limit, initial_state, seq_idx,
+    });
   }
 
   #decode(xBC: Tensor, dt: Tensor, cache: Mamba2Cache): Tensor {

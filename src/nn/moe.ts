@@ -27,8 +27,9 @@ export interface MoESizes {
 }
 
 /**
- * Mixture of experts: fc2(sum_e w_e expert_e(fc1(x))) + shared(x), routed by sigmoid scores with a correction bias.
- * Without a latent width fc1 and fc2 are the identity. The router and the shared expert read the full width.
+ * Mixture of experts: fc2(sum_e w_e expert_e(fc1(x))) + shared(x), routed by sigmoid scores with a correction
+ * bias. Without a latent width fc1 and fc2 are the identity. The router and the shared expert read the full
+ * width.
  */
 export class MoE {
   readonly sizes: MoESizes;
@@ -56,12 +57,15 @@ export class MoE {
       fc1: w.take("fc1_latent_proj.weight", [X, hidden]), fc1_bias: bias("fc1_latent_proj", X),
       fc2: w.take("fc2_latent_proj.weight", [hidden, X]), fc2_bias: bias("fc2_latent_proj", hidden),
     };
-    this.shared = sizes.shared_size > 0 ? new MLP(hidden, sizes.shared_size, sizes.bias, w.at("shared_experts")) : null;
+    this.shared = sizes.shared_size > 0
+      ? new MLP(hidden, sizes.shared_size, sizes.bias, w.at("shared_experts"))
+      : null;
   }
 
   /** (batch, seqlen, hidden) -> (batch, seqlen, hidden) */
   forward(x_BLD: Tensor, context: ForwardContext): Tensor {
-    const { hidden, n_routed_experts: E, num_experts_per_tok: K, n_group, topk_group, norm_topk_prob } = this.sizes;
+    const { hidden, n_routed_experts: E, num_experts_per_tok: K, n_group, topk_group, norm_topk_prob } =
+      this.sizes;
     const x_TD = x_BLD.reshape([-1, hidden]);
     const logits = linear(x_TD, this.gate, null);
     const [weight, index] = router(logits, this.correction_bias, {

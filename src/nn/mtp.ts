@@ -6,8 +6,8 @@ import type { Block } from "./block.ts";
 import type { Weights } from "./weights.ts";
 
 /**
- * Multi-token prediction: from the hidden state of position t and the embedding of the token at t+1 a hidden state that
- * predicts t+2. The same weights serve every depth; the output is the next depth's input.
+ * Multi-token prediction: from the hidden state of position t and the embedding of the token at t+1 a hidden
+ * state that predicts t+2. The same weights serve every depth; the output is the next depth's input.
  */
 export class MTP {
   readonly enorm: Tensor;
@@ -27,7 +27,10 @@ export class MTP {
     this.final_layernorm = w.at(blocks.length - 1).take("final_layernorm.weight", [hidden]);
   }
 
-  /** @param embedded (batch, seqlen, hidden) embeddings of the next tokens; @param h (batch, seqlen, hidden) after the final norm */
+  /**
+   * @param embedded (batch, seqlen, hidden) embeddings of the next tokens;
+   *   @param h (batch, seqlen, hidden) after the final norm
+   */
   input(embedded: Tensor, h: Tensor): Tensor {
     const both = concat_columns(rms_norm(embedded, this.enorm, this.eps), rms_norm(h, this.hnorm, this.eps));
     return linear(both, this.eh_proj, null);

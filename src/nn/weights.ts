@@ -23,7 +23,9 @@ export class Weights {
   take(name: string, shape: readonly number[]): Tensor {
     const full = this.path ? `${this.path}.${name}` : name;
     const tensor = this.#all.get(full);
-    if (!tensor) throw new ConfigError(`The model needs a parameter ${full} of shape [${shape}], but there is none.`);
+    if (!tensor) {
+      throw new ConfigError(`The model needs a parameter ${full} of shape [${shape}], but there is none.`);
+    }
     if (tensor.shape.join() !== shape.join()) {
       throw new ConfigError(`Parameter ${full} must have shape [${shape}], found [${tensor.shape}].`);
     }

@@ -22,59 +22,70 @@ interface Saved {
   readonly width: number;
 }
 
-const ROWS_WG = 8; // invocations of a workgroup that own four rows each
+const ROWS_WG = 8; // invocations of a workgroup, each owning a few rows
+const TILE_ROWS = 32; // rows of a workgroup tile
 const DELTA_WG = 64;
 
-/** What the kernels share: sizes, overrides, conditions. */
-function common(q: Tensor, k: Tensor, { scale, seq_idx }: AttentionOptions) {
+/**
+ * Two structures compute the same: rows in the registers of single invocations, for adapters where loads and
+ * barriers are dear, and workgroup tiles, for GPUs and for heads wider than 64.
+ */
+function plan(q: Tensor, k: Tensor, { scale, seq_idx }: AttentionOptions) {
   const [batch, seqlen, nheads, Dh] = q.shape as [number, number, number, number];
   const [, kv_seqlen, nkv_heads] = k.shape as [number, number, number];
-  const conditions: ("subgroups" | "seq_idx")[] = q.device.hasSubgroups ? ["subgroups"] : [];
-  if (seq_idx) conditions.push("seq_idx");
+  const tiled = !q.device.info.isSoftware || Dh > 64;
+  const conditions = seq_idx ? ["seq_idx" as const] : [];
+  const two_rows = Dh > 32 ? ["two_rows" as const] : []; // registers hold no more
+  const subgroups = q.device.hasSubgroups ? ["subgroups" as const] : [];
+  const rows = tiled ? TILE_ROWS : ROWS_WG * (Dh > 32 ? 2 : 4);
+  const isEmpty = q.size === 0 || k.size === 0;
   return {
-    params: { batch, seqlen, kv_seqlen, nheads, nkv_heads, scale }, constants: { WG: ROWS_WG, HEAD_VEC4: Dh / 4 }, conditions,
+    params: { batch, seqlen, kv_seqlen, nheads, nkv_heads, scale },
     // Without the condition `seq_idx` the variable is bound but never read, so any tensor will do.
     seq_idx: seq_idx ?? q,
+    tiled: tiled ? { constants: { HEAD_VEC4: Dh / 4 }, conditions } : null,
+    byRows: {
+      constants: { WG: ROWS_WG, HEAD_VEC4: Dh / 4 }, conditions: [...conditions, ...two_rows, ...subgroups],
+    },
+    forQueries: [isEmpty ? 0 : batch * nheads * Math.ceil(seqlen / rows)] as [number],
+    forKeys: [isEmpty ? 0 : batch * nkv_heads * Math.ceil(kv_seqlen / rows)] as [number],
   };
 }
 
 function forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): { out: Tensor; lse: Tensor } {
-  const { seq_idx, ...how } = common(q, k, options);
-  const { batch, seqlen, nheads } = how.params;
+  const { params, seq_idx, tiled, byRows, forQueries: workgroups } = plan(q, k, options);
   const out = q.device.empty(q.shape);
-  const lse = q.device.empty([batch, nheads, seqlen]);
-  launch("attention/attention", {
-    bind: { q, k, v, out, lse, seq_idx }, ...how,
-    workgroups: [q.size === 0 ? 0 : batch * nheads * Math.ceil(seqlen / (4 * ROWS_WG))],
-  });
+  const lse = q.device.empty([params.batch, params.nheads, params.seqlen]);
+  const bind = { q, k, v, out, lse, seq_idx };
+  if (tiled) launch("attention/attention_tile", { bind, params, ...tiled, workgroups });
+  else launch("attention/attention", { bind, params, ...byRows, workgroups });
   return { out, lse };
 }
 
 function backward({ q, k, v, out, lse, options }: Saved, dout: Tensor, wants: { q: boolean; kv: boolean }) {
-  const { seq_idx, ...how } = common(q, k, options);
-  const { batch, seqlen, kv_seqlen, nheads, nkv_heads } = how.params;
+  const { params, seq_idx, tiled, byRows, forQueries, forKeys } = plan(q, k, options);
   const { device } = q;
-  const total = batch * nheads * seqlen;
+  const total = lse.size;
   const stats = device.empty([total, 2]);
   launch("attention/attention_delta", {
-    bind: { out, dout, lse, stats }, params: { seqlen, nheads, total },
-    constants: { WG: DELTA_WG, HEAD_VEC4: how.constants.HEAD_VEC4 }, workgroups: [Math.ceil(total / DELTA_WG)],
+    bind: { out, dout, lse, stats }, params: { seqlen: params.seqlen, nheads: params.nheads, total },
+    constants: { WG: DELTA_WG, HEAD_VEC4: byRows.constants.HEAD_VEC4 },
+    workgroups: [Math.ceil(total / DELTA_WG)],
   });
   let [dq, dk, dv]: (Tensor | null)[] = [null, null, null];
   if (wants.q) {
     dq = device.empty(q.shape);
-    launch("attention/attention_dq", {
-      bind: { q, k, v, dout, stats, dq, seq_idx }, ...how,
-      workgroups: [q.size === 0 ? 0 : batch * nheads * Math.ceil(seqlen / (4 * ROWS_WG))],
-    });
+    const bind = { q, k, v, dout, stats, dq, seq_idx };
+    if (tiled) launch("attention/attention_tile_dq", { bind, params, ...tiled, workgroups: forQueries });
+    else launch("attention/attention_dq", { bind, params, ...byRows, workgroups: forQueries });
   }
   if (wants.kv) {
-    dk = device.empty(k.shape);
-    dv = device.empty(v.shape);
-    launch("attention/attention_dkv", {
-      bind: { q, k, v, dout, stats, dk, dv, seq_idx }, ...how,
-      workgroups: [k.size === 0 ? 0 : batch * nkv_heads * Math.ceil(kv_seqlen / (4 * ROWS_WG))],
-    });
+    // Keys without any query get zeros.
+    dk = q.size === 0 ? device.zeros(k.shape) : device.empty(k.shape);
+    dv = q.size === 0 ? device.zeros(v.shape) : device.empty(v.shape);
+    const bind = { q, k, v, dout, stats, dk, dv, seq_idx };
+    if (tiled) launch("attention/attention_tile_dkv", { bind, params, ...tiled, workgroups: forKeys });
+    else launch("attention/attention_dkv", { bind, params, ...byRows, workgroups: forKeys });
   }
   return { dq, dk, dv };
 }
@@ -100,7 +111,8 @@ function resized(x: Tensor, cols: number): Tensor {
  * softmax(scale * q k^T) v, causal, with grouped key and value heads; no L x Lk matrix is ever in memory.
  *
  * @param q  f32 [B, L, Hq, Dh], Dh at most 256; query t is at absolute position t + (Lk - L)
- * @param k  f32 [B, Lk, Hkv, Dh], Lk >= L, Hq a multiple of Hkv; v has the same shape. Query head h reads head
+ * @param k  f32 [B, Lk, Hkv, Dh], Lk >= L, Hq a multiple of Hkv; v has the same shape. Query head h reads
+ *   head
  *   floor(h / (Hq / Hkv))
  * @returns f32 [B, L, Hq, Dh]
  * @throws ShapeError for shapes that do not belong together
@@ -121,10 +133,12 @@ export const attention = defineOp({
       `[${B}, Lk >= ${L}, Hkv, ${Dh}]`, k,
     );
     check(v.shape.join() === k.shape.join(), "attention", "v", `[${k.shape.join(", ")}]`, v);
-    check(Hkv > 0 ? Hq % Hkv === 0 : Hq === 0, "attention", "the number of key heads", `a divisor of ${Hq}`, Hkv);
+    const groups = Hkv > 0 ? Hq % Hkv === 0 : Hq === 0;
+    check(groups, "attention", "the number of key heads", `a divisor of ${Hq}`, Hkv);
     const { seq_idx } = options;
     if (seq_idx) {
-      check(seq_idx.shape.join() === `${B},${L}` && Lk === L, "attention", "seq_idx", `[${B}, ${Lk}] with Lk = L`, seq_idx);
+      const fits = seq_idx.shape.join() === `${B},${L}` && Lk === L;
+      check(fits, "attention", "seq_idx", `[${B}, ${Lk}] with Lk = L`, seq_idx);
     }
     const wide = { q: widened(q), k: widened(k), v: widened(v) };
     const { out, lse } = forward(wide.q, wide.k, wide.v, options);

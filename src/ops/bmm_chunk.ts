@@ -1,7 +1,7 @@
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { checkShape, groups, quads, tiles } from "./chunking.ts";
+import { checkChunkSize, checkShape, groups, quads, tiles } from "./chunking.ts";
 import { defineOp } from "./op.ts";
 
 /**
@@ -22,14 +22,15 @@ export const bmm_chunk = defineOp({
     const op = "bmm_chunk";
     check(C.shape.length === 4, op, "C", "[batch, seqlen, ngroups, dstate]", C);
     checkShape(op, "B", B, C.shape);
-    check(Number.isInteger(chunk_size) && chunk_size > 0, op, "chunk_size", "a whole number above 0", chunk_size);
+    checkChunkSize(op, chunk_size);
     const [batch, seqlen, ngroups, dstate] = C.shape as [number, number, number, number];
     const nchunks = Math.ceil(seqlen / chunk_size);
     const CB = C.device.empty([batch, nchunks, ngroups, chunk_size, chunk_size]);
     const shape = { seqlen, ngroups, dstate, nchunks, chunk_size };
     const total = batch * nchunks * ngroups * tiles(chunk_size) ** 2;
     launch("mamba2/bmm_chunk", {
-      bind: { C, B, CB }, params: { ...shape, total }, conditions: quads(dstate, chunk_size), workgroups: groups(total),
+      bind: { C, B, CB }, params: { ...shape, total },
+      conditions: quads(dstate, chunk_size), workgroups: groups(total),
     });
     ctx.save({ C, B, shape });
     return CB;
@@ -40,7 +41,7 @@ export const bmm_chunk = defineOp({
     const dB = B.device.empty(B.shape);
     const { ngroups, dstate, nchunks, chunk_size } = shape;
     const total = C.shape[0]! * nchunks * tiles(chunk_size) * ngroups * tiles(dstate);
-    const options = { params: { ...shape, total }, conditions: quads(dstate, chunk_size), workgroups: groups(total) };
+    const options = { params: { ...shape, total }, conditions: quads(dstate), workgroups: groups(total) };
     launch("mamba2/bmm_chunk_backward", { entry: "rows", bind: { dCB, x: B, out: dC }, ...options });
     launch("mamba2/bmm_chunk_backward", { entry: "columns", bind: { dCB, x: C, out: dB }, ...options });
     return [dC, dB];

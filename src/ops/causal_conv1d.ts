@@ -11,7 +11,10 @@ const MAX_TAPS = 4; // the kernels slide a window of four inputs
 /** The link-time conditions for arguments that may be null, and what is bound in their place. */
 function optional(weight: Tensor, bias: Tensor | null, initial_state: Tensor | null, seq_idx: Tensor | null) {
   return {
-    conditions: [...(bias ? ["bias" as const] : []), ...(initial_state ? ["initial" as const] : []), ...documents(seq_idx)],
+    conditions: [
+      ...(bias ? ["bias" as const] : []), ...(initial_state ? ["initial" as const] : []),
+      ...documents(seq_idx),
+    ],
     bias: bias ?? weight,
     initial_state: initial_state ?? weight,
     seq_idx: seq_idx ?? weight,
@@ -19,13 +22,15 @@ function optional(weight: Tensor, bias: Tensor | null, initial_state: Tensor | n
 }
 
 /**
- * y[t,c] = silu(bias[c] + sum_j weight[c,j] x[t-K+1+j, c]): a causal depthwise convolution, and the inputs it ended with.
+ * y[t,c] = silu(bias[c] + sum_j weight[c,j] x[t-K+1+j, c]): a causal depthwise convolution.
  *
  * @param x             (B, L, C) f32
  * @param weight        (C, K) f32, K from 1 to 4; weight[c, K-1] multiplies the current position
  * @param bias          (C) f32 or null
- * @param initial_state (B, C, K) f32, the K inputs before the row, newest last (K-1 matter), or null for zeros; no gradient
- * @param seq_idx       (B, L) i32 or null; a change of value starts a document, and inputs of another count as zero
+ * @param initial_state (B, C, K) f32, the K inputs before the row, newest last (K-1 matter), or null for
+ *                      zeros; no gradient
+ * @param seq_idx       (B, L) i32 or null; a change of value starts a document, and inputs of another count
+ *                      as zero
  * @returns             y (B, L, C) and final_state (B, C, K): the last K inputs, oldest first
  *
  * Throws   ShapeError for shapes that do not fit.
@@ -34,7 +39,9 @@ function optional(weight: Tensor, bias: Tensor | null, initial_state: Tensor | n
  */
 export const causal_conv1d = defineOp({
   name: "causal_conv1d",
-  forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | null, initial_state: Tensor | null, seq_idx: Tensor | null) {
+  forward(
+    ctx, x: Tensor, weight: Tensor, bias: Tensor | null, initial_state: Tensor | null, seq_idx: Tensor | null,
+  ) {
     const op = "causal_conv1d";
     check(x.shape.length === 3, op, "x", "[batch, seqlen, channels]", x);
     const [batch, seqlen, channels] = x.shape as [number, number, number];
@@ -69,7 +76,8 @@ export const causal_conv1d = defineOp({
     const { conditions, ...rest } = optional(weight, bias, initial_state, seq_idx);
     const total = spans * Math.ceil(channels / 4);
     launch("mamba2/causal_conv1d_backward", {
-      entry: "causal_conv1d_backward", bind: { x, weight, ...rest, dy: dy ?? x.device.zeros(x.shape), dx, part },
+      entry: "causal_conv1d_backward",
+      bind: { x, weight, ...rest, dy: dy ?? x.device.zeros(x.shape), dx, part },
       params: { seqlen, channels, taps, total }, constants: { SPAN: SPAN_BACKWARD },
       conditions: [...conditions, ...quads(channels)], workgroups: groups(total),
     });

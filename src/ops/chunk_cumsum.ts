@@ -1,20 +1,21 @@
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { checkShape, groups, sumRows } from "./chunking.ts";
+import { checkChunkSize, checkShape, groups, sumRows } from "./chunking.ts";
 import { defineOp } from "./op.ts";
 
-const LARGEST = 3.4028234663852886e38; // the largest f32 stands for no upper limit: shaders need not know infinities
+const LARGEST = 3.4028234663852886e38; // stands for no upper limit: shaders need not know infinities
 
 /**
- * dt = clamp(softplus(dt_raw + dt_bias), lo, hi) and a_i = sum_{m<=i} dt_m A within each chunk, A = -exp(A_log).
+ * dt = clamp(softplus(dt_raw + dt_bias), lo, hi) and a_i = sum_{m<=i} dt_m A by chunks, A = -exp(A_log).
  *
  * @param dt_raw     (B, L, H) f32
  * @param A_log      (H) f32
  * @param dt_bias    (H) f32
  * @param chunk_size Q
  * @param dt_limit   [lo, hi] with hi up to Infinity; no gradient passes where dt was clamped
- * @returns          dt and dA_cumsum (B, H, nC, Q) f32; positions after the last have dt = 0, so a stays as it was
+ * @returns          dt and dA_cumsum (B, H, nC, Q) f32; positions after the last have dt = 0, so a stays as
+ *                   it was
  *
  * Throws   ShapeError for shapes that do not fit.
  * Source   Mamba-2 (arXiv 2405.21060) section 6.
@@ -23,14 +24,15 @@ const LARGEST = 3.4028234663852886e38; // the largest f32 stands for no upper li
 export const chunk_cumsum = defineOp({
   name: "chunk_cumsum",
   forward(
-    ctx, dt_raw: Tensor, A_log: Tensor, dt_bias: Tensor, chunk_size: number, dt_limit: readonly [number, number],
+    ctx, dt_raw: Tensor, A_log: Tensor, dt_bias: Tensor, chunk_size: number,
+    dt_limit: readonly [number, number],
   ) {
     const op = "chunk_cumsum";
     check(dt_raw.shape.length === 3, op, "dt_raw", "[batch, seqlen, nheads]", dt_raw);
     const [batch, seqlen, nheads] = dt_raw.shape as [number, number, number];
     checkShape(op, "A_log", A_log, [nheads]);
     checkShape(op, "dt_bias", dt_bias, [nheads]);
-    check(Number.isInteger(chunk_size) && chunk_size > 0, op, "chunk_size", "a whole number above 0", chunk_size);
+    checkChunkSize(op, chunk_size);
     const nchunks = Math.ceil(seqlen / chunk_size);
     const dt = dt_raw.device.empty([batch, nheads, nchunks, chunk_size]);
     const dA_cumsum = dt_raw.device.empty(dt.shape);

@@ -1,6 +1,8 @@
 import { launch } from "../kernel/launch.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { checkGroups, checkSeqIdx, checkShape, documents, documentStart, groups, quads, sumRows, tiles } from "./chunking.ts";
+import {
+  checkGroups, checkSeqIdx, checkShape, documents, documentStart, groups, quads, sumRows, tiles,
+} from "./chunking.ts";
 import { defineOp } from "./op.ts";
 
 /**
@@ -13,7 +15,8 @@ import { defineOp } from "./op.ts";
  * @param C           (B, L, G, N) f32
  * @param prev_states (B, nC, H, P, N) f32, the state entering each chunk
  * @param D           (H) f32
- * @param seq_idx     (B, L) i32 or null; pairs of different documents, and a state entering another document, do not count
+ * @param seq_idx     (B, L) i32 or null; pairs of different documents, and a state entering another document,
+ *                    do not count
  * @returns           y (B, L, H, P) f32
  *
  * Throws   ShapeError for shapes that do not fit.
@@ -56,7 +59,7 @@ export const chunk_scan = defineOp({
     const y = x.device.empty(x.shape);
     launch("mamba2/chunk_scan", {
       bind: { CB, x, dt, dA_cumsum, D, start: start ?? dt, off, y }, params: { ...pairs, total },
-      conditions: [...documents(start), ...quads(headdim)], workgroups: groups(total),
+      conditions: [...documents(start), ...quads(headdim, chunk_size)], workgroups: groups(total),
     });
     ctx.save({ CB, x, dt, dA_cumsum, C, prev_states, D, start, weight, off, shape, pairs, total });
     return y;
@@ -75,11 +78,15 @@ export const chunk_scan = defineOp({
     const ddt = device.empty(dt.shape);
     const dcumsum = device.empty(dt.shape);
     const skip = device.empty([batch * seqlen, nheads]);
-    const positions = { params: { ...pairs, total: dt.size }, conditions: quads(headdim), workgroups: groups(dt.size) };
+    const positions = {
+      params: { ...pairs, total: dt.size }, conditions: quads(headdim), workgroups: groups(dt.size),
+    };
     launch("mamba2/chunk_scan_backward", {
       entry: "inputs", bind: { CB, x, dt, D, dy, dx, ddt, dcumsum }, ...positions,
     });
-    launch("mamba2/chunk_scan_backward", { entry: "exponents", bind: { x, dy, off, dcumsum, skip }, ...positions });
+    launch("mamba2/chunk_scan_backward", {
+      entry: "exponents", bind: { x, dy, off, dcumsum, skip }, ...positions,
+    });
 
     const dCB = device.empty(CB.shape);
     const T = tiles(chunk_size);

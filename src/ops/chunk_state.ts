@@ -1,6 +1,8 @@
 import { launch } from "../kernel/launch.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { checkGroups, checkSeqIdx, checkShape, documents, documentStart, groups, quads, tiles } from "./chunking.ts";
+import {
+  checkGroups, checkSeqIdx, checkShape, documents, documentStart, groups, quads, tiles,
+} from "./chunking.ts";
 import { defineOp } from "./op.ts";
 
 /**
@@ -55,13 +57,15 @@ export const chunk_state = defineOp({
     const dx = x.device.empty(x.shape);
     const total = batch * nchunks * tiles(chunk_size) * nheads * tiles(headdim);
     launch("mamba2/apply_state", {
-      bind: { states: dstates, u: B, weight, y: dx }, params: { ...shape, total }, conditions, workgroups: groups(total),
+      bind: { states: dstates, u: B, weight, y: dx }, params: { ...shape, total },
+      conditions, workgroups: groups(total),
     });
     const ddt = x.device.empty(weight.shape);
     const dcumsum = x.device.empty(weight.shape);
     const rows = { seqlen, nheads, headdim, nchunks, chunk_size };
     launch("mamba2/chunk_state_backward", {
-      entry: "positions", bind: { x, decay, weight, dx, ddt, dcumsum }, params: { ...rows, total: weight.size },
+      entry: "positions",
+      bind: { x, decay, weight, dx, ddt, dcumsum }, params: { ...rows, total: weight.size },
       conditions: quads(headdim), workgroups: groups(weight.size),
     });
     const chunks = batch * nheads * nchunks;

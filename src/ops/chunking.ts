@@ -14,23 +14,33 @@ export const groups = (total: number): [number] => [Math.ceil(total / WG)];
 export const tiles = (extent: number): number => Math.ceil(extent / 8);
 
 /** The condition under which kernels read and write quads: every row length is a multiple of four. */
-export const quads = (...widths: readonly number[]): "vec4"[] => (widths.every((width) => width % 4 === 0) ? ["vec4"] : []);
+export function quads(...widths: readonly number[]): "vec4"[] {
+  return widths.every((width) => width % 4 === 0) ? ["vec4"] : [];
+}
 
 /** The condition `documents`, where there is a tensor of document starts. */
 export const documents = (start: Tensor | null): "documents"[] => (start ? ["documents"] : []);
 
+/** Throws ShapeError unless chunks have a whole number of positions, at least one. */
+export function checkChunkSize(op: string, chunk_size: number): void {
+  const fits = Number.isInteger(chunk_size) && chunk_size > 0;
+  check(fits, op, "chunk_size", "a whole number above 0", chunk_size);
+}
+
 /** Throws ShapeError unless heads divide into groups and x [B,L,H,P] and B or C [B,L,G,N] belong together. */
 export function checkGroups(op: string, x: Tensor, name: string, B: Tensor): void {
-  const [batch, seqlen, nheads] = x.shape;
   check(x.shape.length === 4, op, "x", "[batch, seqlen, nheads, headdim]", x);
-  const fits = B.shape.length === 4 && B.shape[0] === batch && B.shape[1] === seqlen && nheads! % B.shape[2]! === 0;
-  check(fits, op, name, `[${batch}, ${seqlen}, ngroups, dstate] with ngroups dividing ${nheads}`, B);
+  const [batch, seqlen, nheads] = x.shape as [number, number, number];
+  const fits = B.shape.length === 4 && B.shape[0] === batch && B.shape[1] === seqlen;
+  const expected = `[${batch}, ${seqlen}, ngroups, dstate] with ngroups dividing ${nheads}`;
+  check(fits && nheads % B.shape[2]! === 0, op, name, expected, B);
 }
 
 /** Throws ShapeError unless `tensor` is null or [batch, seqlen]. */
 export function checkSeqIdx(op: string, seq_idx: Tensor | null, batch: number, seqlen?: number): void {
   if (!seq_idx) return;
-  const fits = seq_idx.shape.length === 2 && seq_idx.shape[0] === batch && (seqlen ?? seq_idx.shape[1]) === seq_idx.shape[1];
+  const [rows, length] = seq_idx.shape;
+  const fits = seq_idx.shape.length === 2 && rows === batch && length === (seqlen ?? length);
   check(fits, op, "seq_idx", `[${batch}, ${seqlen ?? "seqlen"}]`, seq_idx);
 }
 
@@ -64,7 +74,8 @@ export function sumRows(x: Tensor, cols: number, offset = 0): Tensor {
   const out = x.device.empty([slices, cols]);
   const total = slices * cols;
   launch("mamba2/sum_rows", {
-    bind: { x, out }, params: { rows, stride, offset, cols, total }, constants: { SLICE }, workgroups: groups(total),
+    bind: { x, out }, params: { rows, stride, offset, cols, total }, constants: { SLICE },
+    workgroups: groups(total),
   });
   return slices === 1 ? out.reshape([cols]) : sumRows(out, cols);
 }

@@ -22,12 +22,17 @@ export const decode_attention = defineOp({
     const [, Hkv = 0, capacity = 0] = k_cache.shape;
     check(Dh <= 256, "decode_attention", "the head width of q", "at most 256", q);
     check(
-      k_cache.shape.length === 4 && k_cache.shape[0] === B && k_cache.shape[3] === Dh, "decode_attention", "k_cache",
+      k_cache.shape.length === 4 && k_cache.shape[0] === B && k_cache.shape[3] === Dh, "decode_attention",
+      "k_cache",
       `[${B}, Hkv, Lmax, ${Dh}]`, k_cache,
     );
-    check(v_cache.shape.join() === k_cache.shape.join(), "decode_attention", "v_cache", `[${k_cache.shape.join(", ")}]`, v_cache);
-    check(Hkv > 0 && Hq % Hkv === 0, "decode_attention", "the number of key heads", `a divisor of ${Hq}`, Hkv);
-    check(position.size === 1 && position.dtype === "u32", "decode_attention", "position", "u32 [1]", position);
+    check(
+      v_cache.shape.join() === k_cache.shape.join(), "decode_attention", "v_cache",
+      `[${k_cache.shape.join(", ")}]`, v_cache);
+    check(
+      Hkv > 0 && Hq % Hkv === 0, "decode_attention", "the number of key heads", `a divisor of ${Hq}`, Hkv);
+    check(
+      position.size === 1 && position.dtype === "u32", "decode_attention", "position", "u32 [1]", position);
     const out = q.device.empty(q.shape);
     const rows = B * L * Hq;
     const HEAD_VEC4 = Math.ceil(Dh / 4);
@@ -80,7 +85,9 @@ export const cache_read = defineOp({
   forward(_ctx, cache: Tensor, length: number): Tensor {
     check(cache.shape.length === 4, "cache_read", "cache", "[B, Hkv, Lmax, Dh]", cache);
     const [B, Hkv, capacity, Dh] = cache.shape as [number, number, number, number];
-    check(Number.isInteger(length) && length >= 0 && length <= capacity, "cache_read", "length", `from 0 to ${capacity}`, length);
+    check(
+      Number.isInteger(length) && length >= 0 && length <= capacity, "cache_read", "length",
+      `from 0 to ${capacity}`, length);
     const x = cache.device.empty([B, length, Hkv, Dh]);
     launch("attention/kv_cache", {
       entry: "read_tokens", bind: { old_cache: cache, x },

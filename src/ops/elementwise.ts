@@ -7,7 +7,7 @@ import { defineOp } from "./op.ts";
 
 const WG = 64;
 
-/** How `size` elements in a row are shared out. Few invocations with much work each suit a CPU, many suit a GPU. */
+/** How `size` elements are shared out: few invocations with much work each suit a CPU, many suit a GPU. */
 function spread(device: Device, size: number) {
   const isWide = size % 4 === 0;
   const count = isWide ? size / 4 : size;
@@ -72,7 +72,8 @@ function unaryBackward(x: Tensor, dy: Tensor, curve: Curve): Tensor {
   const dx = x.device.empty(x.shape);
   const { count, conditions, ...how } = spread(x.device, x.size);
   launch("elementwise/unary_backward", {
-    bind: { x, dy, dx }, params: { count }, conditions: curve === "silu" ? [...conditions, curve] : conditions, ...how,
+    bind: { x, dy, dx }, params: { count },
+    conditions: curve === "silu" ? [...conditions, curve] : conditions, ...how,
   });
   return dx;
 }
@@ -107,7 +108,7 @@ export const silu = defineOp({
   backward: ({ x }: { x: Tensor }, [dy]) => (dy ? [unaryBackward(x, dy, "silu")] : []),
 });
 
-/** A block of columns of a matrix stored row by row: `cols` values per row, of which `width` from `first` on. */
+/** Columns of a matrix stored row by row: `cols` values per row, the columns from `first` on. */
 export interface ColumnBlock {
   readonly tensor: Tensor;
   readonly cols: number;
@@ -122,8 +123,8 @@ export function copyColumns(rows: number, width: number, src: ColumnBlock, dst: 
   launch("elementwise/columns", {
     bind: { src: src.tensor, dst: dst.tensor },
     params: {
-      rows, width: width / unit, src_cols: src.cols / unit, src_first: src.first / unit, dst_cols: dst.cols / unit,
-      dst_first: dst.first / unit, parts,
+      rows, parts, width: width / unit, src_cols: src.cols / unit, src_first: src.first / unit,
+      dst_cols: dst.cols / unit, dst_first: dst.first / unit,
     },
     constants: { WG }, conditions: isWide ? ["vec4"] : [],
     workgroups: [width === 0 ? 0 : Math.ceil((rows * parts) / WG)],
@@ -184,7 +185,8 @@ export const concat_columns = defineOp({
   forward(ctx, a: Tensor, b: Tensor): Tensor {
     check(a.shape.length > 0, "concat_columns", "a", "[..., Ca]", a);
     const [Ca, Cb] = [columnsOf(a), b.shape.at(-1) ?? 0];
-    check(b.shape.join() === withColumns(a, Cb).join(), "concat_columns", "b", `[${withColumns(a, Cb).join(", ")}]`, b);
+    const expected = withColumns(a, Cb);
+    check(b.shape.join() === expected.join(), "concat_columns", "b", `[${expected.join(", ")}]`, b);
     const y = a.device.empty(withColumns(a, Ca + Cb));
     copyColumns(rowsOf(a), Ca, { tensor: a, cols: Ca, first: 0 }, { tensor: y, cols: Ca + Cb, first: 0 });
     copyColumns(rowsOf(a), Cb, { tensor: b, cols: Cb, first: 0 }, { tensor: y, cols: Ca + Cb, first: Ca });

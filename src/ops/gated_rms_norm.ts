@@ -4,7 +4,8 @@ import { defineOp } from "./op.ts";
 import { type NormInput, normBackward, normForward } from "./rms_norm.ts";
 
 /**
- * With v = y * silu(z): weight * v / sqrt(mean(v^2) + eps), the mean over each group of neighbouring channels.
+ * With v = y * silu(z): weight * v / sqrt(mean(v^2) + eps), the mean over each group of neighbouring
+ * channels.
  *
  * @param y        f32 [..., I]; the gate z has the same shape
  * @param weight   f32 [I]
@@ -12,7 +13,8 @@ import { type NormInput, normBackward, normForward } from "./rms_norm.ts";
  * @returns f32 [..., I]
  * @throws ShapeError for shapes that do not belong together, or an I that is not a multiple of ngroups
  *
- * Source: Dao & Gu 2024 (arXiv 2405.21060); state-spaces/mamba, layernorm_gated with norm_before_gate = false.
+ * Source: Dao & Gu 2024 (arXiv 2405.21060); state-spaces/mamba, layernorm_gated with norm_before_gate =
+ * false.
  */
 export const gated_rms_norm = defineOp({
   name: "gated_rms_norm",
@@ -21,9 +23,8 @@ export const gated_rms_norm = defineOp({
     check(y.shape.length > 0, "gated_rms_norm", "y", "[..., I]", y);
     check(z.shape.join() === y.shape.join(), "gated_rms_norm", "z", `[${y.shape.join(", ")}]`, z);
     check(weight.shape.length === 1 && weight.shape[0] === I, "gated_rms_norm", "weight", `[${I}]`, weight);
-    check(
-      Number.isInteger(ngroups) && ngroups > 0 && I % ngroups === 0, "gated_rms_norm", "ngroups", `a divisor of ${I}`, ngroups,
-    );
+    const divides = Number.isInteger(ngroups) && ngroups > 0 && I % ngroups === 0;
+    check(divides, "gated_rms_norm", "ngroups", `a divisor of ${I}`, ngroups);
     const input = { x: y, z, weight, ngroups };
     const { out, rstd } = normForward(input, eps);
     ctx.save({ input, rstd });

@@ -1,6 +1,6 @@
 /**
- * The contract of an op: a forward that records launches, a backward, and what passes between them. An op called while a
- * tape listens is recorded; called inside another op it is just its forward.
+ * The contract of an op: a forward that records launches, a backward, and what passes between them. An op
+ * called while a tape listens is recorded; called inside another op it is just its forward.
  */
 import { scope } from "../tensor/scope.ts";
 import { Tensor } from "../tensor/tensor.ts";
@@ -73,7 +73,9 @@ function withRecorder<T>(listener: typeof recorder, body: () => T): T {
 }
 
 /** Makes an op from its definition and enters it into the registry. */
-export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(definition: OpDefinition<A, R, S>): Op<A, R> {
+export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
+  definition: OpDefinition<A, R, S>,
+): Op<A, R> {
   const { name, backward } = definition;
   const call = (...args: A): R => {
     const listener = recorder;
@@ -99,9 +101,11 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(de
       const kept = saved as { values: S; tensors: Tensor[] } | null;
       listener({
         name,
-        inputs: args.flatMap((argument, i) => needs[i] ? [{ key: (argument as unknown as Tensor).key, argument: i }] : []),
+        inputs: args.flatMap((argument, i) =>
+          needs[i] ? [{ key: (argument as unknown as Tensor).key, argument: i }] : []),
         outputs: outputs.map(({ key, shape }) => ({ key, shape })),
-        backward: (grads) => scope(() => noGrad(() => backward.call(definition, (kept?.values ?? null) as S, grads, needs))),
+        backward: (grads) => scope(() =>
+          noGrad(() => backward.call(definition, (kept?.values ?? null) as S, grads, needs))),
         release: () => kept?.tensors.forEach((tensor) => tensor.release()),
       });
     }

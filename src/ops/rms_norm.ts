@@ -16,7 +16,8 @@ function plan({ x, z, weight, ngroups }: NormInput) {
   const n = weight.size / ngroups;
   const tokens = weight.size === 0 ? 0 : x.size / weight.size;
   const isWide = n % 4 === 0;
-  // A workgroup per row needs barriers, which are dear on a CPU; with only a few rows they are the smaller evil.
+  // A workgroup per row needs barriers, which are dear on a CPU; with only a few rows they are the smaller
+  // evil.
   const byRows = x.device.info.isSoftware && tokens * ngroups >= 64;
   const WG = byRows ? 16 : x.device.info.isSoftware ? 32 : n > 1024 ? 256 : 64;
   const conditions: ("vec4" | "gated")[] = isWide ? ["vec4"] : [];
@@ -50,29 +51,37 @@ export function normBackward(
   const { byRows, tokens, n, cols, ...how } = plan(input);
   let dx: Tensor | null = null;
   let dz: Tensor | null = null;
+  // Rows that are shared out by fours leave the weight's partial sums behind; otherwise they take a pass of their own.
+  const left = byRows && wants.input;
+  const perPart = left ? 4 : Math.max(32, Math.ceil(tokens / 256));
+  const nparts = Math.ceil(tokens / perPart);
+  const partial = device.empty([left || wants.weight ? nparts : 0, weight.size]);
   if (wants.input) {
     dx = device.empty(x.shape);
     dz = device.empty(z ? z.shape : [0]); // not written without z
-    launch("norm/rms_norm_backward", {
-      entry: byRows ? "rms_norm_backward_rows" : "rms_norm_backward_row",
-      bind: { x, z: z ?? x, weight, rstd, dout, dx, dz }, params: { tokens, ngroups, cols, n }, ...how,
-    });
+    const bind = { x, z: z ?? x, weight, rstd, dout, dx, dz };
+    const params = { tokens, ngroups, cols, n };
+    if (byRows) {
+      launch("norm/rms_norm_backward", { entry: "rms_norm_backward_rows", bind: { ...bind, partial }, params, ...how });
+    } else {
+      launch("norm/rms_norm_backward", { entry: "rms_norm_backward_row", bind, params, ...how });
+    }
   }
   let dweight: Tensor | null = null;
   if (wants.weight) {
     dweight = device.empty(weight.shape);
-    const per_part = Math.max(32, Math.ceil(tokens / 256));
-    const nparts = Math.ceil(tokens / per_part);
-    const partial = device.empty([nparts, weight.size]);
-    const params = { tokens, ngroups, cols, per_part, nparts };
+    const params = { tokens, ngroups, cols, per_part: perPart, nparts };
     const WG = device.info.isSoftware ? 16 : 64;
+    const { conditions } = how;
+    if (!left) {
+      launch("norm/weight_gradient", {
+        entry: "sum_tokens", bind: { x, z: z ?? x, rstd, dout, partial }, params, constants: { WG }, conditions,
+        workgroups: [Math.ceil((nparts * ngroups * cols) / WG)],
+      });
+    }
     launch("norm/weight_gradient", {
-      entry: "sum_tokens", bind: { x, z: z ?? x, rstd, dout, partial }, params, constants: { WG },
-      conditions: how.conditions, workgroups: [Math.ceil((nparts * ngroups * cols) / WG)],
-    });
-    launch("norm/weight_gradient", {
-      entry: "sum_parts", bind: { partial, dweight }, params, constants: { WG },
-      conditions: how.conditions, workgroups: [Math.ceil((ngroups * cols) / WG)],
+      entry: "sum_parts", bind: { partial, dweight }, params, constants: { WG }, conditions,
+      workgroups: [Math.ceil((ngroups * cols) / WG)],
     });
   }
   return { dx, dz: z && dz, dweight };

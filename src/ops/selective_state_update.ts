@@ -27,8 +27,8 @@ export const selective_state_update = defineOp({
   name: "selective_state_update",
   mutates: [0],
   forward(
-    _ctx, state: Tensor, x: Tensor, dt_raw: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    dt_limit: readonly [number, number],
+    _ctx, state: Tensor, x: Tensor, dt_raw: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor,
+    dt_bias: Tensor, dt_limit: readonly [number, number],
   ) {
     const op = "selective_state_update";
     check(state.shape.length === 4, op, "state", "[batch, nheads, headdim, dstate]", state);
@@ -36,7 +36,8 @@ export const selective_state_update = defineOp({
     checkShape(op, "x", x, [batch, nheads, headdim]);
     checkShape(op, "dt_raw", dt_raw, [batch, nheads]);
     const ngroups = B.shape[1] ?? 1;
-    check(nheads % ngroups === 0, op, "B", `[${batch}, ngroups, ${dstate}] with ngroups dividing ${nheads}`, B);
+    const groupsFit = nheads % ngroups === 0;
+    check(groupsFit, op, "B", `[${batch}, ngroups, ${dstate}] with ngroups dividing ${nheads}`, B);
     checkShape(op, "B", B, [batch, ngroups, dstate]);
     checkShape(op, "C", C, B.shape);
     checkShape(op, "D", D, [nheads]);

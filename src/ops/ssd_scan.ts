@@ -18,7 +18,8 @@ export interface SsdScanOptions {
 }
 
 /**
- * The chunked selective scan of Mamba-2: S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t, y_t = S_t C_t + D x_t.
+ * The chunked selective scan of Mamba-2: S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t, y_t = S_t C_t + D
+ * x_t.
  *
  * @param x       (B, L, H, P) f32
  * @param dt_raw  (B, L, H) f32; dt = clamp(softplus(dt_raw + dt_bias), lo, hi)
@@ -35,13 +36,15 @@ export interface SsdScanOptions {
  * Tested    test/ops/ssd_scan.samples.ts against reference/ssd_scan.ts
  */
 export function ssd_scan(
-  x: Tensor, dt_raw: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, options: SsdScanOptions,
+  x: Tensor, dt_raw: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+  options: SsdScanOptions,
 ): [Tensor, Tensor] {
   const { chunk_size, dt_limit, initial_state, seq_idx } = options;
   return scope(() => {
     const [dt, dA_cumsum] = chunk_cumsum(dt_raw, A_log, dt_bias, chunk_size, dt_limit) as [Tensor, Tensor];
     const states = chunk_state(B, x, dt, dA_cumsum, seq_idx);
-    const [prev_states, final_state] = state_passing(states, dA_cumsum, initial_state, seq_idx) as [Tensor, Tensor];
+    const passed = state_passing(states, dA_cumsum, initial_state, seq_idx);
+    const [prev_states, final_state] = passed as [Tensor, Tensor];
     const CB = bmm_chunk(C, B, chunk_size);
     return [chunk_scan(CB, x, dt, dA_cumsum, C, prev_states, D, seq_idx), final_state];
   });

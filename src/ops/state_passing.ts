@@ -4,8 +4,11 @@ import type { Tensor } from "../tensor/tensor.ts";
 import { checkSeqIdx, checkShape, documents, documentStart, groups, quads } from "./chunking.ts";
 import { defineOp } from "./op.ts";
 
+type Five = [number, number, number, number, number];
+
 /**
- * The state entering each chunk: prev[0] = initial_state, prev[c+1] = exp(a_last[c]) prev[c] + states[c]; the last is final.
+ * The state entering each chunk: prev[0] = initial_state, prev[c+1] = exp(a_last[c]) prev[c] + states[c].
+ * What would enter a chunk after the last is final_state.
  *
  * @param states        (B, nC, H, P, N) f32, what each chunk adds
  * @param dA_cumsum     (B, H, nC, Q) f32, the exponent a
@@ -22,13 +25,14 @@ export const state_passing = defineOp({
   forward(ctx, states: Tensor, dA_cumsum: Tensor, initial_state: Tensor | null, seq_idx: Tensor | null) {
     const op = "state_passing";
     check(states.shape.length === 5, op, "states", "[batch, nchunks, nheads, headdim, dstate]", states);
-    const [batch, nchunks, nheads, headdim, dstate] = states.shape as [number, number, number, number, number];
+    const [batch, nchunks, nheads, headdim, dstate] = states.shape as Five;
     const chunk_size = dA_cumsum.shape[3] ?? 1;
     checkShape(op, "dA_cumsum", dA_cumsum, [batch, nheads, nchunks, chunk_size]);
     if (initial_state) checkShape(op, "initial_state", initial_state, [batch, nheads, headdim, dstate]);
     checkSeqIdx(op, seq_idx, batch);
     const start = documentStart(seq_idx, chunk_size);
-    if (start) check(start.shape[1] === nchunks, op, "seq_idx", `of ${nchunks} chunks of ${chunk_size}`, seq_idx!);
+    const fits = start === null || start.shape[1] === nchunks;
+    check(fits, op, "seq_idx", `of ${nchunks} chunks of ${chunk_size}`, seq_idx ?? states);
     const conditions = [...documents(start), ...quads(headdim * dstate)];
     const cells = headdim * dstate / (headdim * dstate % 4 === 0 ? 4 : 1);
     const shape = { nheads, cells, nchunks, chunk_size };
@@ -37,7 +41,8 @@ export const state_passing = defineOp({
     const final_state = states.device.empty([batch, nheads, headdim, dstate]);
     launch("mamba2/state_passing", {
       bind: {
-        states, dA_cumsum, initial_state: initial_state ?? states, start: start ?? dA_cumsum, prev_states, final_state,
+        states, dA_cumsum, initial_state: initial_state ?? states, start: start ?? dA_cumsum,
+        prev_states, final_state,
       },
       params: { ...shape, total }, conditions: initial_state ? [...conditions, "initial"] : conditions,
       workgroups: groups(total),
@@ -47,14 +52,14 @@ export const state_passing = defineOp({
   },
   backward({ dA_cumsum, prev_states, hasInitial, start, conditions, shape, total }, [dprev, dfinal]) {
     const { device } = prev_states;
-    const [batch, nchunks, nheads, headdim, dstate] = prev_states.shape as [number, number, number, number, number];
+    const [batch, nchunks, nheads, headdim, dstate] = prev_states.shape as Five;
     const dstates = device.empty(prev_states.shape);
     const dinitial = device.empty([batch, nheads, headdim, dstate]);
     launch("mamba2/state_passing_backward", {
       entry: "states",
       bind: {
-        dprev: dprev ?? device.zeros(prev_states.shape), dfinal: dfinal ?? device.zeros(dinitial.shape), dA_cumsum,
-        start: start ?? dA_cumsum, dstates, dinitial,
+        dprev: dprev ?? device.zeros(prev_states.shape), dfinal: dfinal ?? device.zeros(dinitial.shape),
+        dA_cumsum, start: start ?? dA_cumsum, dstates, dinitial,
       },
       params: { ...shape, total }, conditions, workgroups: groups(total),
     });
@@ -62,7 +67,8 @@ export const state_passing = defineOp({
     const chunks = batch * nheads * nchunks;
     launch("mamba2/state_passing_backward", {
       entry: "exponents", bind: { dA_cumsum, start: start ?? dA_cumsum, prev_states, dstates, dcumsum },
-      params: { ...shape, total: chunks }, conditions, workgroups: [chunks],
+      params: { ...shape, total: chunks }, constants: { WG: device.info.isSoftware ? 8 : 64 }, conditions,
+      workgroups: [chunks],
     });
     return [dstates, dcumsum, hasInitial ? dinitial : null];
   },

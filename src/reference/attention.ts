@@ -47,8 +47,9 @@ function forEachRow(q: NdArray, k: NdArray, options: AttentionOptions, visit: (r
 /**
  * O = softmax(scale * Q K^T, causal) V, with grouped key and value heads.
  *
- * q [B, L, Hq, Dh], k and v [B, Lk, Hkv, Dh], Hq a multiple of Hkv, Lk >= L -> [B, L, Hq, Dh]. Query head h uses
- * key/value head floor(h / (Hq / Hkv)). Query t is at absolute position t + (Lk - L) and sees keys up to there.
+ * q [B, L, Hq, Dh], k and v [B, Lk, Hkv, Dh], Hq a multiple of Hkv, Lk >= L -> [B, L, Hq, Dh]. Query head h
+ * uses key/value head floor(h / (Hq / Hkv)). Query t is at absolute position t + (Lk - L) and sees keys up to
+ * there.
  */
 export function attention(q: NdArray, k: NdArray, v: NdArray, options: AttentionOptions): NdArray {
   const Dh = q.shape[3]!;
@@ -61,7 +62,9 @@ export function attention(q: NdArray, k: NdArray, v: NdArray, options: Attention
   return out;
 }
 
-/** dV = P^T dO, dS = P * (dO V^T - delta) with delta_i = dO_i . O_i, dQ = scale * dS K, dK = scale * dS^T Q. */
+/**
+ * dV = P^T dO, dQ = scale * dS K, dK = scale * dS^T Q, where dS = P * (dO V^T - delta), delta_i = dO_i . O_i.
+ */
 export function attention_vjp(
   [dout]: readonly (NdArray | null)[], q: NdArray, k: NdArray, v: NdArray, options: AttentionOptions,
 ): (NdArray | null)[] {

@@ -18,7 +18,9 @@ export function bmm_chunk(C: NdArray, B: NdArray, chunk_size: number): NdArray {
 }
 
 /** Gradients of `bmm_chunk` for (C, B). */
-export function bmm_chunk_vjp([dCB]: readonly (NdArray | null)[], C: NdArray, B: NdArray, chunk_size: number): (NdArray | null)[] {
+export function bmm_chunk_vjp(
+  [dCB]: readonly (NdArray | null)[], C: NdArray, B: NdArray, chunk_size: number,
+): (NdArray | null)[] {
   const [batch, L, G, N] = B.shape as [number, number, number, number];
   const dC = ndarray(C.shape);
   const dB = ndarray(B.shape);
@@ -33,7 +35,8 @@ export function bmm_chunk_vjp([dCB]: readonly (NdArray | null)[], C: NdArray, B:
 
 /** Calls visit(index of CB[i,j], index of C_i[n], index of B_j[n]) for all i >= j of one chunk, and all n. */
 function for_pairs(
-  batch: number, L: number, G: number, N: number, Q: number, visit: (at: number, Ci: number, Bj: number) => void,
+  batch: number, L: number, G: number, N: number, Q: number,
+  visit: (at: number, Ci: number, Bj: number) => void,
 ): void {
   const nchunks = Math.ceil(L / Q);
   for (let b = 0; b < batch; b++) {

@@ -5,7 +5,8 @@ const sigmoid = (v: number): number => 1 / (1 + Math.exp(-v));
 
 /** The input of channel c at time t (t < 0 reads the history) as position `at` of the same row sees it. */
 function input(
-  x: NdArray, K: number, initial_state: NdArray | null, seq_idx: NdArray | null, b: number, t: number, c: number, at: number,
+  x: NdArray, K: number, initial_state: NdArray | null, seq_idx: NdArray | null,
+  b: number, t: number, c: number, at: number,
 ): number {
   const [, L, C] = x.shape as [number, number, number];
   if (!connected(seq_idx, b, Math.max(t, -1), at)) return 0;
@@ -50,7 +51,9 @@ function pre_activation(
 ): number {
   const K = weight.shape[1]!;
   let v = bias === null ? 0 : bias.data[c]!;
-  for (let j = 0; j < K; j++) v += weight.data[c * K + j]! * input(x, K, initial_state, seq_idx, b, t - K + 1 + j, c, t);
+  for (let j = 0; j < K; j++) {
+    v += weight.data[c * K + j]! * input(x, K, initial_state, seq_idx, b, t - K + 1 + j, c, t);
+  }
   return v;
 }
 
@@ -89,10 +92,12 @@ export function causal_conv1d_vjp(
 }
 
 /**
- * One decode step: shifts xBC [B,C] into `state` [B,C,K] and returns silu(bias + sum_j weight[c,j] state[c,j]) [B,C].
- * `state` changes in place.
+ * One decode step: shifts xBC [B,C] into `state` [B,C,K] and returns silu(bias + sum_j weight[c,j]
+ * state[c,j]) [B,C]. `state` changes in place.
  */
-export function causal_conv1d_update(state: NdArray, xBC: NdArray, weight: NdArray, bias: NdArray | null): NdArray {
+export function causal_conv1d_update(
+  state: NdArray, xBC: NdArray, weight: NdArray, bias: NdArray | null,
+): NdArray {
   const [B, C, K] = state.shape as [number, number, number];
   const y = ndarray([B, C]);
   for (let b = 0; b < B; b++) {

@@ -1,19 +1,8 @@
 import { ndarray, type NdArray } from "../tensor/ndarray.ts";
-
-/** softplus(v) = ln(1 + e^v), without overflow and without losing small values. */
-export const softplus = (v: number): number => Math.max(v, 0) + Math.log1p(Math.exp(-Math.abs(v)));
-
-/** d clamp(softplus(v), lo, hi) / dv: the logistic function, zero where the clamp acts. */
-export function time_step_slope(v: number, [lo, hi]: readonly [number, number]): number {
-  const dt = softplus(v);
-  return dt < lo || dt > hi ? 0 : 1 / (1 + Math.exp(-v));
-}
-
-/** dt = clamp(softplus(v), lo, hi). */
-export const time_step = (v: number, [lo, hi]: readonly [number, number]): number => Math.min(Math.max(softplus(v), lo), hi);
+import { time_step, time_step_slope } from "./time_step.ts";
 
 /**
- * dt = clamp(softplus(dt_raw + dt_bias), lo, hi) and its decay exponent a_i = sum_{m<=i} dt_m A, restarting in each chunk.
+ * dt = clamp(softplus(dt_raw + dt_bias), lo, hi) and a_i = sum_{m<=i} dt_m A by chunks: decay exponents.
  *
  * @param dt_raw  [B,L,H]
  * @param A_log   [H]; A = -exp(A_log)

@@ -4,8 +4,8 @@ import { connected } from "./documents.ts";
 /**
  * y_i = sum_{j<=i} CB_ij exp(a_i - a_j) dt_j x_j + exp(a_i) (prev_state C_i) + D x_i.
  *
- * Pairs (i,j) of different documents do not count; the entering state counts up to the first document start of the
- * chunk (a start at the chunk's first position included).
+ * Pairs (i,j) of different documents do not count; the entering state counts up to the first document start
+ * of the chunk (a start at the chunk's first position included).
  *
  * @param CB          [B,nC,G,Q,Q], read for i >= j only
  * @param x           [B,L,H,P]
@@ -30,13 +30,14 @@ export function chunk_scan(
       const g = Math.floor(h / (H / G));
       for (let i = 0; i < L; i++) {
         const c = Math.floor(i / Q);
-        const chunk = ((b * H + h) * nchunks + c) * Q - c * Q; // + t: position t of the row in dt and dA_cumsum
+        const chunk = ((b * H + h) * nchunks + c) * Q - c * Q; // + t: position t of the row, in dt and a
         const a = dA_cumsum.data[chunk + i]!;
         const enters = connected(seq_idx, b, c * Q - 1, i) ? Math.exp(a) : 0;
         for (let p = 0; p < P; p++) {
           let v = D.data[h]! * x.data[((b * L + i) * H + h) * P + p]!;
           for (let n = 0; n < N; n++) {
-            v += enters * prev_states.data[(((b * nchunks + c) * H + h) * P + p) * N + n]! * C.data[((b * L + i) * G + g) * N + n]!;
+            const S = prev_states.data[(((b * nchunks + c) * H + h) * P + p) * N + n]!;
+            v += enters * S * C.data[((b * L + i) * G + g) * N + n]!;
           }
           y.data[((b * L + i) * H + h) * P + p] = v;
         }
@@ -44,7 +45,9 @@ export function chunk_scan(
           if (!connected(seq_idx, b, j, i)) continue;
           const weight = CB.data[(((b * nchunks + c) * G + g) * Q + (i % Q)) * Q + (j % Q)]! *
             Math.exp(a - dA_cumsum.data[chunk + j]!) * dt.data[chunk + j]!;
-          for (let p = 0; p < P; p++) y.data[((b * L + i) * H + h) * P + p]! += weight * x.data[((b * L + j) * H + h) * P + p]!;
+          for (let p = 0; p < P; p++) {
+            y.data[((b * L + i) * H + h) * P + p]! += weight * x.data[((b * L + j) * H + h) * P + p]!;
+          }
         }
       }
     }

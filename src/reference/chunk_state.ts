@@ -13,7 +13,9 @@ import { connected } from "./documents.ts";
  * @param seq_idx   [B,L] or null
  * @returns         states [B,nC,H,P,N]
  */
-export function chunk_state(B: NdArray, x: NdArray, dt: NdArray, dA_cumsum: NdArray, seq_idx: NdArray | null): NdArray {
+export function chunk_state(
+  B: NdArray, x: NdArray, dt: NdArray, dA_cumsum: NdArray, seq_idx: NdArray | null,
+): NdArray {
   const [batch, L, G, N] = B.shape as [number, number, number, number];
   const [, , H, P] = x.shape as [number, number, number, number];
   const [, , nchunks, Q] = dt.shape as [number, number, number, number];

@@ -3,8 +3,8 @@ import { ndarray, type NdArray } from "../tensor/ndarray.ts";
 /**
  * o = softmax(scale * q K^T) V over positions 0 .. position + t of a cache: few new tokens per sequence.
  *
- * q [B, L, Hq, Dh], caches [B, Hkv, Lmax, Dh], position u32 [1] -> [B, L, Hq, Dh]. Query head h uses key/value head
- * floor(h / (Hq / Hkv)).
+ * q [B, L, Hq, Dh], caches [B, Hkv, Lmax, Dh], position u32 [1] -> [B, L, Hq, Dh]. Query head h uses
+ * key/value head floor(h / (Hq / Hkv)).
  */
 export function decode_attention(
   q: NdArray, kCache: NdArray, vCache: NdArray, position: NdArray, scale: number,
@@ -27,7 +27,9 @@ export function decode_attention(
         const weights = scores.map((s) => Math.exp(s - top));
         const total = weights.reduce((sum, w) => sum + w, 0);
         for (let j = 0; j < count; j++) {
-          for (let d = 0; d < Dh; d++) out.data[row + d]! += weights[j]! / total * vCache.data[base + j * Dh + d]!;
+          for (let d = 0; d < Dh; d++) {
+            out.data[row + d]! += weights[j]! / total * vCache.data[base + j * Dh + d]!;
+          }
         }
       }
     }

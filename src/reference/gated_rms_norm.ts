@@ -2,16 +2,27 @@ import { ndarray, type NdArray } from "../tensor/ndarray.ts";
 
 const sigmoid = (x: number): number => 1 / (1 + Math.exp(-x));
 
+/** n values y * silu(z) from index `start` on. */
+function gated(y: NdArray, z: NdArray, start: number, n: number): number[] {
+  return Array.from({ length: n }, (_, i) => {
+    const gate = z.data[start + i]!;
+    return y.data[start + i]! * gate * sigmoid(gate);
+  });
+}
+
 /**
- * v = y * silu(z), then out = weight * v / sqrt(mean(v^2) + eps), the mean over each of `ngroups` groups of I / ngroups
- * neighbouring channels: the gate comes first, the norm second. y, z [..., I], weight [I] -> [..., I].
+ * v = y * silu(z), then out = weight * v / sqrt(mean(v^2) + eps), the mean over each of `ngroups` groups of I
+ * / ngroups neighbouring channels: the gate comes first, the norm second. y, z [..., I], weight [I] -> [...,
+ * I].
  */
-export function gated_rms_norm(y: NdArray, z: NdArray, weight: NdArray, ngroups: number, eps: number): NdArray {
+export function gated_rms_norm(
+  y: NdArray, z: NdArray, weight: NdArray, ngroups: number, eps: number,
+): NdArray {
   const I = y.shape.at(-1)!;
   const n = I / ngroups;
   const out = ndarray(y.shape);
   for (let start = 0; start < y.data.length; start += n) {
-    const v = Array.from({ length: n }, (_, i) => y.data[start + i]! * z.data[start + i]! * sigmoid(z.data[start + i]!));
+    const v = gated(y, z, start, n);
     const rstd = 1 / Math.sqrt(v.reduce((sum, value) => sum + value * value, 0) / n + eps);
     for (let i = 0; i < n; i++) out.data[start + i] = v[i]! * rstd * weight.data[(start + i) % I]!;
   }
@@ -30,7 +41,7 @@ export function gated_rms_norm_vjp(
   const [dy, dz, dweight] = [ndarray(y.shape), ndarray(z.shape), ndarray(weight.shape)];
   if (!dout) return [dy, dz, dweight, null, null];
   for (let start = 0; start < y.data.length; start += n) {
-    const v = Array.from({ length: n }, (_, i) => y.data[start + i]! * z.data[start + i]! * sigmoid(z.data[start + i]!));
+    const v = gated(y, z, start, n);
     const rstd = 1 / Math.sqrt(v.reduce((sum, value) => sum + value * value, 0) / n + eps);
     let dot = 0;
     for (let i = 0; i < n; i++) dot += dout.data[start + i]! * weight.data[(start + i) % I]! * v[i]! * rstd;

@@ -13,7 +13,7 @@ export function rms_norm(x: NdArray, weight: NdArray, eps: number): NdArray {
   return y;
 }
 
-/** With g = dy * w and xhat = x * rstd: dx = rstd * (g - xhat * mean(g * xhat)), dw = sum over rows of dy * xhat. */
+/** With g = dy * w and xhat = x * rstd: dx = rstd * (g - xhat * mean(g * xhat)), dw = sum of dy * xhat. */
 export function rms_norm_vjp(
   [dy]: readonly (NdArray | null)[], x: NdArray, weight: NdArray, eps: number,
 ): (NdArray | null)[] {

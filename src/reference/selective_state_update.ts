@@ -1,8 +1,8 @@
 import { ndarray, type NdArray } from "../tensor/ndarray.ts";
-import { time_step } from "./chunk_cumsum.ts";
+import { time_step } from "./time_step.ts";
 
 /**
- * One decode step of the recurrence: S <- exp(dt A) S + dt x (outer) B, y = S C + D x. `state` changes in place.
+ * One decode step of the recurrence: S <- exp(dt A) S + dt x (outer) B, y = S C + D x. `state` is changed.
  *
  * @param state   [B,H,P,N]
  * @param x       [B,H,P]
@@ -15,8 +15,8 @@ import { time_step } from "./chunk_cumsum.ts";
  * @returns       y [B,H,P]
  */
 export function selective_state_update(
-  state: NdArray, x: NdArray, dt_raw: NdArray, A_log: NdArray, B: NdArray, C: NdArray, D: NdArray, dt_bias: NdArray,
-  dt_limit: readonly [number, number],
+  state: NdArray, x: NdArray, dt_raw: NdArray, A_log: NdArray, B: NdArray, C: NdArray, D: NdArray,
+  dt_bias: NdArray, dt_limit: readonly [number, number],
 ): NdArray {
   const [batch, H, P, N] = state.shape as [number, number, number, number];
   const G = B.shape[1]!;

@@ -1,5 +1,5 @@
 import { ndarray, type NdArray } from "../tensor/ndarray.ts";
-import { time_step, time_step_slope } from "./chunk_cumsum.ts";
+import { time_step, time_step_slope } from "./time_step.ts";
 
 /** What `ssd_scan` takes besides its tensors; chunk_size does not change the result. */
 export interface SsdScanOptions {
@@ -12,7 +12,8 @@ export interface SsdScanOptions {
 /**
  * The selective state space recurrence of Mamba-2, one position after the other:
  *   S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t,   y_t = S_t C_t + D x_t,
- * with dt = clamp(softplus(dt_raw + dt_bias), lo, hi), A = -exp(A_log), and S forgotten where a document starts.
+ * with dt = clamp(softplus(dt_raw + dt_bias), lo, hi), A = -exp(A_log), and S forgotten where a document
+ * starts.
  *
  * @param x       [B,L,H,P]
  * @param dt_raw  [B,L,H]
@@ -24,7 +25,8 @@ export interface SsdScanOptions {
  * @returns       y [B,L,H,P] and final_state [B,H,P,N]
  */
 export function ssd_scan(
-  x: NdArray, dt_raw: NdArray, A_log: NdArray, B: NdArray, C: NdArray, D: NdArray, dt_bias: NdArray, options: SsdScanOptions,
+  x: NdArray, dt_raw: NdArray, A_log: NdArray, B: NdArray, C: NdArray, D: NdArray, dt_bias: NdArray,
+  options: SsdScanOptions,
 ): [NdArray, NdArray] {
   const [batch, L, H, P] = x.shape as [number, number, number, number];
   const N = B.shape[3]!;
@@ -64,7 +66,8 @@ function decay(seq_idx: NdArray | null, b: number, t: number, dt: number, A: num
 
 /** S_{-1}, S_0, ..., S_{L-1} of one row and head, each [P,N]. */
 function recurrence(
-  x: NdArray, dt_raw: NdArray, A_log: NdArray, B: NdArray, dt_bias: NdArray, options: SsdScanOptions, b: number, h: number,
+  x: NdArray, dt_raw: NdArray, A_log: NdArray, B: NdArray, dt_bias: NdArray,
+  options: SsdScanOptions, b: number, h: number,
 ): Float64Array[] {
   const [, L, H, P] = x.shape as [number, number, number, number];
   const N = B.shape[3]!;
@@ -83,12 +86,13 @@ function recurrence(
 }
 
 /**
- * Gradients of `ssd_scan` by the recurrence run backwards, lambda_t = dy_t (outer) C_t + exp(dt_{t+1} A) lambda_{t+1}, for
- * (x, dt_raw, A_log, B, C, D, dt_bias, initial_state).
+ * Gradients of `ssd_scan` for (x, dt_raw, A_log, B, C, D, dt_bias, initial_state), by the recurrence run
+ * backwards: lambda_t = dy_t (outer) C_t + exp(dt_{t+1} A) lambda_{t+1}.
  */
 export function ssd_scan_vjp(
   [dy, dfinal]: readonly (NdArray | null)[],
-  x: NdArray, dt_raw: NdArray, A_log: NdArray, B: NdArray, C: NdArray, D: NdArray, dt_bias: NdArray, options: SsdScanOptions,
+  x: NdArray, dt_raw: NdArray, A_log: NdArray, B: NdArray, C: NdArray, D: NdArray, dt_bias: NdArray,
+  options: SsdScanOptions,
 ): (NdArray | null)[] {
   const [batch, L, H, P] = x.shape as [number, number, number, number];
   const N = B.shape[3]!;
@@ -130,7 +134,8 @@ export function ssd_scan_vjp(
           }
         }
         dA_log.data[h]! += dt * keep * kept * A;
-        ddt_raw.data[raw] = (A * keep * kept + added) * time_step_slope(dt_raw.data[raw]! + dt_bias.data[h]!, options.dt_limit);
+        const slope = time_step_slope(dt_raw.data[raw]! + dt_bias.data[h]!, options.dt_limit);
+        ddt_raw.data[raw] = (A * keep * kept + added) * slope;
         ddt_bias.data[h]! += ddt_raw.data[raw]!;
       }
       dinitial.data.set(lambda, (b * H + h) * P * N);

@@ -2,7 +2,8 @@ import { ndarray, type NdArray } from "../tensor/ndarray.ts";
 import { connected } from "./documents.ts";
 
 /**
- * The state entering each chunk: prev[0] = initial_state, prev[c+1] = exp(a_last[c]) prev[c] + states[c]; prev[nC] is final.
+ * The state entering each chunk: prev[0] = initial_state, prev[c+1] = exp(a_last[c]) prev[c] + states[c];
+ * prev[nC] is final.
  *
  * A state passes through a chunk only if no document starts inside it or at its first position.
  *
@@ -38,7 +39,8 @@ export function state_passing(
 function passes(dA_cumsum: NdArray, seq_idx: NdArray | null, b: number, h: number, c: number): number {
   const [, H, nchunks, Q] = dA_cumsum.shape as [number, number, number, number];
   const end = Math.min((c + 1) * Q, seq_idx === null ? Infinity : seq_idx.shape[1]!) - 1;
-  return connected(seq_idx, b, c * Q - 1, end) ? Math.exp(dA_cumsum.data[((b * H + h) * nchunks + c) * Q + Q - 1]!) : 0;
+  const a_last = dA_cumsum.data[((b * H + h) * nchunks + c) * Q + Q - 1]!;
+  return connected(seq_idx, b, c * Q - 1, end) ? Math.exp(a_last) : 0;
 }
 
 /** Gradients of `state_passing` for (states, dA_cumsum, initial_state, seq_idx). */

@@ -6,7 +6,9 @@ import { sizeOf } from "./ndarray.ts";
 import { Tensor, type TensorDType } from "./tensor.ts";
 
 export interface DeviceOptions extends GpuOptions {
-  /** Part of an adapter's name or its id, such as "swiftshader", or one already found; default: the best one. */
+  /**
+   * Part of an adapter's name or its id, such as "swiftshader", or one already found; default: the best one.
+   */
   adapter?: string | AdapterHandle;
 }
 
@@ -16,7 +18,9 @@ export interface DeviceOptions extends GpuOptions {
  */
 export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
   const wanted = options.adapter;
-  const handle = typeof wanted === "object" ? wanted : chooseAdapter(await provider.listAdapters(), wanted).handle;
+  const handle = typeof wanted === "object"
+    ? wanted
+    : chooseAdapter(await provider.listAdapters(), wanted).handle;
   return new Device(await requestGpuDevice(handle, options), handle.info, options);
 }
 
@@ -37,11 +41,13 @@ export class Device extends Gpu {
   }
 
   /**
-   * A tensor with the given elements. The dtype follows the array; a plain list becomes `dtype`, f32 by default.
+   * A tensor with the given elements. The dtype follows the array;
+   * a plain list becomes `dtype`, f32 by default.
    * @throws ShapeError when the count does not fit the shape.
    */
   tensor(
-    values: Float32Array | Int32Array | Uint32Array | readonly number[], shape: readonly number[], dtype?: TensorDType,
+    values: Float32Array | Int32Array | Uint32Array | readonly number[], shape: readonly number[],
+    dtype?: TensorDType,
   ): Tensor {
     if (values.length !== sizeOf(shape)) {
       throw new ShapeError(`tensor: [${shape}] holds ${sizeOf(shape)} elements, found ${values.length}.`);
@@ -51,7 +57,8 @@ export class Device extends Gpu {
     else if (values instanceof Int32Array) kind = "i32";
     else if (values instanceof Uint32Array) kind = "u32";
     const array = ArrayBuffer.isView(values) ? values as Float32Array | Int32Array | Uint32Array
-      : kind === "i32" ? Int32Array.from(values) : kind === "u32" ? Uint32Array.from(values) : Float32Array.from(values);
+      : kind === "i32" ? Int32Array.from(values) : kind === "u32" ? Uint32Array.from(values) : Float32Array.from(
+        values);
     const tensor = this.empty(shape, kind ?? "f32");
     tensor.write(array);
     return tensor;

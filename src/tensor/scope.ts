@@ -18,8 +18,8 @@ export function register(tensor: Scoped): void {
 }
 
 /**
- * Runs `body` and then frees every tensor made inside it, except those it returns (found in arrays, maps and plain
- * objects), which pass to the scope around it. Synchronous: nothing in `body` may await.
+ * Runs `body` and then frees every tensor made inside it, except those it returns (found in arrays, maps and
+ * plain objects), which pass to the scope around it. Synchronous: nothing in `body` may await.
  */
 export function scope<T>(body: () => T): T {
   const mine: Scope = { tensors: new Set(), outer: current };
@@ -47,8 +47,8 @@ export function promote<T>(value: T): T {
 }
 
 /**
- * Runs `body` outside of every scope: what it makes belongs to whoever holds it. When `body` throws, what it had made by
- * then (in further `unscoped` calls too) is freed, since nobody holds it.
+ * Runs `body` outside of every scope: what it makes belongs to whoever holds it. When `body` throws, what it
+ * had made by then (in further `unscoped` calls too) is freed, since nobody holds it.
  */
 export function unscoped<T>(body: () => T): T {
   const [outer, around] = [current, making];

@@ -11,8 +11,9 @@ export type TensorDType = "f32" | "i32" | "u32";
 let nextKey = 1;
 
 /**
- * A contiguous row-major array on a device. Its memory is counted: the scope that made it holds one reference, a tape or
- * a captured graph may hold more (`retain`, `release`), and the last one gives the memory back to the pool.
+ * A contiguous row-major array on a device. Its memory is counted: the scope that made it holds one
+ * reference, a tape or a captured graph may hold more (`retain`, `release`), and the last one gives the
+ * memory back to the pool.
  */
 export class Tensor implements BufferView {
   readonly device: Device;
@@ -28,9 +29,12 @@ export class Tensor implements BufferView {
   requiresGrad = false;
   #refs = 1;
 
-  /** Internal: use `device.empty`, `device.zeros` or `device.tensor`. Takes over one reference to `storage`. */
+  /**
+   * Internal: use `device.empty`, `device.zeros` or `device.tensor`. Takes over one reference to `storage`.
+   */
   constructor(
-    device: Device, storage: PooledBuffer, byteOffset: number, shape: readonly number[], dtype: TensorDType, key?: number,
+    device: Device, storage: PooledBuffer, byteOffset: number, shape: readonly number[], dtype: TensorDType,
+    key?: number,
   ) {
     this.device = device;
     this.storage = storage;
@@ -54,7 +58,8 @@ export class Tensor implements BufferView {
     const known = shape.filter((extent) => extent !== -1).reduce((a, b) => a * b, 1);
     const resolved = shape.map((extent) => (extent === -1 ? this.size / Math.max(known, 1) : extent));
     if (sizeOf(resolved) !== this.size) {
-      throw new ShapeError(`reshape: [${this.shape}] has ${this.size} elements, which [${shape}] cannot hold.`);
+      throw new ShapeError(
+        `reshape: [${this.shape}] has ${this.size} elements, which [${shape}] cannot hold.`);
     }
     this.device.pool.retain(this.storage);
     const view = new Tensor(this.device, this.storage, this.byteOffset, resolved, this.dtype, this.key);
@@ -64,7 +69,9 @@ export class Tensor implements BufferView {
 
   /** The leading elements under a shape that is no larger; shares memory, but not the gradient. */
   prefix(shape: readonly number[]): Tensor {
-    if (sizeOf(shape) > this.size) throw new ShapeError(`prefix: [${this.shape}] is smaller than [${shape}].`);
+    if (sizeOf(shape) > this.size) {
+      throw new ShapeError(`prefix: [${this.shape}] is smaller than [${shape}].`);
+    }
     this.device.pool.retain(this.storage);
     return new Tensor(this.device, this.storage, this.byteOffset, [...shape], this.dtype);
   }
@@ -77,7 +84,9 @@ export class Tensor implements BufferView {
   /** Drops one reference; the memory goes back to the pool with the last. */
   release(): void {
     if (--this.#refs === 0) this.device.pool.release(this.storage);
-    if (this.#refs < 0) throw new Error(`A tensor [${this.shape}] was released more often than it was retained.`);
+    if (this.#refs < 0) {
+      throw new Error(`A tensor [${this.shape}] was released more often than it was retained.`);
+    }
   }
 
   /** Gives up the owner's reference, for tensors that no scope owns (parameters, caches). */
@@ -91,7 +100,9 @@ export class Tensor implements BufferView {
    */
   async read(): Promise<Float32Array | Int32Array | Uint32Array> {
     const bytes = await this.device.readBytes(this);
-    return this.dtype === "f32" ? new Float32Array(bytes) : this.dtype === "i32" ? new Int32Array(bytes) : new Uint32Array(bytes);
+    return this.dtype === "f32"
+      ? new Float32Array(bytes)
+      : this.dtype === "i32" ? new Int32Array(bytes) : new Uint32Array(bytes);
   }
 
   /** Reads a tensor of one element. */
@@ -111,7 +122,9 @@ export class Tensor implements BufferView {
 
   /** Overwrites the elements with those of another tensor of the same size. */
   copyFrom(other: Tensor): void {
-    if (other.size !== this.size) throw new ShapeError(`copyFrom: expected ${this.size} elements, found [${other.shape}].`);
+    if (other.size !== this.size) {
+      throw new ShapeError(`copyFrom: expected ${this.size} elements, found [${other.shape}].`);
+    }
     this.device.stream.copy(other.storage, other.byteOffset, this.storage, this.byteOffset, this.byteLength);
   }
 

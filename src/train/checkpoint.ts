@@ -30,7 +30,8 @@ export function checkpointFiles(
   run: TrainingRun, modelExtras: Readonly<Record<string, string>>, state: SavedRun,
 ): Record<string, CheckpointContent> {
   const { moments } = run.trainer.optimizer;
-  const entries = [...moments].flatMap(([name, pair]) => (["m", "v"] as const).map((moment) => tensorEntry(`${moment}.${name}`, pair[moment])));
+  const entries = [...moments].flatMap(([name, pair]) =>
+    (["m", "v"] as const).map((moment) => tensorEntry(`${moment}.${name}`, pair[moment])));
   return {
     ...modelFiles(run.model), ...modelExtras,
     "optimizer.safetensors": safetensorsPieces(entries),
@@ -42,7 +43,9 @@ export function checkpointFiles(
 export async function readSavedRun(checkpoint: SavedCheckpoint): Promise<SavedRun> {
   const text = new TextDecoder().decode(await checkpoint.read("state.json"));
   const state = JSON.parse(text) as SavedRun;
-  if (state.format !== "krait-training-state") throw new FormatError(`${checkpoint.path}: state.json is no training state.`);
+  if (state.format !== "krait-training-state") {
+    throw new FormatError(`${checkpoint.path}: state.json is no training state.`);
+  }
   return state;
 }
 
@@ -54,8 +57,8 @@ export async function restoreRun(run: TrainingRun, checkpoint: SavedCheckpoint):
   const state = await readSavedRun(checkpoint);
   if (state.data !== run.packer.fingerprint) {
     throw new FormatError(
-      `${checkpoint.path} was trained on other data, or with another order of it: expected fingerprint ${state.data}, ` +
-      `found ${run.packer.fingerprint}.`);
+      `${checkpoint.path} was trained on other data, or with another order of it: expected fingerprint ` +
+      `${state.data}, found ${run.packer.fingerprint}.`);
   }
   const model = await openSafetensors(await checkpoint.open("model.safetensors"));
   await readParameters(run.model.config, model, async (name, values) => {
@@ -64,7 +67,9 @@ export async function restoreRun(run: TrainingRun, checkpoint: SavedCheckpoint):
   await model.close();
   const moments = await openSafetensors(await checkpoint.open("optimizer.safetensors"));
   for (const [name, pair] of run.trainer.optimizer.moments) {
-    for (const moment of ["m", "v"] as const) pair[moment].write(await moments.readTensorF32(`${moment}.${name}`));
+    for (const moment of ["m", "v"] as const) {
+      pair[moment].write(await moments.readTensorF32(`${moment}.${name}`));
+    }
   }
   await moments.close();
   run.packer.restore(state.packing);

@@ -18,8 +18,8 @@ export interface AdamWOptions {
 }
 
 /**
- * AdamW over named parameters. All that changes from step to step (learning rate, bias corrections) lies in a small
- * tensor, so that a captured update can be replayed.
+ * AdamW over named parameters. All that changes from step to step (learning rate, bias corrections) lies in a
+ * small tensor, so that a captured update can be replayed.
  */
 export class AdamW {
   readonly options: AdamWOptions;
@@ -31,9 +31,8 @@ export class AdamW {
   constructor(device: Device, parameters: ReadonlyMap<string, Tensor>, options: AdamWOptions) {
     this.options = options;
     this.#parameters = parameters;
-    this.#hyper = unscoped(() => device.zeros([8]));
-    this.moments = unscoped(() => new Map([...parameters].map(([name, { shape }]) =>
-      [name, { m: device.zeros(shape), v: device.zeros(shape) }])));
+    [this.#hyper, this.moments] = unscoped(() => [device.zeros([8]), new Map([...parameters].map(([name, { shape }]) =>
+      [name, { m: device.zeros(shape), v: device.zeros(shape) }]))]);
   }
 
   /** Sets the learning rate of update number `step` (from 0). */

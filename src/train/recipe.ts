@@ -32,7 +32,10 @@ export interface Recipe {
   readonly eval_rows: number;
 }
 
-/** Published values where the model family has them (Nemotron 3 reports: AdamW 0.9/0.95, decay 0.1, clip 1, MTP 0.3). */
+/**
+ * Published values where the model family has them (Nemotron 3 reports: AdamW 0.9/0.95, decay 0.1,
+ * clip 1, MTP 0.3).
+ */
 export const RECIPE: Recipe = {
   steps: 300, seed: 0, batch: 8, seqlen: 128, accumulate: 1,
   lr: 4e-3, min_lr: 4e-5, schedule: "wsd", warmup: 20, decay: 100,
@@ -45,7 +48,8 @@ export const RECIPE: Recipe = {
  * @throws UsageError for a value out of range.
  */
 export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key] | undefined }): Recipe {
-  const set = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)) as Partial<Recipe>;
+  const set =
+    Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)) as Partial<Recipe>;
   const steps = set.steps ?? RECIPE.steps;
   const recipe: Recipe = {
     ...RECIPE,

@@ -1,4 +1,7 @@
-/** A whole training run without files: data, model, trainer, evaluation. The command line and the worker drive it. */
+/**
+ * A whole training run without files: data, model, trainer, evaluation.
+ * The command line and the worker drive it.
+ */
 import type { NemotronH } from "../models/nemotron_h.ts";
 import { BatchPacker, bitsPerByte, type TokenCorpus } from "./packing.ts";
 import { type Recipe, scheduleOf } from "./recipe.ts";
@@ -45,7 +48,8 @@ export class TrainingRun {
     const metrics = await this.trainer.step(Array.from({ length: accumulate }, () => this.packer.next()));
     const tokens = accumulate * batch * seqlen;
     return {
-      ...metrics, tokens: (metrics.step + 1) * tokens, tokens_per_s: (1000 * tokens) / (performance.now() - start),
+      ...metrics, tokens: (metrics.step + 1) * tokens,
+      tokens_per_s: (1000 * tokens) / (performance.now() - start),
     };
   }
 

@@ -79,13 +79,12 @@ export class Trainer {
     this.options = options;
     this.#device = model.device;
     const trainable = new Map([...model.parameters].filter(([, parameter]) => parameter.requiresGrad));
-    this.optimizer = new AdamW(model.device, trainable, options);
     const shape = [options.batch, options.seqlen];
     const ids = () => this.#device.zeros(shape, "i32");
-    this.#inputs = unscoped(() => ({
+    [this.optimizer, this.#inputs] = unscoped(() => [new AdamW(model.device, trainable, options), {
       input_ids: ids(), targets: ids(), seq_idx: ids(),
       mtp: Array.from({ length: options.mtp_depths }, () => ({ input_ids: ids(), targets: ids() })),
-    }));
+    }]);
   }
 
   /**
@@ -94,7 +93,9 @@ export class Trainer {
    */
   async step(batches: readonly Batch[]): Promise<StepMetrics> {
     const { accumulate: micros, schedule } = this.options;
-    if (batches.length !== micros) throw new KraitError(`A step needs ${micros} micro-batches, found ${batches.length}.`);
+    if (batches.length !== micros) {
+      throw new KraitError(`A step needs ${micros} micro-batches, found ${batches.length}.`);
+    }
     const lr = schedule(this.steps);
     this.optimizer.prepare(this.steps, lr);
     const captured = (this.#captured ??= this.#capture());
@@ -111,7 +112,8 @@ export class Trainer {
     const step = this.steps++;
     if (!scalars.every(Number.isFinite)) {
       throw new KraitError(
-        `The loss at step ${step} is ${total} (gradient norm ${grad_norm}), expected a finite number; lower the learning rate.`);
+        `The loss at step ${step} is ${total} (gradient norm ${grad_norm}), expected a finite number; ` +
+        "lower the learning rate.");
     }
     return {
       step, total, loss, aux_loss, grad_norm, lr, mtp_loss: scalars.slice(4),
@@ -151,26 +153,45 @@ export class Trainer {
     for (const depth of mtp) for (const tensor of [depth.input_ids, depth.targets]) tensor.dispose();
   }
 
-  /** One micro-batch's loss and gradients, recorded for replay; with a single micro-batch the update follows at once. */
+  /**
+   * One micro-batch's loss and gradients, recorded for replay;
+   * with a single micro-batch the update follows at once.
+   */
   #capture(): Captured {
     const { accumulate: micros, mtp_depths } = this.options;
     const device = this.#device;
-    const scalars = unscoped(() => device.zeros([4 + mtp_depths]));
-    const loads = unscoped(() => this.#moeLayers().map(({ bias }) => device.zeros(bias.shape, "u32")));
-    const seed = unscoped(() => device.tensor([1 / micros], []));
-    const sums: GradientMap = new Map();
-    if (micros > 1) {
-      for (const { key, shape, requiresGrad } of this.model.parameters.values()) {
-        if (requiresGrad) sums.set(key, unscoped(() => device.zeros(shape)));
+    return unscoped(() => {
+      const scalars = device.zeros([4 + mtp_depths]);
+      const loads = this.#moeLayers().map(({ bias }) => device.zeros(bias.shape, "u32"));
+      const seed = device.tensor([1 / micros], []);
+      const sums: GradientMap = new Map();
+      if (micros > 1) {
+        for (const { key, shape, requiresGrad } of this.model.parameters.values()) {
+          if (requiresGrad) sums.set(key, device.zeros(shape));
+        }
       }
-    }
-    const micro = device.capture(() => scope(() => {
-      if (micros === 1) for (const tensor of [scalars, ...loads]) tensor.clear();
-      const tape = new Tape();
+      const held = { scalars, loads, sums, seed };
+      const micro = device.capture(() => scope(() => this.#recordMicroBatch(held))).graph;
+      if (micros === 1) return { micro, update: null, ...held };
+      try {
+        const update = device.capture(() => scope(() => this.#recordUpdate(sums, scalars, loads))).graph;
+        return { micro, update, ...held };
+      } catch (error) {
+        device.stream.disposeGraph(micro);
+        throw error;
+      }
+    });
+  }
+
+  #recordMicroBatch({ scalars, loads, sums, seed }: Omit<Captured, "micro" | "update">): void {
+    const { accumulate: micros, mtp_depths } = this.options;
+    if (micros === 1) for (const tensor of [scalars, ...loads]) tensor.clear();
+    const tape = new Tape();
+    let gradients: GradientMap = new Map();
+    try {
       const loss = tape.run(() => this.model.loss(this.#inputs, this.options));
-      const gradients = tape.backward([loss.total], [seed]);
-      const parts = packScalars(device, loss, mtp_depths);
-      accumulate(scalars, scale(parts, 1 / micros));
+      gradients = tape.backward([loss.total], [seed]);
+      accumulate(scalars, scale(packScalars(this.#device, loss, mtp_depths), 1 / micros));
       loss.routing.forEach(({ index, layer }) => {
         const i = this.#moeLayers().findIndex(({ path }) => path === layer);
         expert_load(loads[i]!, index);
@@ -180,10 +201,10 @@ export class Trainer {
         const gradient = gradients.get(key);
         if (gradient) accumulate(sum, gradient.reshape(sum.shape));
       }
+    } finally {
+      tape.dispose();
       for (const gradient of gradients.values()) gradient.release();
-    })).graph;
-    const update = micros === 1 ? null : device.capture(() => scope(() => this.#recordUpdate(sums, scalars, loads))).graph;
-    return { micro, update, scalars, loads, sums, seed };
+    }
   }
 
   #recordUpdate(gradients: GradientMap, scalars: Tensor, loads: readonly Tensor[]): void {
@@ -196,17 +217,20 @@ export class Trainer {
   #captureEvaluation(): { graph: Graph; loss: Tensor } {
     const { model } = this;
     const { input_ids, targets, seq_idx } = this.#inputs;
-    const loss = unscoped(() => this.#device.zeros([]));
-    const { graph } = this.#device.capture(() => scope(() => {
-      const { main } = model.loss({ input_ids, targets, seq_idx, mtp: [] }, { mtp_scale: 0, aux_coeff: 0 });
-      loss.copyFrom(main);
-    }));
-    return { graph, loss };
+    return unscoped(() => {
+      const loss = this.#device.zeros([]);
+      const { graph } = this.#device.capture(() => scope(() => {
+        const { main } = model.loss({ input_ids, targets, seq_idx, mtp: [] }, { mtp_scale: 0, aux_coeff: 0 });
+        loss.copyFrom(main);
+      }));
+      return { graph, loss };
+    });
   }
 
   /** Correction biases of all MoE layers, those of the MTP head included if it is trained. */
   #moeLayers(): { path: string; bias: Tensor }[] {
-    const blocks = [...this.model.blocks, ...(this.options.mtp_depths > 0 ? this.model.mtp?.blocks ?? [] : [])];
+    const blocks =
+      [...this.model.blocks, ...(this.options.mtp_depths > 0 ? this.model.mtp?.blocks ?? [] : [])];
     return blocks.flatMap(({ mixer }) =>
       mixer instanceof MoE ? [{ path: mixer.path, bias: mixer.correction_bias }] : []);
   }

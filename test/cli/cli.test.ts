@@ -21,7 +21,8 @@ describe("info and doctor", () => {
     const { code, stdout } = await krait(["doctor", "--json"]);
     expect(code).toBe(0);
     const report = JSON.parse(stdout) as {
-      chosen: string; adapters: { id: string }[]; checks: { passed: boolean }[]; copy_gb_per_s: number; matmul_gflop_per_s: number;
+      chosen: string; adapters: { id: string }[]; checks: { passed: boolean }[]; copy_gb_per_s: number;
+      matmul_gflop_per_s: number;
     };
     expect(report.adapters.map(({ id }) => id)).toContain(report.chosen);
     expect(report.checks.every(({ passed }) => passed)).toBe(true);
@@ -34,10 +35,12 @@ describe("train and generate", () => {
   test("a killed run resumes bit for bit, and speaks", () => withFolder(async (folder) => {
     const data = join(folder, "text.txt");
     writeFileSync(data, text);
-    const args = (out: string) => ["train", ...small, "--data", data, "--out", join(folder, out), "--seed", "3", "--json"];
+    const args = (out: string) =>
+      ["train", ...small, "--data", data, "--out", join(folder, out), "--seed", "3", "--json"];
     const whole = await krait([...args("whole"), "--steps", "12"]);
     expect(whole.code, whole.stderr).toBe(0);
-    const losses = jsonLines(whole.stdout).filter((line) => "grad_norm" in line).map(({ step, loss }) => [step, loss]);
+    const losses = jsonLines(whole.stdout).filter((line) => "grad_norm" in line)
+      .map(({ step, loss }) => [step, loss]);
     expect(losses).toHaveLength(12);
 
     let lines = 0;
@@ -48,24 +51,32 @@ describe("train and generate", () => {
     expect(killed.signal).toBe("SIGKILL");
     const resumed = await krait([...args("killed"), "--resume"]);
     expect(resumed.code, resumed.stderr).toBe(0);
-    const rest = jsonLines(resumed.stdout).filter((line) => "grad_norm" in line).map(({ step, loss }) => [step, loss]);
+    const rest = jsonLines(resumed.stdout).filter((line) => "grad_norm" in line)
+      .map(({ step, loss }) => [step, loss]);
     expect(rest[0]![0]).toBeGreaterThanOrEqual(4);
     expect(rest).toEqual(losses.slice(rest[0]![0] as number));
-    const read = (run: string) => readdirSync(join(folder, run)).filter((name) => name.startsWith("step-")).sort().at(-1)!;
+    const read = (run: string) =>
+      readdirSync(join(folder, run)).filter((name) => name.startsWith("step-")).sort().at(-1)!;
     const weights = (run: string) => readFileSync(join(folder, run, read(run), "model.safetensors"));
     expect(weights("killed").equals(weights("whole"))).toBe(true);
     expect(existsSync(join(folder, "whole/loss.svg"))).toBe(true);
-    expect(readFileSync(join(folder, "killed/metrics.jsonl"), "utf8").trim().split("\n").length).toBeGreaterThanOrEqual(13);
+    expect(readFileSync(join(folder, "killed/metrics.jsonl"), "utf8").trim().split("\n").length)
+      .toBeGreaterThanOrEqual(13);
 
     const speak = (...more: string[]) =>
-      krait(["generate", "--model", join(folder, "whole"), "--prompt", "Krait ", "--max-tokens", "24", "--json", ...more]);
+      krait([
+        "generate", "--model", join(folder, "whole"), "--prompt", "Krait ", "--max-tokens", "24", "--json",
+        ...more,
+      ]);
     const plain = await speak();
     expect(plain.code, plain.stderr).toBe(0);
     const drafted = await speak("--draft", "2");
     const tokens = (run: { stdout: string }) => (JSON.parse(run.stdout) as { tokens: number[] }).tokens;
     expect(tokens(plain)).toHaveLength(24);
     expect(tokens(drafted)).toEqual(tokens(plain));
-    const sampled = await Promise.all([speak("--temperature", "0.9", "--seed", "5"), speak("--temperature", "0.9", "--seed", "5")]);
+    const sampled = await Promise.all([
+      speak("--temperature", "0.9", "--seed", "5"), speak("--temperature", "0.9", "--seed", "5"),
+    ]);
     expect(tokens(sampled[0]!)).toEqual(tokens(sampled[1]!));
     const outside = await krait(["generate", "--model", join(folder, "whole"), "--prompt-tokens", "7,260"]);
     expect(outside.code).toBe(1);
@@ -87,7 +98,8 @@ describe("logits", () => {
       ["logits", "--model", model, "--input", join(folder, "in.safetensors"), "--out", out, "--grads", "--decode", "7"]);
     expect(run.code, run.stderr).toBe(0);
     const found = await openSafetensors((await openFile(out))!);
-    const wanted = [...golden.tensors.keys()].filter((name) => /^(logits|loss|decode\.logits|grad\..*|mtp\.(logits|loss|grad\..*))$/.test(name));
+    const wanted = [...golden.tensors.keys()].filter((name) =>
+      /^(logits|loss|decode\.logits|grad\..*|mtp\.(logits|loss|grad\..*))$/.test(name));
     expect(wanted.length).toBeGreaterThan(100);
     for (const name of wanted) {
       expect(found.info(name).shape, name).toEqual(golden.info(name).shape);
@@ -107,7 +119,9 @@ describe("bad input is one sentence and an exit code", () => {
       return ["info", join(f, "c.json")];
     }, 1, /position 2, found "Q"/],
     ["sizes that do not divide", (f) => {
-      writeFileSync(join(f, "c.json"), readFileSync(fixture("micro.json"), "utf8").replace('"n_groups": 1', '"n_groups": 3'));
+      writeFileSync(
+        join(f, "c.json"),
+        readFileSync(fixture("micro.json"), "utf8").replace('"n_groups": 1', '"n_groups": 3'));
       return ["info", join(f, "c.json")];
     }, 1, /n_groups/],
     ["truncated checkpoint", (f) => {
@@ -119,7 +133,10 @@ describe("bad input is one sentence and an exit code", () => {
     }, 1, /model\.safetensors/],
     ["missing tensor", (f) => {
       mkdirSync(join(f, "m"));
-      writeFileSync(join(f, "m/config.json"), readFileSync(fixture("golden/mlp_only/config.json"), "utf8").replace('"-"', '"--"').replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'));
+      writeFileSync(
+        join(f, "m/config.json"),
+        readFileSync(fixture("golden/mlp_only/config.json"), "utf8").replace('"-"', '"--"')
+          .replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'));
       copyFileSync(fixture("golden/mlp_only/model.safetensors"), join(f, "m/model.safetensors"));
       return ["generate", "--model", join(f, "m"), "--prompt-tokens", "1"];
     }, 1, /backbone\.layers\.1\.norm\.weight.*expected \[48\], found none/],

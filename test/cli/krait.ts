@@ -15,8 +15,12 @@ export interface Finished {
 }
 
 /** Starts the command line in a process of its own. `onStdout` sees the output as it comes. */
-export function krait(args: readonly string[], onStdout?: (text: string, child: ChildProcess) => void): Promise<Finished> {
-  const child = spawn(process.execPath, [join(root, "src/cli/krait.mjs"), ...args], { cwd: root, stdio: ["ignore", "pipe", "pipe"] });
+export function krait(
+  args: readonly string[], onStdout?: (text: string, child: ChildProcess) => void,
+): Promise<Finished> {
+  const child = spawn(process.execPath, [join(root, "src/cli/krait.mjs"), ...args], {
+    cwd: root, stdio: ["ignore", "pipe", "pipe"],
+  });
   let stdout = "";
   let stderr = "";
   child.stdout.setEncoding("utf8").on("data", (text: string) => {
@@ -42,5 +46,6 @@ export async function withFolder<T>(body: (folder: string) => Promise<T>): Promi
 
 /** The JSON lines of an output. */
 export function jsonLines(text: string): Record<string, unknown>[] {
-  return text.split("\n").filter((line) => line.startsWith("{")).map((line) => JSON.parse(line) as Record<string, unknown>);
+  return text.split("\n").filter((line) => line.startsWith("{"))
+    .map((line) => JSON.parse(line) as Record<string, unknown>);
 }

@@ -10,7 +10,8 @@ import { Draw } from "../ops/suite.ts";
 import { onEveryAdapter } from "../support/devices.ts";
 
 test("a size class holds what was asked for, wastes little, and is its own class", () => {
-  expect([0, 1, 256, 257, 65536, 65537, 1 << 20].map(sizeClass)).toEqual([256, 256, 256, 512, 65536, 73728, 1 << 20]);
+  const sizes = [0, 1, 256, 257, 65536, 65537, 1 << 20].map(sizeClass);
+  expect(sizes).toEqual([256, 256, 256, 512, 65536, 73728, 1 << 20]);
   const r = new Draw(1);
   for (let i = 0; i < 2000; i++) {
     const bytes = 1 + Math.floor(2 ** (34 * r.next()));
@@ -55,9 +56,9 @@ await onEveryAdapter((device, open) => {
     expect(pool.heldBytes).toBe(0);
   });
 
-  test("over the ceiling there is an OutOfMemoryError with both sizes, and the device stays usable", async () => {
+  test("over the ceiling there is an OutOfMemoryError with both sizes, and work can go on", async () => {
     const small = await open({ poolCeilingBytes: 4096 });
-    const tensors = [0, 1, 2].map(() => small.tensor(new Float32Array(256).fill(2), [256])); // 1024 bytes each
+    const tensors = [0, 1, 2].map(() => small.tensor(new Float32Array(256).fill(2), [256])); // 1 KiB each
     let error: unknown = null;
     try {
       small.empty([500]);
@@ -104,13 +105,14 @@ await onEveryAdapter((device, open) => {
     expect(pipelinesOf(fresh).compileMs).toBeGreaterThan(0);
   });
 
-  test("a launch that cannot work is refused with a GpuError that names the kernel and the trouble", async () => {
+  test("a launch that cannot work is a GpuError that names the kernel and the trouble", async () => {
     const other = await open();
     const [x, y] = [device.zeros([8]), device.zeros([8])];
     const foreign = other.zeros([8]);
     const params = { count: 2 };
     const workgroups = [1] as const;
-    const start = (options: object) => launch("elementwise/add", { entry: "add", workgroups, params, ...options } as never);
+    const start = (options: object) =>
+      launch("elementwise/add", { entry: "add", workgroups, params, ...options } as never);
     const refused = (options: object, message: RegExp) => {
       expect(() => start(options)).toThrow(GpuError);
       expect(() => start(options)).toThrow(message);
@@ -118,16 +120,18 @@ await onEveryAdapter((device, open) => {
     refused({ bind: { a: x, b: x } }, /elementwise\/add \(add\) needs a tensor for y/);
     refused({ bind: { a: x, b: x, y, dst: y } }, /elementwise\/add \(add\) does not use a binding dst/);
     refused({ bind: { a: x, b: x, y, nonsense: y } }, /does not use a binding nonsense/);
-    refused({ bind: { a: x, b: x, y: x } }, /elementwise\/add would write a buffer that is bound a second time/);
+    refused({ bind: { a: x, b: x, y: x } }, /elementwise\/add would write a buffer .* bound a second time/);
     refused({ bind: { a: x, b: foreign, y } }, /b lies on another device/);
     refused({ bind: { a: x, b: x, y }, params: {} }, /needs the parameter count/);
     refused({ bind: { a: x, b: x, y }, params: { count: 2, size: 2 } }, /has no parameter size/);
     refused({ bind: { a: x, b: x, y }, constants: { TILE: 4 } }, /has no override TILE/);
     refused({ bind: { a: x, b: x, y }, conditions: ["fast"] }, /has no condition fast/);
     refused({ bind: { a: x, b: x, y }, entry: "subtract" }, /has no entry point subtract/);
-    refused({ bind: { a: x, b: x, y }, entry: undefined }, /entry points add, accumulate; a launch must name one/);
+    refused({ bind: { a: x, b: x, y }, entry: undefined }, /entry points add, accumulate; a launch/);
     refused({ bind: { a: x, b: x, y }, workgroups: [1, 65536] }, /from 0 to 65535, found 65536/);
-    for (const bad of [-1, 1.5, NaN, Infinity]) refused({ bind: { a: x, b: x, y }, workgroups: [bad] }, /whole number/);
+    for (const bad of [-1, 1.5, NaN, Infinity]) {
+      refused({ bind: { a: x, b: x, y }, workgroups: [bad] }, /whole number/);
+    }
     for (const tensor of [x, y, foreign]) tensor.dispose();
     expect(device.failure).toBeNull();
   });
@@ -137,7 +141,8 @@ await onEveryAdapter((device, open) => {
     const x = device.tensor(Float32Array.from({ length: size }, (_, i) => i), [size]);
     const y = device.zeros([size]);
     launch("elementwise/add", {
-      entry: "add", bind: { a: x, b: x, y }, params: { count: size }, constants: { WG: 1, EACH: 1 }, workgroups: [size],
+      entry: "add", bind: { a: x, b: x, y }, params: { count: size }, workgroups: [size],
+      constants: { WG: 1, EACH: 1 },
     });
     expect(await y.read()).toEqual(Float32Array.from({ length: size }, (_, i) => 2 * i));
     for (const tensor of [x, y]) tensor.dispose();

@@ -9,7 +9,8 @@ const GUARANTEED = {
   maxComputeWorkgroupStorageSize: 16384, maxComputeInvocationsPerWorkgroup: 256,
 } as const;
 
-const modules = import.meta.glob<{ default: OpSamples | OpSamples[] }>("../ops/*.samples.ts", { eager: true });
+type Samples = { default: OpSamples | OpSamples[] };
+const modules = import.meta.glob<Samples>("../ops/*.samples.ts", { eager: true });
 const specs = Object.values(modules).flatMap((module) => module.default);
 
 await onEveryAdapter((_, open) => {
@@ -28,7 +29,7 @@ await onEveryAdapter((_, open) => {
     test(`${spec.op.opName} runs on it`, async () => checkSample(await opening, spec, spec.samples[0]!));
   }
 
-  test("an allocation above the largest binding is an OutOfMemoryError, one just below it is not", async () => {
+  test("an allocation above the largest binding is an OutOfMemoryError, one below it is not", async () => {
     const device = await opening;
     const largest = GUARANTEED.maxStorageBufferBindingSize;
     let error: unknown = null;

@@ -60,15 +60,29 @@ await onEveryAdapter((device) => {
   });
 
   test("what is made unscoped belongs to its maker", () => {
-    const kept = scope(() => {
-      const outside = unscoped(() => make());
-      scope(() => unscoped(() => scope(() => make())));
-      return { keep: () => outside };
+    const kept: Tensor[] = [];
+    scope(() => {
+      kept.push(unscoped(() => make()));
+      scope(() => kept.push(unscoped(() => scope(() => make()))));
     });
     expect(live()).toBe(2);
-    kept.keep().dispose();
-    expect(live()).toBe(1);
-    device.pool.liveBytes = 0; // the other one has no holder any more
+    for (const tensor of kept) tensor.dispose();
+    expect(live()).toBe(0);
+  });
+
+  test("when unscoped work throws, what it made is freed, also in calls within it", () => {
+    scope(() => {
+      make();
+      expect(() => unscoped(() => {
+        make();
+        scope(() => unscoped(() => [make(), make()]));
+        expect(live()).toBe(4);
+        throw new Error("thrown inside");
+      })).toThrow("thrown inside");
+      expect(live()).toBe(1);
+      make();
+    });
+    expect(live()).toBe(0);
   });
 
   test("an exception frees everything and leaves the scope around in force", () => {

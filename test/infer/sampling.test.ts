@@ -21,7 +21,9 @@ describe("verifyDrafts", () => {
       reached++;
       second[accepted > 1 ? drafts[1]! : next]!++;
     }
-    const close = (counts: number[], total: number, expected: Float32Array) => counts.forEach((count, token) => {
+    const close = (
+      counts: number[], total: number, expected: Float32Array,
+    ) => counts.forEach((count, token) => {
       const deviation = Math.sqrt(expected[token]! * (1 - expected[token]!) / total);
       expect(Math.abs(count / total - expected[token]!)).toBeLessThanOrEqual(5 * deviation);
     });

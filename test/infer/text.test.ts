@@ -24,12 +24,14 @@ const bytes = (text: string) => [...new TextEncoder().encode(text)];
 test("stops before a stop string, also one that comes in pieces", async () => {
   expect(await say(bytes("one END two"), ["END"])).toMatchObject({ text: "one ", stopped: "END" });
   expect(await say(bytes("EN EN END"), ["END"])).toMatchObject({ text: "EN EN ", stopped: "END" });
-  expect(await say(bytes("no such thing"), ["END"])).toMatchObject({ text: "no such thing", stopped: "length" });
+  expect(await say(bytes("no such thing"), ["END"]))
+    .toMatchObject({ text: "no such thing", stopped: "length" });
   expect(await say(bytes("ab"), ["b", "ab"])).toMatchObject({ text: "", stopped: "ab" });
 });
 
 test("ends at the end token and at the limit", async () => {
-  expect(await say([...bytes("done"), EOS_BYTE, 65])).toMatchObject({ text: "done", stopped: "token", tokens: 5 });
+  expect(await say([...bytes("done"), EOS_BYTE, 65]))
+    .toMatchObject({ text: "done", stopped: "token", tokens: 5 });
   expect(await say(bytes("abcdef"), [], 3)).toMatchObject({ text: "abc", stopped: "length" });
 });
 

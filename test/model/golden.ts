@@ -1,12 +1,15 @@
 /**
- * Checks a model directory with golden tensors from an independent implementation: logits, losses, hidden states, router
- * choices, caches, incremental decode and the gradient of every parameter. Knows nothing of the test runner.
+ * Checks a model directory with golden tensors from an independent implementation: logits, losses, hidden
+ * states, router choices, caches, incremental decode and the gradient of every parameter. Knows nothing of
+ * the test runner.
  */
 import type { Folder } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
 import { gradientEntries, loadModel } from "../../src/models/checkpoint.ts";
 import { parseConfig } from "../../src/models/config.ts";
-import { evaluate, evaluateIncremental, type EvaluateInputs, type Outputs } from "../../src/models/evaluate.ts";
+import {
+  evaluate, evaluateIncremental, type EvaluateInputs, type Outputs,
+} from "../../src/models/evaluate.ts";
 import type { Device } from "../../src/tensor/device.ts";
 
 /** Allowed error relative to the largest entry of a tensor. */
@@ -42,7 +45,10 @@ export async function checkGoldenCase(device: Device, folder: Folder): Promise<G
   let compared = 0;
   let worst = { name: "", error: 0 };
   /** One expected tensor against one found, at the positions that count. */
-  const compare = (label: string, found: ArrayLike<number> | undefined, expected: ArrayLike<number>, counts: (i: number) => boolean) => {
+  const compare = (
+    label: string, found: ArrayLike<number> | undefined, expected: ArrayLike<number>,
+    counts: (i: number) => boolean,
+  ) => {
     compared++;
     if (!found || found.length !== expected.length) {
       failures.push(`${label}: expected ${expected.length} values, found ${found?.length ?? "none"}`);
@@ -58,25 +64,37 @@ export async function checkGoldenCase(device: Device, folder: Folder): Promise<G
     }
     const relative = largest === 0 ? error : error / largest;
     if (!(relative <= worst.error)) worst = { name: label, error: relative };
-    if (!(relative <= GOLDEN_TOLERANCE)) failures.push(`${label}: error ${relative.toExponential(2)} of the largest entry`);
+    if (!(relative <= GOLDEN_TOLERANCE)) {
+      failures.push(`${label}: error ${relative.toExponential(2)} of the largest entry`);
+    }
   };
   /** Padding rows hold whatever the other implementation produced. */
   const mask = inputs.attention_mask;
-  const visible = (rows: number, width: number) => (i: number) => !mask || rows !== batch * seqlen || mask[Math.floor(i / width)] !== 0;
+  const visible = (rows: number, width: number) =>
+    (i: number) => !mask || rows !== batch * seqlen || mask[Math.floor(i / width)] !== 0;
 
   const compareAll = async (outputs: Outputs, prefix = "") => {
     for (const [name, { data, shape, dtype }] of outputs) {
       const goldenName = prefix + name;
       if (!names.includes(goldenName)) continue;
-      const expected = dtype === "I32" ? await golden.readTensorI32(goldenName) : await golden.readTensorF32(goldenName);
+      const expected = dtype === "I32"
+        ? await golden.readTensorI32(goldenName)
+        : await golden.readTensorF32(goldenName);
       const rows = name.startsWith("router.") ? shape[0]! : shape.length === 3 ? shape[0]! * shape[1]! : -1;
-      const width = rows > 0 ? expected.length / (name.startsWith("router.mtp") ? batch * (seqlen - 1) : rows) : 1;
+      const width = rows > 0
+        ? expected.length / (name.startsWith("router.mtp") ? batch * (seqlen - 1) : rows)
+        : 1;
       // The MTP head runs on one row more than the golden tensors show.
       const found = name.startsWith("router.mtp") ? dropLastRows(data, batch, seqlen, width) : data;
       if (dtype === "I32") {
         compared++;
-        const wrong = Array.from(expected).findIndex((value, i) => visible(rows, width)(i) && found[i] !== value);
-        if (wrong >= 0) failures.push(`${goldenName}: row ${Math.floor(wrong / width)} chose ${found[wrong]}, expected ${expected[wrong]}`);
+        const wrong = Array.from(expected)
+          .findIndex((value, i) => visible(rows, width)(i) && found[i] !== value);
+        if (wrong >= 0) {
+          failures.push(
+            `${goldenName}: row ${Math.floor(wrong / width)} chose ${found[wrong]}, ` +
+            `expected ${expected[wrong]}`);
+        }
       } else {
         compare(goldenName, found, expected, visible(rows, width));
       }
@@ -107,17 +125,22 @@ export async function checkGoldenCase(device: Device, folder: Folder): Promise<G
     if (names.includes("decode.chunked_logits")) {
       const pieces = Array.from(await golden.readTensorI32("decode.chunk_lens"));
       const { logits, caches } = await evaluateIncremental(model, inputs, pieces);
-      compare("decode.chunked_logits", logits, await golden.readTensorF32("decode.chunked_logits"), () => true);
+      compare(
+        "decode.chunked_logits", logits, await golden.readTensorF32("decode.chunked_logits"), () => true);
       await compareAll(caches);
     }
     model.dispose();
   }
   await golden.close();
-  if (device.pool.liveBytes !== before) failures.push(`${device.pool.liveBytes - before} bytes are still live afterwards`);
+  if (device.pool.liveBytes !== before) {
+    failures.push(`${device.pool.liveBytes - before} bytes are still live afterwards`);
+  }
   return { compared, worst, failures };
 }
 
-function dropLastRows<A extends ArrayLike<number>>(data: A, batch: number, seqlen: number, width: number): number[] {
+function dropLastRows<A extends ArrayLike<number>>(
+  data: A, batch: number, seqlen: number, width: number,
+): number[] {
   const kept: number[] = [];
   for (let b = 0; b < batch; b++) {
     for (let i = b * seqlen * width; i < (b * seqlen + seqlen - 1) * width; i++) kept.push(data[i]!);

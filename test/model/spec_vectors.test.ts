@@ -28,7 +28,8 @@ function near(what: string, found: ArrayLike<number>, expected: readonly number[
 }
 
 /** Row `t` of a (1, seqlen, width) array. */
-const row = (values: ArrayLike<number>, t: number, width: number) => Array.from(values).slice(t * width, (t + 1) * width);
+const row = (values: ArrayLike<number>, t: number, width: number) =>
+  Array.from(values).slice(t * width, (t + 1) * width);
 
 test("the generator draws the tokens and the number of weights that were computed with", () => {
   expect([...tokens]).toEqual(vectors.TOKENS);
@@ -52,9 +53,13 @@ await onEveryAdapter((device) => {
     test("experts chosen, and their weights", async () => {
       const found = await outputs;
       const index = found.get("router.1.topk_indices")!.data;
-      vectors.EXPERTS.forEach((chosen, t) => expect(row(index, t, 3), `t = ${t}`).toEqual([...chosen].map(Number).sort()));
+      vectors.EXPERTS.forEach((chosen, t) => {
+        expect(row(index, t, 3), `t = ${t}`).toEqual([...chosen].map(Number).sort());
+      });
       const weights = found.get("router.1.topk_weights")!.data;
-      vectors.EXPERT_WEIGHTS.forEach((expected, t) => near(`weights of t = ${t}`, row(weights, t, 3), expected, 5e-6));
+      vectors.EXPERT_WEIGHTS.forEach((expected, t) => {
+        near(`weights of t = ${t}`, row(weights, t, 3), expected, 5e-6);
+      });
     });
 
     test("logits, and those of both prediction depths", async () => {
@@ -63,7 +68,8 @@ await onEveryAdapter((device) => {
       near("logits", row(logits, 0, V), vectors.LOGITS_FIRST, 2e-5);
       near("logits", row(logits, 11, V), vectors.LOGITS_LAST, 2e-5);
       near("sums of logits", [sum(logits), absSum(logits)], vectors.LOGITS_SUMS, 5e-4);
-      const largest = vectors.ARGMAX.map((_, t) => row(logits, t, V)).map((each) => each.indexOf(Math.max(...each)));
+      const rows = vectors.ARGMAX.map((_, t) => row(logits, t, V));
+      const largest = rows.map((each) => each.indexOf(Math.max(...each)));
       expect(largest).toEqual(vectors.ARGMAX);
       for (const [name, t, expected] of vectors.MTP_LOGITS) {
         near(`${name} of t = ${t}`, row(found.get(name)!.data, t, V), expected, 2e-5);
@@ -81,7 +87,8 @@ await onEveryAdapter((device) => {
     });
 
     test("losses and the gradients of all parameters", async () => {
-      const targets = (d: number) => Int32Array.from({ length: L }, (_, t) => t < L - d ? tokens[t + 1 + d]! : -100);
+      const targets = (d: number) =>
+        Int32Array.from({ length: L }, (_, t) => t < L - d ? tokens[t + 1 + d]! : -100);
       const shifted = (d: number) => Int32Array.from({ length: L }, (_, t) => t + d < L ? tokens[t + d]! : 0);
       const { losses, gradients } = scope(() => {
         const upload = (values: Int32Array) => device.tensor(values, [1, L]);
@@ -104,7 +111,8 @@ await onEveryAdapter((device) => {
         const part = all.subarray(Number(expert ?? 0) * size, (Number(expert ?? 0) + 1) * size);
         near(name, [sum(part), absSum(part), part[0]!], [total, abs, first], 2e-7 + 2e-6 * abs);
       }
-      const unused = await gradients.get(model.parameters.get("mtp.layers.1.mixer.experts.up_proj")!.key)!.read();
+      const experts = model.parameters.get("mtp.layers.1.mixer.experts.up_proj")!;
+      const unused = await gradients.get(experts.key)!.read();
       expect(absSum(unused.subarray(3 * 96, 4 * 96)), "an expert without tokens").toBe(0);
       for (const loss of losses) loss.dispose();
       for (const gradient of gradients.values()) gradient.release();
@@ -160,7 +168,8 @@ await onEveryAdapter((device) => {
       for (let d = 0; d + 1 < bounds.length; d++) {
         const [from, to] = [bounds[d]!, bounds[d + 1]!];
         const ids = inputs.input_ids.slice(from, to);
-        const alone = await evaluate(model, { batch: 1, seqlen: to - from, input_ids: ids, labels: ids }, { grads: true });
+        const document = { batch: 1, seqlen: to - from, input_ids: ids, labels: ids };
+        const alone = await evaluate(model, document, { grads: true });
         logits.push(...alone.get("logits")!.data);
         // Each document's loss is a mean over its own labels; 9 labels count in all.
         for (const [name, { data }] of alone) {
@@ -171,7 +180,9 @@ await onEveryAdapter((device) => {
         }
       }
       near("logits", packed.get("logits")!.data, logits, 2e-5);
-      for (const [name, expected] of gradients) near(name, packed.get(name)!.data, Array.from(expected), 5e-6);
+      for (const [name, expected] of gradients) {
+        near(name, packed.get(name)!.data, Array.from(expected), 5e-6);
+      }
     });
 
     test("rows of a batch do not see each other", async () => {

@@ -1,11 +1,14 @@
 /**
- * What the model of spec_model.ts computes, from an independent float64 program. Gradients are central differences of
- * the loss, accurate to about 1e-8.
+ * What the model of spec_model.ts computes, from an independent float64 program. Gradients are central
+ * differences of the loss, accurate to about 1e-8.
  */
 
 export const TOKENS = [15, 23, 0, 12, 0, 26, 16, 6, 10, 24, 30, 31, 13];
 
-/** After the embedding and after each layer: sum, sum of absolute values, and the first entries of the last row. */
+/**
+ * After the embedding and after each layer: sum, sum of absolute values, and the first entries of the last
+ * row.
+ */
 export const RESIDUALS: readonly (readonly [number, number, readonly number[]])[] = [
   [12.856976464, 98.537011378, [-0.302094284, 0.984095158, -0.534901849]],
   [18.879429899, 140.501059941, [-0.057950489, 1.715395646, -0.375381499]],
@@ -15,7 +18,9 @@ export const RESIDUALS: readonly (readonly [number, number, readonly number[]])[
   [7.398730994, 219.98318287, [2.877823107, 2.198886636, -2.285038556]],
 ];
 
-/** The three experts of every token, best first, and the weights of two tokens in the order of their numbers. */
+/**
+ * The three experts of every token, best first, and the weights of two tokens in the order of their numbers.
+ */
 export const EXPERTS = "023 503 173 250 310 023 260 013 506 265 603 243".split(" ");
 export const EXPERT_WEIGHTS = [
   [1.058253103, 0.824939169, 0.616807729], [0.766946104, 0.833132692, 0.899921204],
@@ -33,8 +38,13 @@ export const MTP_LOGITS: readonly (readonly [string, number, readonly number[]])
   ["mtp.logits_depth2", 9, [0.084322946, -0.375129182, -0.332189103, -0.016990163]],
 ];
 
-/** By layer: sum and sum of absolute values of the final state; sum of the last three inputs of the convolution. */
-export const STATES = [[0, -0.436388427, 3.939723783, 12.58018152], [4, 0.416236877, 3.361400463, -6.990254742]] as const;
+/**
+ * By layer: sum and sum of absolute values of the final state; sum of the last three inputs of the
+ * convolution.
+ */
+export const STATES = [
+  [0, -0.436388427, 3.939723783, 12.58018152], [4, 0.416236877, 3.361400463, -6.990254742],
+] as const;
 
 /** Next token, depth 1, depth 2, and the total with a weight of 0.3 on the mean of the depths. */
 export const LOSSES = [3.685961341226, 3.711724506686, 3.523325242835, 4.771218803654];
@@ -42,7 +52,10 @@ export const LOSSES = [3.685961341226, 3.711724506686, 3.523325242835, 4.7712188
 export const PROMPT = [15, 23, 0, 12, 0];
 export const CONTINUATION = [8, 1, 8, 26, 23, 8, 21, 0, 30, 8, 24, 17];
 
-/** Gradients of the total: sum, sum of absolute values, first entry. `@e` names one expert of a stacked parameter. */
+/**
+ * Gradients of the total: sum, sum of absolute values, first entry. `@e` names one expert of a stacked
+ * parameter.
+ */
 export const GRADIENTS: readonly (readonly [string, number, number, number])[] = [
   ["backbone.embeddings.weight", -0.75586426, 6.41066238, 0.06329152],
   ["backbone.layers.0.norm.weight", 0.06183664, 1.2521645, -0.15270529],

@@ -1,6 +1,7 @@
 /**
- * The float64 references of the scan: the chunked form against the recurrence, and both against numbers computed elsewhere
- * (a 7-position mixer core: convolution, scan with an initial state, gated grouped RMSNorm; values and gradients).
+ * The float64 references of the scan: the chunked form against the recurrence, and both against numbers
+ * computed elsewhere (a 7-position mixer core: convolution, scan with an initial state, gated grouped
+ * RMSNorm; values and gradients).
  */
 import { describe, expect, test } from "vitest";
 import { bmm_chunk, bmm_chunk_vjp } from "../../src/reference/bmm_chunk.ts";
@@ -13,7 +14,9 @@ import { ssd_scan, ssd_scan_vjp, type SsdScanOptions } from "../../src/reference
 import { state_passing, state_passing_vjp } from "../../src/reference/state_passing.ts";
 import { type NdArray, ndarray } from "../../src/tensor/ndarray.ts";
 
-type Seven = [x: NdArray, dt_raw: NdArray, A_log: NdArray, B: NdArray, C: NdArray, D: NdArray, dt_bias: NdArray];
+type Seven = [
+  x: NdArray, dt_raw: NdArray, A_log: NdArray, B: NdArray, C: NdArray, D: NdArray, dt_bias: NdArray,
+];
 
 /** The generator the published numbers were made with: value * scale + offset, value uniform in [-1, 1). */
 function generator(seed: number) {
@@ -42,16 +45,19 @@ function chunked(seven: Seven, options: SsdScanOptions, dy: NdArray, dfinal: NdA
   const [dC2, dB1] = bmm_chunk_vjp([dCB!], C, B, chunk_size);
   const [dstates, da2, dinitial] = state_passing_vjp([dprev!, dfinal], states, a, initial_state, seq_idx);
   const [dB2, dx2, ddt2, da3] = chunk_state_vjp([dstates!], B, x, dt, a, seq_idx);
-  const [ddt_raw, dA_log, ddt_bias] =
-    chunk_cumsum_vjp([add(ddt1!, ddt2!), add(da1!, da2!, da3!)], dt_raw, A_log, dt_bias, chunk_size, dt_limit);
+  const dsteps = [add(ddt1!, ddt2!), add(da1!, da2!, da3!)];
+  const [ddt_raw, dA_log, ddt_bias] = chunk_cumsum_vjp(dsteps, dt_raw, A_log, dt_bias, chunk_size, dt_limit);
   return {
     outputs: [y, final_state],
-    gradients: [add(dx1!, dx2!), ddt_raw!, dA_log!, add(dB1!, dB2!), add(dC1!, dC2!), dD!, ddt_bias!, dinitial],
+    gradients: [
+      add(dx1!, dx2!), ddt_raw!, dA_log!, add(dB1!, dB2!), add(dC1!, dC2!), dD!, ddt_bias!, dinitial,
+    ],
   };
 }
 
 function add(...arrays: NdArray[]): NdArray {
-  return ndarray(arrays[0]!.shape, arrays[0]!.data.map((_, i) => arrays.reduce((sum, array) => sum + array.data[i]!, 0)));
+  const total = (i: number) => arrays.reduce((sum, array) => sum + array.data[i]!, 0);
+  return ndarray(arrays[0]!.shape, arrays[0]!.data.map((_, i) => total(i)));
 }
 
 function expectEqual(found: NdArray, expected: NdArray): void {
@@ -64,8 +70,8 @@ describe("chunked form and recurrence agree", () => {
   const fill = generator(77);
   const [batch, L, H, P, G, N] = [2, 19, 4, 3, 2, 5];
   const seven: Seven = [
-    fill([batch, L, H, P], 1, 0), fill([batch, L, H], 2, 0), fill([H], 0.7, 0.7), fill([batch, L, G, N], 1, 0),
-    fill([batch, L, G, N], 1, 0), fill([H], 1, 0), fill([H], 1, -1),
+    fill([batch, L, H, P], 1, 0), fill([batch, L, H], 2, 0), fill([H], 0.7, 0.7),
+    fill([batch, L, G, N], 1, 0), fill([batch, L, G, N], 1, 0), fill([H], 1, 0), fill([H], 1, -1),
   ];
   const initial_state = fill([batch, H, P, N], 1, 0);
   const dy = fill([batch, L, H, P], 1, 0);
@@ -81,7 +87,8 @@ describe("chunked form and recurrence agree", () => {
           const options = { chunk_size, dt_limit, initial_state, seq_idx };
           const parts = chunked(seven, options, dy, dfinal);
           ssd_scan(...seven, options).forEach((expected, i) => expectEqual(parts.outputs[i]!, expected));
-          ssd_scan_vjp([dy, dfinal], ...seven, options).forEach((expected, i) => expectEqual(parts.gradients[i]!, expected!));
+          ssd_scan_vjp([dy, dfinal], ...seven, options)
+            .forEach((expected, i) => expectEqual(parts.gradients[i]!, expected!));
         });
       }
     }
@@ -95,12 +102,12 @@ describe("chunked form and recurrence agree", () => {
       const at = (array: NdArray) => {
         const [, , ...rest] = array.shape;
         const width = rest.reduce((a, b) => a * b, 1);
-        const rows = [0, 1].flatMap((b) => [...array.data.subarray((b * L + t) * width, (b * L + t + 1) * width)]);
-        return ndarray([batch, ...rest], rows);
+        const row = (b: number) => [...array.data.subarray((b * L + t) * width, (b * L + t + 1) * width)];
+        return ndarray([batch, ...rest], [0, 1].flatMap(row));
       };
       const [x, dt_raw, A_log, B, C, D, dt_bias] = seven;
-      const step = selective_state_update(state, at(x), at(dt_raw), A_log, at(B), at(C), D, dt_bias, [0, Infinity]);
-      expectEqual(step, at(y));
+      const step = [at(x), at(dt_raw), A_log, at(B), at(C), D, dt_bias] as const;
+      expectEqual(selective_state_update(state, ...step, options.dt_limit), at(y));
     }
     expectEqual(state, final_state);
   });
@@ -110,13 +117,14 @@ describe("chunked form and recurrence agree", () => {
       const width = array.data.length / (batch * L);
       return ndarray([1, to - from, ...array.shape.slice(2)], array.data.slice(from * width, to * width));
     };
-    const whole = { chunk_size: 4, dt_limit: [0, Infinity] as const, initial_state: null, seq_idx: documents };
-    const [y] = ssd_scan(...seven, whole);
+    const options = { chunk_size: 4, dt_limit: [0, Infinity] as const, initial_state: null };
+    const [y] = ssd_scan(...seven, { ...options, seq_idx: documents });
     for (const [from, to] of [[0, 3], [3, 5], [5, 16], [16, 19]] as const) {
       const [x, dt_raw, A_log, B, C, D, dt_bias] = seven;
-      const [part] = ssd_scan(cut(x, from, to), cut(dt_raw, from, to), A_log, cut(B, from, to), cut(C, from, to), D, dt_bias,
-        { ...whole, seq_idx: null });
-      expectEqual(part, cut(y, from, to));
+      const own = (array: NdArray) => cut(array, from, to);
+      const alone: Seven = [own(x), own(dt_raw), A_log, own(B), own(C), D, dt_bias];
+      const [part] = ssd_scan(...alone, { ...options, seq_idx: null });
+      expectEqual(part, own(y));
     }
   });
 });
@@ -189,11 +197,15 @@ describe("a mixer core with known numbers", () => {
   test("convolution, steps and outputs", () => {
     expectValues([...u.data], [-0.0254923372, 0.2156002552, -0.040787426, 0.0125358099]);
     expectValues(Array.from(u.data.slice(6 * C + inner)), [
-      -0.2215369484, -0.0095492657, -0.0739864915, -0.0815868722, -0.0483254108, -0.2306995966, -0.154652061, -0.1806523054,
+      -0.2215369484, -0.0095492657, -0.0739864915, -0.0815868722,
+      -0.0483254108, -0.2306995966, -0.154652061, -0.1806523054,
     ]);
     const [dt] = chunk_cumsum(dt_raw, A_log, dt_bias, 1, [0, Infinity]); // [1,H,T,1]
-    expectValues([0, 1, 2, 3].map((h) => dt.data[h * T]!), [0.343525255, 0.1821108224, 0.4101997996, 0.6291525966]);
-    expectValues([...A_log.data].map((v) => -Math.exp(v)), [-1.4473341621, -1.0042200124, -2.1649842944, -1.177230982]);
+    const first = [0, 1, 2, 3].map((h) => dt.data[h * T]!);
+    expectValues(first, [0.343525255, 0.1821108224, 0.4101997996, 0.6291525966]);
+    expectValues([...A_log.data].map((v) => -Math.exp(v)), [
+      -1.4473341621, -1.0042200124, -2.1649842944, -1.177230982,
+    ]);
     expectValues([...y.data], [-0.0806327176, 0.2129500824, -0.0199057083, 0.0529339913]);
     expectValues(Array.from(y.data.slice(6 * inner)), [
       0.0255721396, -0.1290077093, -0.1685579414, 0.1244754617, -0.1230495083, 0.1715187867,
@@ -203,8 +215,12 @@ describe("a mixer core with known numbers", () => {
       -0.1196069794, -0.0808742096, -2.4214386009, 0.5917060129, 0.4171257738, -0.485984824,
       -1.0792261148, 0.1028510947, -1.4084912823, -0.0115082638, 1.6775712169, -0.2333417084,
     ]);
-    expectValues([...S.data], [-0.0062053931, -0.00659762, 0.0146694681, 0.0057388312, 0.0194302847, -0.0033227292]);
-    expectValues(Array.from(S.data.slice(18)), [0.0006408994, 0.0001298479, 0.0046203071, -0.0123185201, 0.0135391254, -0.0005856185]);
+    expectValues([...S.data], [
+      -0.0062053931, -0.00659762, 0.0146694681, 0.0057388312, 0.0194302847, -0.0033227292,
+    ]);
+    expectValues(Array.from(S.data.slice(18)), [
+      0.0006408994, 0.0001298479, 0.0046203071, -0.0123185201, 0.0135391254, -0.0005856185,
+    ]);
     expect(loss).toBeCloseTo(2.5170806351131083, 12);
   });
 
@@ -232,14 +248,30 @@ describe("a mixer core with known numbers", () => {
         expect(gradient.data.reduce((a, b) => a + Math.abs(b), 0)).toBeCloseTo(absolute, 10);
         expectValues([...gradient.data], first);
       };
-      expectGradient(dproj, -31.098828567844365, 142.74773447714924, [-0.0138352487, 0.0212365594, 0.2219073466, -0.3986764942]);
-      expectGradient(dcw!, 25.822232840463112, 132.7670148957813, [-1.9048039698, 4.9396367266, -4.7352981366, 1.9893876032]);
-      expectGradient(dcb!, 8.709880657220886, 135.89721515832522, [-5.6434130995, -1.8052665241, -2.8128391748, -2.6723842844]);
-      expectGradient(ddt_bias!, -0.24616355422087777, 0.7076103319546292, [0.1813166473, -0.1128589793, 0.0494067416, -0.3640279638]);
-      expectGradient(dA_log!, -0.2635210145178907, 0.924252288470107, [0.2441403179, -0.1186055363, 0.0862253191, -0.4752811152]);
-      expectGradient(dD!, 0.2905597240320379, 8.830611111346968, [0.7032109095, -0.435878579, -3.8341471147, 3.8573745082]);
-      expectGradient(dnw, 2.131944594524156, 13.51565050779779, [0.1732141992, 0.0051162133, 2.1979808179, -1.6602291376]);
-      expectGradient(dS0!, 2.440962585630993, 11.476656836816035, [0.4489899908, 0.2928465809, -0.0034842479, -0.0193592875]);
+      expectGradient(dproj, -31.098828567844365, 142.74773447714924, [
+        -0.0138352487, 0.0212365594, 0.2219073466, -0.3986764942,
+      ]);
+      expectGradient(dcw!, 25.822232840463112, 132.7670148957813, [
+        -1.9048039698, 4.9396367266, -4.7352981366, 1.9893876032,
+      ]);
+      expectGradient(dcb!, 8.709880657220886, 135.89721515832522, [
+        -5.6434130995, -1.8052665241, -2.8128391748, -2.6723842844,
+      ]);
+      expectGradient(ddt_bias!, -0.24616355422087777, 0.7076103319546292, [
+        0.1813166473, -0.1128589793, 0.0494067416, -0.3640279638,
+      ]);
+      expectGradient(dA_log!, -0.2635210145178907, 0.924252288470107, [
+        0.2441403179, -0.1186055363, 0.0862253191, -0.4752811152,
+      ]);
+      expectGradient(dD!, 0.2905597240320379, 8.830611111346968, [
+        0.7032109095, -0.435878579, -3.8341471147, 3.8573745082,
+      ]);
+      expectGradient(dnw, 2.131944594524156, 13.51565050779779, [
+        0.1732141992, 0.0051162133, 2.1979808179, -1.6602291376,
+      ]);
+      expectGradient(dS0!, 2.440962585630993, 11.476656836816035, [
+        0.4489899908, 0.2928465809, -0.0034842479, -0.0193592875,
+      ]);
     });
   }
 });

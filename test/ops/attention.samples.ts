@@ -2,7 +2,15 @@ import { attention } from "../../src/ops/attention.ts";
 import * as ref from "../../src/reference/attention.ts";
 import { type Draw, opSamples } from "./suite.ts";
 
-interface Sizes { B?: number; L: number; Lk?: number; Hq: number; Hkv: number; Dh: number; deviation?: number }
+interface Sizes {
+  B?: number;
+  L: number;
+  Lk?: number;
+  Hq: number;
+  Hkv: number;
+  Dh: number;
+  deviation?: number;
+}
 
 const args = ({ B = 1, L, Lk = L, Hq, Hkv, Dh, deviation = 1 }: Sizes, seq_idx?: number[]) => (r: Draw) => [
   r.normal([B, L, Hq, Dh], deviation), r.normal([B, Lk, Hkv, Dh], deviation), r.normal([B, Lk, Hkv, Dh]),
@@ -16,21 +24,37 @@ export default opSamples({
     { name: "no batch", args: args({ B: 0, L: 4, Hq: 2, Hkv: 1, Dh: 8 }) },
     { name: "no queries", args: args({ L: 0, Hq: 2, Hkv: 1, Dh: 8 }) },
     { name: "no queries but keys", args: args({ L: 0, Lk: 3, Hq: 2, Hkv: 1, Dh: 8 }) },
-    { name: "one token", args: args({ L: 1, Hq: 4, Hkv: 2, Dh: 8 }) },
     { name: "fewer tokens than a step", args: args({ B: 2, L: 3, Hq: 4, Hkv: 2, Dh: 12 }) },
     { name: "one workgroup of rows", args: args({ B: 2, L: 32, Hq: 2, Hkv: 2, Dh: 16 }) },
     { name: "one row more than a workgroup", args: args({ L: 33, Hq: 2, Hkv: 1, Dh: 16 }) },
     { name: "odd length, groups of three heads", args: args({ B: 3, L: 37, Hq: 6, Hkv: 2, Dh: 8 }) },
+    { name: "two tokens", args: args({ L: 2, Hq: 4, Hkv: 2, Dh: 8 }) },
     { name: "heads of 20", args: args({ L: 41, Hq: 2, Hkv: 1, Dh: 20 }) },
     { name: "heads of 32", args: args({ L: 70, Hq: 4, Hkv: 2, Dh: 32 }), reduction: 140 },
     { name: "heads of 64", args: args({ L: 45, Hq: 2, Hkv: 1, Dh: 64 }) },
+    { name: "heads of 128", args: args({ L: 40, Hq: 2, Hkv: 1, Dh: 128 }), reduction: 128 },
+    { name: "heads of 128, a short row", args: args({ B: 2, L: 3, Hq: 2, Hkv: 1, Dh: 128 }), reduction: 128 },
+    {
+      name: "heads of 256, more keys than queries", reduction: 256,
+      args: args({ L: 9, Lk: 34, Hq: 2, Hkv: 2, Dh: 256 }),
+    },
+    {
+      name: "heads of 76 with documents",
+      args: args({ B: 2, L: 35, Hq: 4, Hkv: 2, Dh: 76 }, documents(9, 26, 33, 2)),
+    },
     { name: "heads of an odd width", args: args({ B: 2, L: 19, Hq: 2, Hkv: 1, Dh: 7 }) },
     { name: "more keys than queries", args: args({ B: 2, L: 5, Lk: 38, Hq: 4, Hkv: 2, Dh: 16 }) },
     { name: "one query, many keys", args: args({ L: 1, Lk: 67, Hq: 4, Hkv: 1, Dh: 16 }), reduction: 67 },
     { name: "large scores", args: args({ L: 33, Hq: 2, Hkv: 1, Dh: 16, deviation: 6 }), tolerance: 2e-5 },
     { name: "documents", args: args({ L: 48, Hq: 4, Hkv: 2, Dh: 8 }, documents(23, 7, 18)) },
-    { name: "documents of two rows", args: args({ B: 2, L: 21, Hq: 2, Hkv: 1, Dh: 12 }, documents(5, 16, 20, 1)) },
-    { name: "a document per token", args: args({ L: 9, Hq: 2, Hkv: 1, Dh: 8 }, [0, 1, 2, 3, 4, 5, 6, 7, 8]) },
+    {
+      name: "documents of two rows",
+      args: args({ B: 2, L: 21, Hq: 2, Hkv: 1, Dh: 12 }, documents(5, 16, 20, 1)),
+    },
+    {
+      name: "documents of one token",
+      args: args({ L: 9, Hq: 2, Hkv: 1, Dh: 8 }, [0, 1, 1, 2, 3, 4, 4, 4, 5]),
+    },
   ],
   errors: [
     {
@@ -42,10 +66,12 @@ export default opSamples({
       message: /attention: the number of key heads must be a divisor of 3, found 2/,
     },
     {
-      name: "heads too wide", args: args({ L: 2, Hq: 1, Hkv: 1, Dh: 260 }), message: /attention: .* at most 256, found/,
+      name: "heads too wide", args: args({ L: 2, Hq: 1, Hkv: 1, Dh: 260 }),
+      message: /attention: .* at most 256, found/,
     },
     {
-      name: "documents beside a longer history", args: args({ L: 4, Lk: 6, Hq: 1, Hkv: 1, Dh: 8 }, [0, 0, 1, 1]),
+      name: "documents beside a longer history",
+      args: args({ L: 4, Lk: 6, Hq: 1, Hkv: 1, Dh: 8 }, [0, 0, 1, 1]),
       message: /attention: seq_idx must be \[1, 6\] with Lk = L, found \[1, 4\]/,
     },
   ],

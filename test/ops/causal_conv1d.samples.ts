@@ -9,6 +9,17 @@ function plain(r: Draw, B: number, L: number, C: number, K: number): unknown[] {
   return [r.normal([B, L, C]), r.normal([C, K], 0.5), r.normal([C], 0.3), null, null];
 }
 
+/** Arguments with a history, and with documents of about `length` positions. */
+function continued(r: Draw, B: number, L: number, C: number, K: number, length?: number): unknown[] {
+  const seq_idx = length === undefined ? null : documents(r, { B, L }, length);
+  return [...plain(r, B, L, C, K).slice(0, 3), r.normal([B, C, K]), seq_idx];
+}
+
+/** Arguments of a decode step. */
+function step(r: Draw, B: number, C: number, K: number): unknown[] {
+  return [r.normal([B, C, K]), r.normal([B, C]), r.normal([C, K]), r.normal([C])];
+}
+
 const forward = opSamples({
   op: causal_conv1d,
   reference: ref.causal_conv1d,
@@ -18,22 +29,18 @@ const forward = opSamples({
     { name: "odd channels", args: (r) => plain(r, 2, 19, 7, 4) },
     { name: "three taps, no bias", args: (r) => [r.normal([1, 33, 8]), r.normal([8, 3]), null, null, null] },
     { name: "one tap", args: (r) => plain(r, 1, 5, 6, 1) },
-    { name: "history", args: (r) => [...plain(r, 2, 21, 9, 4).slice(0, 3), r.normal([2, 9, 4]), null] },
-    { name: "two taps with history", args: (r) => [...plain(r, 1, 4, 4, 2).slice(0, 3), r.normal([1, 4, 2]), null] },
-    { name: "row shorter than the window", args: (r) => [...plain(r, 2, 2, 5, 4).slice(0, 3), r.normal([2, 5, 4]), null] },
+    { name: "history", args: (r) => continued(r, 2, 21, 9, 4) },
+    { name: "two taps with history", args: (r) => continued(r, 1, 4, 4, 2) },
+    { name: "row shorter than the window", args: (r) => continued(r, 2, 2, 5, 4) },
     { name: "one position", args: (r) => plain(r, 3, 1, 4, 4) },
+    { name: "documents and history", args: (r) => continued(r, 3, 67, 8, 4, 5) },
+    { name: "documents of one or two positions", args: (r) => continued(r, 2, 37, 5, 4, 1.5) },
     {
-      name: "documents and history",
-      args: (r) => [...plain(r, 3, 67, 8, 4).slice(0, 3), r.normal([3, 8, 4]), documents(r, { B: 3, L: 67 }, 5)],
+      name: "a document that starts at the last position",
+      args: (r) => continued(r, 1, 4, 4, 4).with(4, r.of([1, 4], [7, 7, 7, 1], "i32")),
     },
-    { name: "documents of one or two positions", args: (r) => [
-      ...plain(r, 2, 37, 5, 4).slice(0, 3), r.normal([2, 5, 4]), documents(r, { B: 2, L: 37 }, 1.5),
-    ] },
-    { name: "a document that starts at the last position", args: (r) => [
-      ...plain(r, 1, 4, 4, 4).slice(0, 3), r.normal([1, 4, 4]), r.of([1, 4], [7, 7, 7, 1], "i32"),
-    ] },
     { name: "no rows", args: (r) => plain(r, 0, 8, 4, 4) },
-    { name: "no positions", args: (r) => [...plain(r, 2, 0, 4, 4).slice(0, 3), r.normal([2, 4, 4]), null] },
+    { name: "no positions", args: (r) => continued(r, 2, 0, 4, 4) },
   ],
   errors: [
     {
@@ -41,7 +48,7 @@ const forward = opSamples({
       message: /causal_conv1d: weight must be \[4, K\] with K from 1 to 4, found \[4, 5\]/,
     },
     {
-      name: "history of another width", args: (r) => [...plain(r, 1, 8, 4, 4).slice(0, 3), r.normal([1, 4, 3]), null],
+      name: "history of another width", args: (r) => continued(r, 1, 8, 4, 4).with(3, r.normal([1, 4, 3])),
       message: /initial_state must be \[1, 4, 4\], found \[1, 4, 3\]/,
     },
   ],
@@ -52,16 +59,15 @@ const update = opSamples({
   reference: (state: NdArray, xBC: NdArray, weight: NdArray, bias: NdArray | null) =>
     [ref.causal_conv1d_update(state, xBC, weight, bias), state],
   samples: [
-    { name: "four taps", args: (r) => [r.normal([3, 10, 4]), r.normal([3, 10]), r.normal([10, 4]), r.normal([10])] },
-    { name: "no bias", args: (r) => [r.normal([1, 7, 3]), r.normal([1, 7]), r.normal([7, 3]), null] },
-    { name: "one tap", args: (r) => [r.normal([2, 3, 1]), r.normal([2, 3]), r.normal([3, 1]), r.normal([3])] },
-    { name: "many channels", args: (r) => [r.normal([2, 130, 4]), r.normal([2, 130]), r.normal([130, 4]), r.normal([130])] },
-    { name: "no rows", args: (r) => [r.normal([0, 4, 4]), r.normal([0, 4]), r.normal([4, 4]), r.normal([4])] },
+    { name: "four taps", args: (r) => step(r, 3, 10, 4) },
+    { name: "no bias", args: (r) => step(r, 1, 7, 3).with(3, null) },
+    { name: "one tap", args: (r) => step(r, 2, 3, 1) },
+    { name: "many channels", args: (r) => step(r, 2, 130, 4) },
+    { name: "no rows", args: (r) => step(r, 0, 4, 4) },
   ],
   errors: [
     {
-      name: "a state of another width",
-      args: (r) => [r.normal([1, 4, 3]), r.normal([1, 4]), r.normal([4, 4]), null],
+      name: "a state of another width", args: (r) => step(r, 1, 4, 4).with(0, r.normal([1, 4, 3])),
       message: /causal_conv1d_update: weight must be \[4, 3\], found \[4, 4\]/,
     },
   ],

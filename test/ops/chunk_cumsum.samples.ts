@@ -2,7 +2,9 @@ import { chunk_cumsum } from "../../src/ops/chunk_cumsum.ts";
 import { chunk_cumsum as reference, chunk_cumsum_vjp } from "../../src/reference/chunk_cumsum.ts";
 import { type Draw, opSamples } from "./suite.ts";
 
-function args(r: Draw, B: number, L: number, H: number, Q: number, limit = [0, Infinity], mean = -2): unknown[] {
+function args(
+  r: Draw, B: number, L: number, H: number, Q: number, limit = [0, Infinity], mean = -2,
+): unknown[] {
   const bias = r.uniform([H], mean - 1, mean + 1);
   return [r.normal([B, L, H]), r.uniform([H], -1, 2), bias, Q, limit];
 }
@@ -27,7 +29,7 @@ export default opSamples({
   ],
   errors: [
     {
-      name: "a bias per position", args: (r) => [r.normal([1, 4, 2]), r.normal([2]), r.normal([4]), 4, [0, Infinity]],
+      name: "a bias per position", args: (r) => args(r, 1, 4, 2, 4).with(2, r.normal([4])),
       message: /chunk_cumsum: dt_bias must be \[2\], found \[4\]/,
     },
     {

@@ -11,7 +11,7 @@ export interface Sizes {
   readonly Q: number;
 }
 
-/** Sizes at the kernels' boundaries: quads or single elements, tiles of eight that fit or stick out, whole and partial chunks. */
+/** Sizes at the kernels' boundaries: quads or not, tiles that fit or stick out, whole and partial chunks. */
 export const sizes: Readonly<Record<string, Sizes>> = {
   "whole tiles and chunks": { B: 2, L: 32, H: 4, P: 8, G: 2, N: 16, Q: 16 },
   "quads that stick out of their tiles": { B: 1, L: 27, H: 2, P: 12, G: 1, N: 20, Q: 20 },
@@ -23,11 +23,14 @@ export const sizes: Readonly<Record<string, Sizes>> = {
   "no rows": { B: 0, L: 9, H: 2, P: 4, G: 1, N: 4, Q: 4 },
 };
 
-/** dt > 0 and a = cumsum(dt A) within each chunk, both [B,H,nC,Q], with dt = 0 after the last position. */
-export function steps(r: Draw, { B, L, H, Q }: Sizes): [HostTensor, HostTensor] {
+/**
+ * dt > 0 and a = cumsum(dt A) by chunks, both [B,H,nC,Q], with dt = 0 after the last position; -A is at most
+ * `strongest`.
+ */
+export function steps(r: Draw, { B, L, H, Q }: Sizes, strongest = 3): [HostTensor, HostTensor] {
   const nchunks = Math.ceil(L / Q);
   const dt = r.uniform([B, H, nchunks, Q], 0.01, 1);
-  const A = r.uniform([H], -3, -0.05);
+  const A = r.uniform([H], -strongest, -0.05);
   const a = r.uniform(dt.shape);
   let sum = 0;
   dt.data.forEach((_, i) => {

@@ -3,7 +3,8 @@ import * as ref from "../../src/reference/decode_attention.ts";
 import { type Draw, opSamples } from "./suite.ts";
 
 const sizes = (
-  name: string, B: number, L: number, [Hq, Hkv]: readonly [number, number], capacity: number, Dh: number, position: number,
+  name: string, B: number, L: number, [Hq, Hkv]: readonly [number, number], capacity: number, Dh: number,
+  position: number,
 ) => ({
   name, reduction: Math.max(capacity, Dh),
   args: (r: Draw) => [
@@ -27,7 +28,10 @@ export default [
       sizes("no rows", 0, 1, [2, 1], 4, 8, 0),
     ],
     errors: [
-      { name: "heads that do not divide", args: (r) => sizes("", 1, 1, [3, 2], 4, 4, 0).args(r), message: /decode_attention.*divisor of 3.*found 2/ },
+      {
+        name: "heads that do not divide", args: (r) => sizes("", 1, 1, [3, 2], 4, 4, 0).args(r),
+        message: /decode_attention.*divisor of 3.*found 2/,
+      },
       {
         name: "another width in the cache",
         args: (r) => [r.normal([1, 1, 2, 4]), r.normal([1, 2, 4, 8]), r.normal([1, 2, 4, 8]), r.of([1], [0], "u32"), 1],
@@ -38,13 +42,26 @@ export default [
   opSamples({
     op: cache_write, reference: ref.cache_write,
     samples: [
-      { name: "in the middle", args: (r) => [r.normal([2, 3, 7, 5]), r.normal([2, 2, 3, 5]), r.of([1], [4], "u32")] },
-      { name: "one token at the start", args: (r) => [r.normal([1, 1, 4, 8]), r.normal([1, 1, 1, 8]), r.of([1], [0], "u32")] },
-      { name: "past the end is dropped", args: (r) => [r.normal([1, 2, 4, 4]), r.normal([1, 3, 2, 4]), r.of([1], [2], "u32")] },
-      { name: "no tokens", args: (r) => [r.normal([1, 2, 4, 4]), r.normal([1, 0, 2, 4]), r.of([1], [2], "u32")] },
+      {
+        name: "in the middle",
+        args: (r) => [r.normal([2, 3, 7, 5]), r.normal([2, 2, 3, 5]), r.of([1], [4], "u32")],
+      },
+      {
+        name: "one token at the start",
+        args: (r) => [r.normal([1, 1, 4, 8]), r.normal([1, 1, 1, 8]), r.of([1], [0], "u32")],
+      },
+      {
+        name: "past the end is dropped",
+        args: (r) => [r.normal([1, 2, 4, 4]), r.normal([1, 3, 2, 4]), r.of([1], [2], "u32")],
+      },
+      {
+        name: "no tokens",
+        args: (r) => [r.normal([1, 2, 4, 4]), r.normal([1, 0, 2, 4]), r.of([1], [2], "u32")],
+      },
     ],
     errors: [{
-      name: "other heads", args: (r) => [r.normal([1, 2, 4, 4]), r.normal([1, 1, 3, 4]), r.of([1], [0], "u32")],
+      name: "other heads",
+      args: (r) => [r.normal([1, 2, 4, 4]), r.normal([1, 1, 3, 4]), r.of([1], [0], "u32")],
       message: /cache_write.*x must be \[1, L, 2, 4\].*\[1, 1, 3, 4\]/,
     }],
   }),

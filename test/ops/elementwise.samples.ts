@@ -2,10 +2,10 @@ import * as ops from "../../src/ops/elementwise.ts";
 import * as ref from "../../src/reference/elementwise.ts";
 import { type Draw, opSamples } from "./suite.ts";
 
-/** The sizes that matter to kernels that walk over elements: nothing, one, odd, whole vec4s, several workgroups. */
+/** Sizes that matter to kernels over elements: nothing, one, odd, whole vec4s, several workgroups. */
 const shapes: Record<string, number[]> = {
-  "no elements": [0, 3], "a scalar": [], "one element": [1, 1], "an odd size": [3, 5, 7], "whole vec4s": [2, 8],
-  "several workgroups": [5, 2052], "several workgroups of an odd size": [3, 1373],
+  "no elements": [0, 3], "a scalar": [], "one element": [1, 1], "an odd size": [3, 5, 7],
+  "whole vec4s": [2, 8], "several workgroups": [5, 2052], "several workgroups of an odd size": [3, 1373],
 };
 const each = (args: (r: Draw, shape: number[]) => unknown[]) =>
   Object.entries(shapes).map(([name, shape]) => ({ name, args: (r: Draw) => args(r, shape) }));
@@ -15,14 +15,16 @@ const EXTREMES = [0, -0, 1e-8, -1e-8, 30, -30, 88, -88, 1e4, -1e4];
 
 export default [
   opSamples({
-    op: ops.add, reference: ref.add, vjp: ref.add_vjp, samples: each((r, shape) => [r.normal(shape), r.normal(shape)]),
+    op: ops.add, reference: ref.add, vjp: ref.add_vjp,
+    samples: each((r, shape) => [r.normal(shape), r.normal(shape)]),
     errors: [{
       name: "another shape of equal size", args: (r) => [r.normal([2, 4]), r.normal([4, 2])],
       message: /add: b must be \[2, 4\], found \[4, 2\]/,
     }],
   }),
   opSamples({
-    op: ops.accumulate, reference: ref.accumulate, samples: each((r, shape) => [r.normal(shape), r.normal(shape)]),
+    op: ops.accumulate, reference: ref.accumulate,
+    samples: each((r, shape) => [r.normal(shape), r.normal(shape)]),
     errors: [{
       name: "another shape", args: (r) => [r.normal([2, 4]), r.normal([8])],
       message: /accumulate: src must be \[2, 4\], found \[8\]/,
@@ -31,7 +33,8 @@ export default [
   opSamples({
     op: ops.scale, reference: ref.scale, vjp: ref.scale_vjp,
     samples: [
-      ...each((r, shape) => [r.normal(shape), -1.75]), { name: "by zero", args: (r) => [r.normal([3, 4]), 0] },
+      ...each((r, shape) => [r.normal(shape), -1.75]),
+      { name: "by zero", args: (r) => [r.normal([3, 4]), 0] },
     ],
   }),
   opSamples({
@@ -93,8 +96,14 @@ export default [
       { name: "long rows", args: (r) => [r.normal([2, 70, 20]), 2] },
     ],
     errors: [
-      { name: "a shift beyond the end", args: (r) => [r.normal([2, 4, 4]), 5], message: /shift_rows: n must be .* 0 to 4, found 5/ },
-      { name: "a matrix", args: (r) => [r.normal([4, 4]), 1], message: /shift_rows: x must be \[B, L, D\], found \[4, 4\]/ },
+      {
+        name: "a shift beyond the end", args: (r) => [r.normal([2, 4, 4]), 5],
+        message: /shift_rows: n must be .* 0 to 4, found 5/,
+      },
+      {
+        name: "a matrix", args: (r) => [r.normal([4, 4]), 1],
+        message: /shift_rows: x must be \[B, L, D\], found \[4, 4\]/,
+      },
     ],
   }),
 ];

@@ -19,7 +19,10 @@ export default opSamples({
     { name: "a wide group", args: args([2, 2112], 2), reduction: 1056 },
     { name: "groups of one channel", args: args([40, 4], 4) },
     { name: "small values, where eps counts", args: args([40, 16], 2, 1e-3) },
-    { name: "a closed gate", args: (r) => [r.normal([40, 8]), r.uniform([40, 8], -60, -40), r.normal([8]), 2, 1e-5] },
+    {
+      name: "a closed gate",
+      args: (r) => [r.normal([40, 8]), r.uniform([40, 8], -60, -40), r.normal([8]), 2, 1e-5],
+    },
   ],
   errors: [
     {
@@ -31,7 +34,8 @@ export default opSamples({
       message: /gated_rms_norm: weight must be \[8\], found \[4\]/,
     },
     {
-      name: "groups that do not divide", args: (r) => [r.normal([2, 8]), r.normal([2, 8]), r.normal([8]), 3, 1e-5],
+      name: "groups that do not divide",
+      args: (r) => [r.normal([2, 8]), r.normal([2, 8]), r.normal([8]), 3, 1e-5],
       message: /gated_rms_norm: ngroups must be a divisor of 8, found 3/,
     },
   ],

@@ -5,7 +5,9 @@ import { type Draw, opSamples } from "./suite.ts";
 
 type Arguments = Parameters<typeof reference>;
 
-function args(r: Draw, B: number, H: number, P: number, G: number, N: number, limit = [0, Infinity]): unknown[] {
+function args(
+  r: Draw, B: number, H: number, P: number, G: number, N: number, limit = [0, Infinity],
+): unknown[] {
   return [
     r.normal([B, H, P, N]), r.normal([B, H, P]), r.normal([B, H]), r.uniform([H], -1, 2), r.normal([B, G, N]),
     r.normal([B, G, N]), r.normal([H]), r.uniform([H], -3, 0), limit,

@@ -21,7 +21,10 @@ export default opSamples({
       { name: `${name}, documents`, args: (r: Draw) => args(r, s, true, 12), reduction: 256 },
     ]),
     { name: "from nothing", args: (r) => args(r, sizes["odd sizes"]!, false), reduction: 256 },
-    { name: "from nothing, quads", args: (r) => args(r, sizes["whole tiles and chunks"]!, false), reduction: 256 },
+    {
+      name: "from nothing, quads", reduction: 256,
+      args: (r) => args(r, sizes["whole tiles and chunks"]!, false),
+    },
     { name: "no chunks", args: (r) => args(r, { ...sizes["odd sizes"]!, L: 0 }, true) },
   ],
   errors: [

@@ -1,5 +1,6 @@
 /**
- * The op suite: one body for every op, sample and adapter. It knows nothing of the test runner, so that a page can run it.
+ * The op suite: one body for every op, sample and adapter.
+ * It knows nothing of the test runner, so that a page can run it.
  */
 import { Tape } from "../../src/autograd/tape.ts";
 import type { Op } from "../../src/ops/op.ts";
@@ -69,7 +70,10 @@ export interface OpSamples {
   readonly errors?: readonly { name: string; args: (r: Draw) => unknown[]; message: RegExp }[];
 }
 
-/** Declares the samples of one op. The op's own types are not repeated here: a wrong argument fails when it runs. */
+/**
+ * Declares the samples of one op. The op's own types are not repeated here:
+ * a wrong argument fails when it runs.
+ */
 export function opSamples(spec: {
   op: unknown; reference: unknown; vjp?: unknown; samples: readonly Sample[]; errors?: OpSamples["errors"];
 }): OpSamples {
@@ -104,7 +108,9 @@ export function defaultTolerance(reduction: number): number {
 }
 
 /** Throws unless shapes are equal and every entry is within `tolerance` of the largest expected one. */
-export function compare(what: string, found: NdArray, expected: NdArray, tolerance: number, exact = false): void {
+export function compare(
+  what: string, found: NdArray, expected: NdArray, tolerance: number, exact = false,
+): void {
   if (found.shape.join() !== expected.shape.join()) {
     throw new Error(`${what}: expected shape [${expected.shape}], found [${found.shape}]`);
   }
@@ -148,7 +154,8 @@ export async function checkSample(device: Device, spec: OpSamples, sample: Sampl
   const call = spec.op as unknown as (...args: unknown[]) => Tensor | Tensor[];
 
   const expectedAll = flatten((spec.reference as (...args: unknown[]) => unknown)(
-    ...sample.args(draw()).map((arg) => mapTensors(arg, (h) => ndarray(h.shape, h.data.slice()))))) as NdArray[];
+    ...sample.args(draw())
+      .map((arg) => mapTensors(arg, (h) => ndarray(h.shape, h.data.slice()))))) as NdArray[];
   const r = new Draw(seedOf(`${label} gradients`));
   const runs: NdArray[][] = [];
   let hostGrads: (HostTensor | null)[] = [];
@@ -161,7 +168,8 @@ export async function checkSample(device: Device, spec: OpSamples, sample: Sampl
       made.push(tensor);
       return tensor;
     }));
-    const differentiable = args.map((arg) => spec.op.differentiable && arg instanceof Tensor && arg.dtype === "f32");
+    const differentiable = args.map((arg) =>
+      spec.op.differentiable && arg instanceof Tensor && arg.dtype === "f32");
     args.forEach((arg, i) => {
       if (differentiable[i]) (arg as Tensor).requiresGrad = true;
     });
@@ -201,7 +209,8 @@ export async function checkSample(device: Device, spec: OpSamples, sample: Sampl
     let at = expectedAll.length;
     host.forEach((arg, i) => {
       if (!isHost(arg) || arg.dtype !== "f32") return;
-      compare(`${label} gradient of argument ${i}`, first[at++]!, expected[i] ?? ndarray(arg.shape), 4 * tolerance);
+      compare(
+        `${label} gradient of argument ${i}`, first[at++]!, expected[i] ?? ndarray(arg.shape), 4 * tolerance);
     });
     directional(label, spec, host, hostGrads);
   }
@@ -212,13 +221,16 @@ export async function checkSample(device: Device, spec: OpSamples, sample: Sampl
 }
 
 /** The reference's own gradients against a central difference in one random direction. */
-function directional(label: string, spec: OpSamples, host: readonly unknown[], grads: (HostTensor | null)[]): void {
+function directional(
+  label: string, spec: OpSamples, host: readonly unknown[], grads: (HostTensor | null)[],
+): void {
   const forward = spec.reference as (...args: unknown[]) => unknown;
   const vjp = spec.vjp as (...args: unknown[]) => (NdArray | null | undefined)[];
   const r = new Draw(seedOf(`${label} direction`));
   const plain = (arg: unknown) => mapTensors(arg, (h) => ndarray(h.shape, h.data.slice()));
   const expected = vjp(grads.map((g) => g && ndarray(g.shape, g.data)), ...host.map(plain));
-  const directions = host.map((arg, i) => isHost(arg) && arg.dtype === "f32" && expected[i] ? r.normal(arg.shape) : null);
+  const directions = host.map((arg, i) =>
+    isHost(arg) && arg.dtype === "f32" && expected[i] ? r.normal(arg.shape) : null);
   let analytic = 0;
   let scale = 0;
   directions.forEach((direction, i) => direction?.data.forEach((d, j) => {
@@ -229,7 +241,9 @@ function directional(label: string, spec: OpSamples, host: readonly unknown[], g
   const at = (step: number) => {
     const moved = host.map((arg, i) => {
       const direction = directions[i];
-      return direction ? ndarray((arg as NdArray).shape, (arg as NdArray).data.map((x, j) => x + step * direction.data[j]!)) : plain(arg);
+      return direction
+        ? ndarray((arg as NdArray).shape, (arg as NdArray).data.map((x, j) => x + step * direction.data[j]!))
+        : plain(arg);
     });
     const outputs = flatten(forward(...moved)) as NdArray[];
     let sum = 0;
@@ -239,11 +253,16 @@ function directional(label: string, spec: OpSamples, host: readonly unknown[], g
   const error = (h: number) => Math.abs((at(h) - at(-h)) / (2 * h) - analytic) / scale;
   // A kink (relu, a changed choice) may lie within one step; it does not lie within all of them.
   const best = Math.min(error(1e-4), error(1e-5), error(1e-6));
-  if (!(best < 1e-5)) throw new Error(`${label}: the reference's vjp is off its central difference by ${best.toExponential(2)}`);
+  if (!(best < 1e-5)) {
+    throw new Error(
+      `${label}: the reference's vjp is off its central difference by ${best.toExponential(2)}`);
+  }
 }
 
 /** Checks that wrong arguments are refused with the promised message. */
-export function checkError(device: Device, spec: OpSamples, error: NonNullable<OpSamples["errors"]>[number]): void {
+export function checkError(
+  device: Device, spec: OpSamples, error: NonNullable<OpSamples["errors"]>[number],
+): void {
   const before = device.pool.liveBytes;
   let thrown: unknown = null;
   scope(() => {
@@ -256,7 +275,10 @@ export function checkError(device: Device, spec: OpSamples, error: NonNullable<O
   });
   const message = thrown instanceof Error ? thrown.message : "nothing was thrown";
   if (!error.message.test(message)) {
-    throw new Error(`${spec.op.opName} "${error.name}": expected an error like ${error.message}, found: ${message}`);
+    throw new Error(
+      `${spec.op.opName} "${error.name}": expected an error like ${error.message}, found: ${message}`);
   }
-  if (device.pool.liveBytes !== before) throw new Error(`${spec.op.opName} "${error.name}": the refused call leaks memory`);
+  if (device.pool.liveBytes !== before) {
+    throw new Error(`${spec.op.opName} "${error.name}": the refused call leaks memory`);
+  }
 }

@@ -1,7 +1,7 @@
 /**
- * A second definition of the gather-like ops, independent of `src/reference`: kernels of gpu.js, one element per
- * call, run in its "cpu" mode (arithmetic in double, results rounded to float32). gpu.js translates the text of
- * each function, which therefore can use its arguments and constants alone.
+ * A second definition of the gather-like ops, independent of `src/reference`: kernels of gpu.js, one element
+ * per call, run in its "cpu" mode (arithmetic in double, results rounded to float32). gpu.js translates the
+ * text of each function, which therefore can use its arguments and constants alone.
  */
 import { GPU, type IKernelFunctionThis } from "gpu.js";
 import { type NdArray, ndarray, sizeOf } from "../../src/tensor/ndarray.ts";
@@ -15,7 +15,8 @@ const gpu = new GPU({ mode: "cpu" });
 
 /** Runs a kernel for every element of an output. */
 function gather(shape: readonly number[], constants: Sizes, kernel: Gather, ...inputs: NdArray[]): NdArray {
-  const run = gpu.createKernel(kernel as never, { output: [sizeOf(shape)], constants: { ...constants } }) as unknown as
+  const settings = { output: [sizeOf(shape)], constants: { ...constants } };
+  const run = gpu.createKernel(kernel as never, settings) as unknown as
     ((...arrays: Float32Array[]) => ArrayLike<number>) & { destroy(): void };
   const values = ndarray(shape, run(...inputs.map(({ data }) => Float32Array.from(data))));
   run.destroy();
@@ -26,7 +27,8 @@ function gather(shape: readonly number[], constants: Sizes, kernel: Gather, ...i
 export function matmul(a: NdArray, b: NdArray, { transA = false, transB = false } = {}): NdArray {
   const [M, K] = (transA ? [a.shape[1], a.shape[0]] : a.shape) as [number, number];
   const N = transB ? b.shape[0]! : b.shape[1]!;
-  return gather([M, N], { M, K, N, transA: Number(transA), transB: Number(transB) }, function (x: Flat, y: Flat) {
+  const sizes = { M, K, N, transA: Number(transA), transB: Number(transB) };
+  return gather([M, N], sizes, function (x: Flat, y: Flat) {
     const N = this.constants.N!;
     const K = this.constants.K!;
     const transA = this.constants.transA!;
@@ -67,7 +69,9 @@ export function rms_norm(x: NdArray, weight: NdArray, eps: number): NdArray {
   }, x, weight);
 }
 
-export function gated_rms_norm(y: NdArray, z: NdArray, weight: NdArray, ngroups: number, eps: number): NdArray {
+export function gated_rms_norm(
+  y: NdArray, z: NdArray, weight: NdArray, ngroups: number, eps: number,
+): NdArray {
   const I = weight.shape[0]!;
   return gather(y.shape, { I, width: I / ngroups, eps }, function (values: Flat, gate: Flat, scale: Flat) {
     const width = this.constants.width!;
@@ -79,7 +83,8 @@ export function gated_rms_norm(y: NdArray, z: NdArray, weight: NdArray, ngroups:
       squares += gated * gated;
       if (i === this.thread.x) mine = gated;
     }
-    return mine / Math.sqrt(squares / width + this.constants.eps!) * scale[this.thread.x % this.constants.I!]!;
+    const factor = scale[this.thread.x % this.constants.I!]!;
+    return mine / Math.sqrt(squares / width + this.constants.eps!) * factor;
   }, y, z, weight);
 }
 
@@ -131,10 +136,13 @@ export function causal_conv1d(xBC: NdArray, weight: NdArray, bias: NdArray): NdA
 }
 
 /** dt = clamp(softplus(dt_raw + dt_bias)), by chunk: [B, H, nC, Q]; 0 past the end of the row. */
-export function time_steps(dt_raw: NdArray, dt_bias: NdArray, Q: number, [lo, hi]: readonly [number, number]): NdArray {
+export function time_steps(
+  dt_raw: NdArray, dt_bias: NdArray, Q: number, [lo, hi]: readonly [number, number],
+): NdArray {
   const [B, L, H] = dt_raw.shape as [number, number, number];
   const nC = Math.ceil(L / Q);
-  return gather([B, H, nC, Q], { L, H, span: nC * Q, lo, hi: Math.min(hi, 1e30) }, function (raw: Flat, bias: Flat) {
+  const sizes = { L, H, span: nC * Q, lo, hi: Math.min(hi, 1e30) };
+  return gather([B, H, nC, Q], sizes, function (raw: Flat, bias: Flat) {
     const span = this.constants.span!;
     const H = this.constants.H!;
     const L = this.constants.L!;
@@ -156,9 +164,9 @@ export function decay_sums(dt: NdArray, A_log: NdArray): NdArray {
     const Q = this.constants.Q!;
     const H = this.constants.H!;
     const head = Math.floor(this.thread.x / (nC * Q)) % H;
-    let sum = 0;
-    for (let i = this.thread.x - this.thread.x % Q; i <= this.thread.x; i++) sum -= step[i]! * Math.exp(log[head]!);
-    return sum;
+    let steps = 0;
+    for (let i = this.thread.x - this.thread.x % Q; i <= this.thread.x; i++) steps += step[i]!;
+    return -Math.exp(log[head]!) * steps;
   }, dt, A_log);
 }
 
@@ -195,12 +203,16 @@ export function chunk_state(Bm: NdArray, x: NdArray, dt: NdArray, dA_cumsum: NdA
   }, Bm, x, dt, dA_cumsum);
 }
 
-/** y_t = D x_t + sum over s <= t of exp(sum of A dt from s + 1 to t) dt_s <C_t, B_s> x_s: the scan as one matrix. */
-export function ssd_scan(x: NdArray, dt: NdArray, A_log: NdArray, Bm: NdArray, Cm: NdArray, D: NdArray): NdArray {
+/** The scan as a matrix: y_t = D x_t + sum_{s <= t} exp(A (dt_{s+1} + ... + dt_t)) dt_s <C_t, B_s> x_s. */
+export function ssd_scan(
+  x: NdArray, dt: NdArray, A_log: NdArray, Bm: NdArray, Cm: NdArray, D: NdArray,
+): NdArray {
   const [, L, H, P] = x.shape as [number, number, number, number];
   const [G, N] = Bm.shape.slice(2) as [number, number];
   const sizes = { L, H, P, G, N, span: dt.shape[2]! * dt.shape[3]! };
-  const kernel: Gather = function (values: Flat, step: Flat, log: Flat, keys: Flat, queries: Flat, skip: Flat) {
+  const kernel: Gather = function (
+    values: Flat, step: Flat, log: Flat, keys: Flat, queries: Flat, skip: Flat,
+  ) {
     const P = this.constants.P!;
     const H = this.constants.H!;
     const L = this.constants.L!;
@@ -229,8 +241,11 @@ export function ssd_scan(x: NdArray, dt: NdArray, A_log: NdArray, Bm: NdArray, C
 }
 
 /** The weight of every expert: 0 unless it is among the `topk` best of all. [T, E] */
-export function router(logits: NdArray, bias: NdArray, { topk, scaling }: { topk: number; scaling: number }): NdArray {
-  return gather(logits.shape, { E: logits.shape[1]!, topk, scaling }, function (values: Flat, correction: Flat) {
+export function router(
+  logits: NdArray, bias: NdArray, { topk, scaling }: { topk: number; scaling: number },
+): NdArray {
+  const sizes = { E: logits.shape[1]!, topk, scaling };
+  return gather(logits.shape, sizes, function (values: Flat, correction: Flat) {
     const E = this.constants.E!;
     const topk = this.constants.topk!;
     const scaling = this.constants.scaling!;

@@ -3,8 +3,9 @@ import { OutOfMemoryError } from "../../src/gpu/errors.ts";
 import type { Device } from "../../src/tensor/device.ts";
 
 /**
- * Runs `work` again and again, with an allocation made to fail each time: the first, then the one `stride` later, until
- * there are none left and it succeeds. Every failure must be an OutOfMemoryError that leaves no memory behind.
+ * Runs `work` again and again, with an allocation made to fail each time: the first, then the one `stride`
+ * later, until there are none left and it succeeds. Every failure must be an OutOfMemoryError that leaves no
+ * memory behind.
  *
  * @returns the number of failures
  */
@@ -30,8 +31,9 @@ export async function failEveryAllocation(
     } finally {
       spy.mockRestore();
     }
-    if (failed || error) expect(error, `failure of allocation ${failures * stride}`).toBeInstanceOf(OutOfMemoryError);
-    expect(pool.liveBytes, `bytes left by the failure of allocation ${failures * stride}`).toBe(before);
+    const which = `failure of allocation ${failures * stride}`;
+    if (failed || error) expect(error, which).toBeInstanceOf(OutOfMemoryError);
+    expect(pool.liveBytes, `bytes left by the ${which}`).toBe(before);
     expect(device.failure).toBeNull();
     if (!failed) return failures;
   }

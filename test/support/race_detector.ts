@@ -1,7 +1,7 @@
 /**
- * wgsl_reflect's lockstep interpreter, with its limits worked around: `workgroupUniformLoad` is no barrier to it, it
- * overlooks a barrier that is the first statement of a block, it runs the body of a `while` once, and it keeps one result
- * per call for all invocations.
+ * wgsl_reflect's lockstep interpreter, with its limits worked around: `workgroupUniformLoad` is no barrier to
+ * it, it overlooks a barrier that is the first statement of a block, it runs the body of a `while` once, and
+ * it keeps one result per call for all invocations.
  */
 import { CallExpr, detectRaces } from "wgsl_reflect/wgsl_reflect.module.js";
 
@@ -35,8 +35,9 @@ export function barriersOf(code: string, entry: string): [start: number, end: nu
   const starts = [...code.matchAll(/\bfn\s+(\w+)/g)];
   return [...code.matchAll(/\bworkgroupBarrier\(\);/g)].flatMap(({ index, 0: text }) => {
     const owner = starts.findLast((start) => start.index < index)?.[1];
-    return owner !== undefined && (owner === entry || reached?.has(owner)) ? [[index, index + text.length] as const] : [];
-  }) as [number, number][];
+    const isReached = owner !== undefined && (owner === entry || reached?.has(owner));
+    return isReached ? [[index, index + text.length] as [number, number]] : [];
+  });
 }
 
 /**
@@ -46,11 +47,12 @@ export function barriersOf(code: string, entry: string): [start: number, end: nu
  * @returns one message per race, barrier in non-uniform control flow, or complaint of the interpreter
  */
 export function findRaces(
-  code: string, entry: string, workgroups: readonly number[], storage: Readonly<Record<number, ArrayBuffer>>, params: ArrayBuffer,
+  code: string, entry: string, workgroups: readonly number[],
+  storage: Readonly<Record<number, ArrayBuffer>>, params: ArrayBuffer,
 ): string[] {
   let count = 0;
   const plain = code
-    .replace(/^(.*)\bworkgroupUniformLoad\(&(\w+)\)(.*)$/gm, (_, before: string, name: string, after: string) => {
+    .replace(/^(.*)\bworkgroupUniformLoad\(&(\w+)\)(.*)$/gm, (...[, before, name, after]: string[]) => {
       const value = `uniform_load_${count++}`;
       return `workgroupBarrier(); let ${value} = ${name}; workgroupBarrier(); ${before}${value}${after}`;
     })
@@ -64,12 +66,13 @@ export function findRaces(
   const keep = CallExpr.prototype.setCachedReturnValue;
   try {
     Object.assign(console, { log: complain, warn: complain, error: complain });
-    // The kept result is right only where it is the same for all invocations, as behind a barrier. Without it a call is
-    // evaluated once more where its value is used.
+    // The kept result is right only where it is the same for all invocations, as behind a barrier. Without it
+    // a call is evaluated once more where its value is used.
     CallExpr.prototype.setCachedReturnValue = function (value) {
       if (BARRIERS.some((barrier) => words.get(this.name)?.has(barrier))) keep.call(this, value);
     };
-    const { races, errors } = detectRaces(plain, entry, [...workgroups], { 0: storage, 1: { 0: { uniform: params } } });
+    const groups = { 0: storage, 1: { 0: { uniform: params } } };
+    const { races, errors } = detectRaces(plain, entry, [...workgroups], groups);
     messages.push(...races.map(({ message }) => message), ...errors);
   } finally {
     CallExpr.prototype.setCachedReturnValue = keep;

@@ -60,14 +60,15 @@ describe("the losses of another implementation of AdamW on one batch", () => {
       const labels = unshifted.map((_, i) => (i + 1) % seqlen === 0 ? IGNORED : unshifted[i + 1]!);
       const scored = labels.filter((label) => label !== IGNORED).length;
       const batch: Batch = {
-        batch: rows, seqlen, input_ids, labels, scored, ids: new Int32Array(), seq_idx: new Int32Array(rows * seqlen),
+        batch: rows, seqlen, input_ids, labels, scored, ids: new Int32Array(),
+        seq_idx: new Int32Array(rows * seqlen),
       };
       const run = JSON.parse(await readText(folder, "train.json")) as GoldenRun;
       const before = device.pool.liveBytes;
       const model = await loadModel(device, parseConfig(await readText(folder, "config.json")), folder, true);
       const trainer = new Trainer(model, {
-        ...PLAIN, batch: rows, seqlen, schedule: constantSchedule({ peak: run.lr }), betas: run.betas, eps: run.eps,
-        weight_decay: run.weight_decay, clip: run.clip_grad_norm, decays: () => true,
+        ...PLAIN, batch: rows, seqlen, schedule: constantSchedule({ peak: run.lr }), betas: run.betas,
+        eps: run.eps, weight_decay: run.weight_decay, clip: run.clip_grad_norm, decays: () => true,
       });
       const steps: StepMetrics[] = [];
       for (let i = 0; i < run.steps; i++) steps.push(await trainer.step([batch]));
@@ -75,7 +76,9 @@ describe("the losses of another implementation of AdamW on one batch", () => {
       const norms = steps.map(({ grad_norm }) => grad_norm);
       for (const [found, expected] of [[losses, run.loss_f64], [norms, run.grad_norm_f64]] as const) {
         expect(found.length).toBe(expected.length);
-        found.forEach((value, i) => expect(Math.abs(value / expected[i]! - 1), `step ${i}: ${value}`).toBeLessThan(1e-4));
+        found.forEach((value, i) => {
+          expect(Math.abs(value / expected[i]! - 1), `step ${i}: ${value}`).toBeLessThan(1e-4);
+        });
       }
       trainer.dispose();
       model.dispose();
@@ -88,8 +91,8 @@ describe("the losses of another implementation of AdamW on one batch", () => {
 function firstRow({ seqlen, ids, input_ids, labels, seq_idx }: Batch): Batch {
   const [row, own] = [(values: Int32Array) => values.slice(0, seqlen), labels.slice(0, seqlen)];
   return {
-    batch: 1, seqlen, ids: ids.slice(0, seqlen + 1), input_ids: row(input_ids), labels: own, seq_idx: row(seq_idx),
-    scored: own.filter((label) => label !== IGNORED).length,
+    batch: 1, seqlen, ids: ids.slice(0, seqlen + 1), input_ids: row(input_ids), labels: own,
+    seq_idx: row(seq_idx), scored: own.filter((label) => label !== IGNORED).length,
   };
 }
 
@@ -99,8 +102,8 @@ describe("a small model with experts and two prediction depths", () => {
   const tokens = Int32Array.from(r.integers([400], 0, config.vocab_size).data);
   const corpus = { tokens, starts: Int32Array.from([0, 50, 130, 290]), bytes: 400, scored: 396, eosId: 2 };
   const options: TrainerOptions = {
-    ...PLAIN, batch: 2, seqlen: 12, schedule: constantSchedule({ peak: 3e-3, warmup: 2 }), betas: [0.9, 0.95], eps: 1e-8,
-    weight_decay: 0.1, clip: 1, mtp_depths: 2, mtp_scale: 0.3, aux_coeff: 1e-2, bias_rate: 1e-2,
+    ...PLAIN, batch: 2, seqlen: 12, schedule: constantSchedule({ peak: 3e-3, warmup: 2 }), betas: [0.9, 0.95],
+    eps: 1e-8, weight_decay: 0.1, clip: 1, mtp_depths: 2, mtp_scale: 0.3, aux_coeff: 1e-2, bias_rate: 1e-2,
   };
   const start = (changes: Partial<TrainerOptions> = {}, seed = 1) => {
     const model = new NemotronH(config, createParameters(device, config, seed));
@@ -147,15 +150,18 @@ describe("a small model with experts and two prediction depths", () => {
   });
 
   test("two micro-batches make the update of one batch with the rows of both", async () => {
-    // The balancing loss and the loads depend on the division into batches; equal parts of scored labels do not.
+    // The balancing loss and the loads depend on the division into batches; means over equal counts do not.
     const even = { ...corpus, starts: Int32Array.from([0]), scored: 399 };
     const same = { aux_coeff: 0, bias_rate: 0 };
     const run = async (batch: number, accumulate: number) => {
       const { model, trainer, dispose } = start({ ...same, batch, accumulate });
       const packer = new BatchPacker(even, { batch, seqlen: 12 });
       const steps: StepMetrics[] = [];
-      for (let i = 0; i < 3; i++) steps.push(await trainer.step(Array.from({ length: accumulate }, () => packer.next())));
-      const parameters = await Promise.all([...model.parameters.values()].map(async (each) => Array.from(await each.read())));
+      for (let i = 0; i < 3; i++) {
+        steps.push(await trainer.step(Array.from({ length: accumulate }, () => packer.next())));
+      }
+      const parameters: number[][] = [];
+      for (const parameter of model.parameters.values()) parameters.push(Array.from(await parameter.read()));
       dispose();
       return { steps, parameters };
     };
@@ -215,7 +221,8 @@ describe("a small model with experts and two prediction depths", () => {
   test("a loss that is no number ends the run with a sentence", async () => {
     const { model, trainer, dispose } = start();
     model.norm_f.write(new Float32Array(config.hidden_size).fill(NaN));
-    await expect(trainer.step([new BatchPacker(corpus, options).next()])).rejects.toThrow(/loss at step 0 is NaN/);
+    const batch = new BatchPacker(corpus, options).next();
+    await expect(trainer.step([batch])).rejects.toThrow(/loss at step 0 is NaN/);
     await expect(trainer.step([])).rejects.toThrow(/needs 1 micro-batches, found 0/);
     dispose();
   });

@@ -45,10 +45,18 @@ export const bench = defineCommand({
   summary: "Measure kernels, a training step and generation on an adapter.",
   positionals: [{ name: "SUITE", help: `${SUITE_NAMES.join(", ")}; default: all`, optional: true, many: true }],
   options: {
-    config: { type: "string", value: "PRESET|FILE", default: "tiny", help: "The model of the train and generate suites." },
-    data: { type: "string", value: "PATH", multiple: true, help: "Text for the train suite; default: this package's README." },
+    config: {
+      type: "string", value: "PRESET|FILE", default: "tiny",
+      help: "The model of the train and generate suites.",
+    },
+    data: {
+      type: "string", value: "PATH", multiple: true,
+      help: "Text for the train suite; default: this package's README.",
+    },
     runs: { type: "integer", min: 1, default: 7, help: "Timed runs per case; the median counts." },
-    adapter: { type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found." },
+    adapter: {
+      type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
+    },
     out: { type: "string", value: "FILE", help: "Append one JSON line per case to this file." },
     json: { type: "boolean", help: "Print one JSON line per case." },
   },
@@ -63,7 +71,9 @@ export const bench = defineCommand({
     const wanted = args.length > 0 ? args : SUITE_NAMES;
     const results: Result[] = [];
     const c = colours(wantsColour(stdout, env));
-    const add = (suite: string, name: string, work: number, unit: Result["unit"], times: readonly number[]) => {
+    const add = (
+      suite: string, name: string, work: number, unit: Result["unit"], times: readonly number[],
+    ) => {
       const ms = median(times);
       const result: Result = {
         suite, case: name, adapter: device.info.id, ms, min_ms: times[0]!, max_ms: times.at(-1)!, unit,
@@ -73,7 +83,9 @@ export const bench = defineCommand({
       if (options.json) stdout.write(`${JSON.stringify(result)}\n`);
       if (options.out) {
         mkdirSync(dirname(options.out), { recursive: true });
-        appendFileSync(options.out, `${JSON.stringify({ ...result, date: new Date().toISOString(), node: process.version })}\n`);
+        appendFileSync(
+          options.out,
+          `${JSON.stringify({ ...result, date: new Date().toISOString(), node: process.version })}\n`);
       }
     };
     try {
@@ -86,7 +98,8 @@ export const bench = defineCommand({
     if (!options.json) {
       stdout.write(`${c.bold(`On ${device.info.name}, medians of ${options.runs} runs`)}\n`);
       stdout.write(`${table(results.map((r) => [` ${r.suite}`, r.case, `${r.ms.toFixed(2)} ms`,
-        `${r.min_ms.toFixed(2)} to ${r.max_ms.toFixed(2)}`, `${r.rate.toFixed(r.rate < 10 ? 2 : 1)} ${r.unit}`]))}\n`);
+        `${r.min_ms.toFixed(2)} to ${r.max_ms.toFixed(2)}`,
+        `${r.rate.toFixed(r.rate < 10 ? 2 : 1)} ${r.unit}`]))}\n`);
     }
   },
 });
@@ -118,10 +131,13 @@ async function kernels(device: Device, runs: number, add: Add): Promise<void> {
   const weight = make([4096]);
   await time("rms_norm_1024x4096", 8 * rows.size, "GB/s", () => rms_norm(rows, weight, 1e-5));
   const q = make([1, 512, 8, 64]);
-  await time("attention_512x8x64", 4 * 8 * 512 * 512 * 64 / 2, "GFLOP/s", () => attention(q, q, q, { scale: 1 / 8, seq_idx: null }));
-  const [u, dt, A_log, B, D] = [make([1, 512, 16, 64]), make([1, 512, 16]), make([16]), make([1, 512, 1, 128]), make([16])];
+  await time(
+    "attention_512x8x64", 4 * 8 * 512 * 512 * 64 / 2, "GFLOP/s", () => attention(q, q, q, { scale: 1 / 8, seq_idx: null }));
+  const [u, dt, A_log, B, D] =
+    [make([1, 512, 16, 64]), make([1, 512, 16]), make([16]), make([1, 512, 1, 128]), make([16])];
   const options = { chunk_size: 64, dt_limit: [0, Infinity] as const, initial_state: null, seq_idx: null };
-  await time("ssd_512", 5 * 512 * 16 * 64 * 128, "GFLOP/s", () => ssd_scan(u, dt, A_log, B, B, D, A_log, options));
+  await time(
+    "ssd_512", 5 * 512 * 16 * 64 * 128, "GFLOP/s", () => ssd_scan(u, dt, A_log, B, B, D, A_log, options));
   for (const tensor of [u, dt, A_log, B, D]) tensor.requiresGrad = true;
   const dy = make(u.shape as number[]);
   await time("ssd_512_backward", 3 * 5 * 512 * 16 * 64 * 128, "GFLOP/s", () => {
@@ -132,7 +148,9 @@ async function kernels(device: Device, runs: number, add: Add): Promise<void> {
   for (const tensor of made) tensor.dispose();
 }
 
-async function training(device: Device, name: string, data: readonly string[], runs: number, add: Add): Promise<void> {
+async function training(
+  device: Device, name: string, data: readonly string[], runs: number, add: Add,
+): Promise<void> {
   const config = findConfig(name);
   const recipe = makeRecipe({ steps: runs + 2 });
   const readme = new URL("../../../README.md", import.meta.url);
@@ -140,7 +158,8 @@ async function training(device: Device, name: string, data: readonly string[], r
   const { train, validation } = splitDocuments(documents);
   const tokenizer = byteTokenizer(config.vocab_size);
   const model = new NemotronH(config, createParameters(device, config, 0));
-  const run = new TrainingRun(model, recipe, tokenizeDocuments(train, tokenizer), tokenizeDocuments(validation, tokenizer));
+  const run = new TrainingRun(
+    model, recipe, tokenizeDocuments(train, tokenizer), tokenizeDocuments(validation, tokenizer));
   for (let i = 0; i < 2; i++) await run.step(); // compiles
   const times: number[] = [];
   for (let i = 0; i < runs; i++) {
@@ -164,14 +183,17 @@ async function generation(device: Device, name: string, runs: number, add: Add):
     const prefill: number[] = [];
     const decode: number[] = [];
     for (let i = 0; i <= runs; i++) {
-      for await (const _ of generator.generate(prompt, { maxTokens: newTokens, draft })) { /* tokens are only timed */ }
+      for await (const _ of generator.generate(prompt, { maxTokens: newTokens, draft })) {
+        { /* tokens are only timed */ }
+      }
       if (i === 0) continue; // compiles
       prefill.push(generator.stats.prefillMs);
       decode.push(generator.stats.decodeMs);
     }
     const sort = (times: number[]) => times.sort((a, b) => a - b);
     if (draft === 0) add("generate", `prefill_${prompt.length}`, prompt.length, "tokens/s", sort(prefill));
-    add("generate", draft === 0 ? "decode" : `decode_draft_${draft}`, newTokens - 1, "tokens/s", sort(decode));
+    add(
+      "generate", draft === 0 ? "decode" : `decode_draft_${draft}`, newTokens - 1, "tokens/s", sort(decode));
     generator.dispose();
   }
   model.dispose();

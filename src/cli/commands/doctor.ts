@@ -35,7 +35,8 @@ interface Report {
 }
 
 const LIMITS = [
-  "maxBufferSize", "maxStorageBufferBindingSize", "maxStorageBuffersPerShaderStage", "maxComputeWorkgroupStorageSize",
+  "maxBufferSize", "maxStorageBufferBindingSize", "maxStorageBuffersPerShaderStage",
+  "maxComputeWorkgroupStorageSize",
   "maxComputeInvocationsPerWorkgroup",
 ];
 
@@ -43,13 +44,17 @@ export const doctor = defineCommand({
   name: "doctor",
   summary: "Show the GPU adapters found, test the one that would be used, and measure it.",
   options: {
-    adapter: { type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found." },
+    adapter: {
+      type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
+    },
     json: { type: "boolean", help: "Print one JSON object instead of text." },
   },
   examples: ["krait doctor", "krait doctor --adapter swiftshader --json"],
   async run({ options, stdout, env }) {
     const report = await examine(options.adapter);
-    const text = options.json ? JSON.stringify(report, null, 2) : render(report, colours(wantsColour(stdout, env)));
+    const text = options.json
+      ? JSON.stringify(report, null, 2)
+      : render(report, colours(wantsColour(stdout, env)));
     stdout.write(`${text}\n`);
     return report.ok ? 0 : 1;
   },
@@ -81,20 +86,26 @@ async function examine(wanted: string | undefined): Promise<Report> {
 /** Two products and a norm against their float64 definitions. */
 async function selfTest(device: Device): Promise<Check[]> {
   const draw = (shape: number[], stream: number): NdArray =>
-    ndarray(shape, fillNormal({ seed: 1, stream, step: 0 }, new Float64Array(sizeOf(shape))).map(Math.fround));
+    ndarray(
+      shape, fillNormal({ seed: 1, stream, step: 0 }, new Float64Array(sizeOf(shape))).map(Math.fround));
   const upload = (x: NdArray) => device.tensor(Float32Array.from(x.data), x.shape);
-  const check = async (name: string, allowed: number, expected: NdArray, run: () => Tensor): Promise<Check> => {
+  const check = async (
+    name: string, allowed: number, expected: NdArray, run: () => Tensor,
+  ): Promise<Check> => {
     const tensor = run();
     const found = await tensor.read();
     tensor.dispose();
     const largest = expected.data.reduce((a, b) => Math.max(a, Math.abs(b)), 0);
-    const error = expected.data.reduce((worst, value, i) => Math.max(worst, Math.abs(value - found[i]!)), 0) / largest;
+    const error =
+      expected.data.reduce((worst, value, i) => Math.max(worst, Math.abs(value - found[i]!)), 0) / largest;
     return { name, error, allowed, passed: error <= allowed };
   };
   const [a, b, w] = [draw([67, 129], 0), draw([129, 65], 1), draw([129], 2)];
   return [
-    await check("matmul 67 x 129 x 65", 4e-6, reference.matmul(a, b, {}), () => scope(() => matmul(upload(a), upload(b), {}))),
-    await check("rms_norm 67 x 129", 2e-6, reference.rms_norm(a, w, 1e-5), () => scope(() => rms_norm(upload(a), upload(w), 1e-5))),
+    await check(
+      "matmul 67 x 129 x 65", 4e-6, reference.matmul(a, b, {}), () => scope(() => matmul(upload(a), upload(b), {}))),
+    await check(
+      "rms_norm 67 x 129", 2e-6, reference.rms_norm(a, w, 1e-5), () => scope(() => rms_norm(upload(a), upload(w), 1e-5))),
   ];
 }
 
@@ -119,22 +130,28 @@ function advise(adapters: readonly AdapterHandle[], chosen: AdapterHandle | null
   const advice: string[] = [];
   if (adapters.length === 0) {
     advice.push(
-      "No adapter: install the Node packages with `npm install webgpu@0.6.2 @sparticuz/chromium@147.0.0` (the second brings " +
-      "a software driver for Linux x64), or a Vulkan driver for your GPU.");
+      "No adapter: install the Node packages with `npm install webgpu@0.6.2 @sparticuz/chromium@147.0.0` " +
+      "(the second brings a software driver for Linux x64), or a Vulkan driver for your GPU.");
   } else if (chosen?.info.isSoftware) {
     advice.push(
-      "Only software adapters were found. With a GPU, install its Vulkan driver (Debian/Ubuntu: `apt install " +
-      "mesa-vulkan-drivers` for AMD and Intel, the vendor's package for NVIDIA) and run this again.");
+      "Only software adapters were found. With a GPU, install its Vulkan driver (Debian/Ubuntu: `apt " +
+      "install mesa-vulkan-drivers` for AMD and Intel, the vendor's package for NVIDIA) and run this again.");
     if (chosen.info.id === "swiftshader") {
       advice.push(
-        "Mesa's lavapipe is several times faster than SwiftShader and has f16: `apt install mesa-vulkan-drivers` " +
-        "(version 23 or later; on Debian 12 from bookworm-backports).");
+        "Mesa's lavapipe is several times faster than SwiftShader and has f16: `apt install " +
+        "mesa-vulkan-drivers` (version 23 or later; on Debian 12 from bookworm-backports).");
     }
   }
   const features = chosen?.info.features ?? [];
-  if (chosen && !features.includes("shader-f16")) advice.push("No shader-f16: 16-bit floats are stored packed and computed in f32.");
-  if (chosen && !features.includes("subgroups")) advice.push("No subgroups: kernels use their plain variants.");
-  if (chosen && !features.includes("timestamp-query")) advice.push("No timestamp-query: --trace is not available.");
+  if (chosen && !features.includes("shader-f16")) {
+    advice.push("No shader-f16: 16-bit floats are stored packed and computed in f32.");
+  }
+  if (chosen && !features.includes("subgroups")) {
+    advice.push("No subgroups: kernels use their plain variants.");
+  }
+  if (chosen && !features.includes("timestamp-query")) {
+    advice.push("No timestamp-query: --trace is not available.");
+  }
   return advice;
 }
 
@@ -149,7 +166,8 @@ function render(report: Report, c: ReturnType<typeof colours>): string {
   lines.push("", report.chosen ? `Chosen: ${report.chosen}, ${report.reason}.` : report.reason);
   const chosen = report.adapters.find(({ id }) => id === report.chosen);
   if (chosen) {
-    const show = (name: string) => /Size$/.test(name) ? formatBytes(chosen.limits[name]!) : String(chosen.limits[name]);
+    const show = (name: string) =>
+      /Size$/.test(name) ? formatBytes(chosen.limits[name]!) : String(chosen.limits[name]);
     lines.push("", c.bold("Limits"), table(LIMITS.map((name) => [` ${name}`, show(name)])));
     lines.push("", c.bold("Features"), `  ${chosen.features.join(", ")}`);
   }

@@ -10,18 +10,35 @@ export const generate = defineCommand({
   name: "generate",
   summary: "Continue a prompt.",
   options: {
-    model: { type: "string", value: "DIR", required: true, help: "A checkpoint folder, or the output folder of a training run." },
+    model: {
+      type: "string", value: "DIR", required: true,
+      help: "A checkpoint folder, or the output folder of a training run.",
+    },
     prompt: { type: "string", value: "TEXT", help: "What to continue." },
-    promptTokens: { type: "string", value: "IDS", help: "The prompt as token ids with commas between them, instead of --prompt." },
+    promptTokens: {
+      type: "string", value: "IDS",
+      help: "The prompt as token ids with commas between them, instead of --prompt.",
+    },
     maxTokens: { type: "integer", min: 1, default: 200, help: "Most tokens to add." },
     temperature: { type: "number", min: 0, default: 0, help: "0 takes the most probable token." },
     topK: { type: "integer", min: 0, default: 0, help: "Draw from the K most probable tokens; 0: all." },
-    topP: { type: "number", min: 0, max: 1, default: 1, help: "Draw from the most probable tokens that reach this probability." },
-    minP: { type: "number", min: 0, max: 1, default: 0, help: "Leave out tokens below this share of the best one's probability." },
+    topP: {
+      type: "number", min: 0, max: 1, default: 1,
+      help: "Draw from the most probable tokens that reach this probability.",
+    },
+    minP: {
+      type: "number", min: 0, max: 1, default: 0,
+      help: "Leave out tokens below this share of the best one's probability.",
+    },
     seed: { type: "integer", min: 0, default: 0, help: "Decides the draws." },
     stop: { type: "string", value: "TEXT", multiple: true, help: "End before this text appears." },
-    draft: { type: "integer", min: 0, max: 16, default: 0, help: "Tokens that the model's own MTP head drafts per pass; 0: none." },
-    adapter: { type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found." },
+    draft: {
+      type: "integer", min: 0, max: 16, default: 0,
+      help: "Tokens that the model's own MTP head drafts per pass; 0: none.",
+    },
+    adapter: {
+      type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
+    },
     json: { type: "boolean", help: "Print one JSON object instead of the text." },
   },
   examples: [
@@ -43,7 +60,8 @@ export const generate = defineCommand({
       const run: TextRun = generateText(generator, tokenizer, prompt, {
         maxTokens: options.maxTokens, draft: options.draft, stopStrings: options.stop, signal,
         sampling: {
-          temperature: options.temperature, top_k: options.topK, top_p: options.topP, min_p: options.minP, seed: options.seed,
+          temperature: options.temperature, top_k: options.topK, top_p: options.topP, min_p: options.minP,
+          seed: options.seed,
         },
       });
       if (!options.json && options.prompt !== undefined) stdout.write(options.prompt);
@@ -55,7 +73,8 @@ export const generate = defineCommand({
       const { stats } = generator;
       const speed = (1000 * Math.max(0, stats.tokens - 1)) / Math.max(stats.decodeMs, 1e-9);
       const summary = {
-        text, tokens: run.tokens, prompt_tokens: stats.promptTokens, prefill_ms: stats.prefillMs, decode_ms: stats.decodeMs,
+        text, tokens: run.tokens, prompt_tokens: stats.promptTokens, prefill_ms: stats.prefillMs,
+        decode_ms: stats.decodeMs,
         tokens_per_s: speed, passes: stats.passes, drafted: stats.drafted, accepted: stats.accepted,
         acceptance: stats.drafted > 0 ? stats.accepted / stats.drafted : null, stopped: run.stopped,
       };
@@ -77,7 +96,9 @@ export const generate = defineCommand({
 
 function parseIds(text: string): number[] {
   return text.split(",").map((part) => {
-    if (!/^\s*\d+\s*$/.test(part)) throw new UsageError(`--prompt-tokens must be numbers with commas between them, found "${part}".`);
+    if (!/^\s*\d+\s*$/.test(part)) {
+      throw new UsageError(`--prompt-tokens must be numbers with commas between them, found "${part}".`);
+    }
     return Number(part);
   });
 }

@@ -1,4 +1,7 @@
-import { countLayers, countParameters, countTensors, layerStrip, memoryToRun, memoryToTrain, stateBytes, type RunFormat } from "../../models/accounting.ts";
+import {
+  countLayers, countParameters, countTensors, layerStrip, memoryToRun, memoryToTrain, stateBytes,
+  type RunFormat,
+} from "../../models/accounting.ts";
 import type { NemotronHConfig } from "../../models/config.ts";
 import { defineCommand } from "../args.ts";
 import { findConfig } from "../models.ts";
@@ -30,15 +33,19 @@ function examine(config: NemotronHConfig, batch: number, tokens: number) {
     pattern: config.hybrid_override_pattern, mtp_pattern: config.mtp_hybrid_override_pattern,
     layers: countLayers(config.hybrid_override_pattern),
     parameters: { total, backbone, mtp, active }, checkpoint_tensors: countTensors(config),
-    // As published: SSM state in the config's own format, keys and values in bf16. This engine keeps all of it in f32.
-    state: stateBytes(config, { kv: "bfloat16" }), state_f32: stateBytes(config, { ssm: "float32", conv: "float32", kv: "float32" }),
+    // As published: SSM state in the config's own format, keys and values in bf16.
+    // This engine keeps all of it in f32.
+    state: stateBytes(config, { kv: "bfloat16" }),
+    state_f32: stateBytes(config, { ssm: "float32", conv: "float32", kv: "float32" }),
     batch, tokens,
     run: Object.fromEntries(FORMATS.map((format) => [format, memoryToRun(config, format, batch, tokens)])),
     train: memoryToTrain(config, batch * tokens),
   };
 }
 
-function render(name: string, config: NemotronHConfig, facts: ReturnType<typeof examine>, c: ReturnType<typeof colours>): string {
+function render(
+  name: string, config: NemotronHConfig, facts: ReturnType<typeof examine>, c: ReturnType<typeof colours>,
+): string {
   const { parameters: p, state, state_f32: f32, train, batch, tokens } = facts;
   const exact = (count: number) => `${count.toLocaleString("en-US")} (${formatCount(count)})`;
   return [
@@ -60,7 +67,8 @@ function render(name: string, config: NemotronHConfig, facts: ReturnType<typeof 
       [` ${format}`, formatBytes(memory.total), `weights ${formatBytes(memory.weights)}`, `state ${formatBytes(memory.state)}`])),
     "", c.bold(`Memory to train on ${batch} x ${tokens} tokens, f32`),
     table([
-      [" total", formatBytes(train.total), "AdamW, without recomputation"], [" weights", formatBytes(train.weights)],
+      [" total", formatBytes(train.total), "AdamW, without recomputation"],
+      [" weights", formatBytes(train.weights)],
       [" gradients", formatBytes(train.gradients)], [" moments", formatBytes(train.optimizer)],
       [" activations, about", formatBytes(train.activations)],
     ]), "",

@@ -27,8 +27,13 @@ export const quickstart = defineCommand({
   options: {
     steps: { type: "integer", min: 1, default: 240, help: "Optimiser updates." },
     seed: { type: "integer", min: 0, default: 0, help: "Decides weights and data order." },
-    out: { type: "string", value: "DIR", default: "runs/quickstart", help: "Folder to write; what it held is replaced." },
-    adapter: { type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found." },
+    out: {
+      type: "string", value: "DIR", default: "runs/quickstart",
+      help: "Folder to write; what it held is replaced.",
+    },
+    adapter: {
+      type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
+    },
     json: { type: "boolean", help: "Print one JSON object with the results." },
   },
   async run({ options, stdout, stderr, env, signal }) {
@@ -40,7 +45,9 @@ export const quickstart = defineCommand({
     const config = preset("tiny");
     const recipe = makeRecipe({ steps: options.steps, seed: options.seed });
     const modules = fileURLToPath(new URL("../../../node_modules", import.meta.url));
-    const split = splitDocuments(typescriptDeclarations(existsSync(modules) ? modules : "node_modules"), { seed: 0, fraction: 0.04 });
+    const split = splitDocuments(typescriptDeclarations(existsSync(modules) ? modules : "node_modules"), {
+      seed: 0, fraction: 0.04,
+    });
     const tokenizer = byteTokenizer(config.vocab_size);
     if (existsSync(join(options.out, "metrics.jsonl"))) rmSync(options.out, { recursive: true });
 
@@ -49,9 +56,12 @@ export const quickstart = defineCommand({
     try {
       const { total, active } = countParameters(config);
       say(c.bold(`Krait quickstart on ${device.info.name}`));
-      say(`\n${layerStrip(config)}\n\n${formatCount(total)} parameters, ${formatCount(active)} active per token; byte level, seed ${recipe.seed}\n`);
+      say(
+        `\n${layerStrip(config)}\n\n${formatCount(total)} parameters, ${formatCount(active)} active per ` +
+        `token; byte level, seed ${recipe.seed}\n`);
       const { run, baselines, evaluation, checkpoint, interrupted } = await runTraining({
-        device, config, recipe, split, tokenizer, tokenizerFiles: {}, out: options.out, resume: false, saveEvery: 0, keep: 1, signal,
+        device, config, recipe, split, tokenizer, tokenizerFiles: {}, out: options.out, resume: false,
+        saveEvery: 0, keep: 1, signal,
         onStep(step) {
           progress.update({ step: step.step + 1, loss: step.loss, tokensPerSecond: step.tokens_per_s });
         },
@@ -62,10 +72,13 @@ export const quickstart = defineCommand({
       const trainSeconds = (performance.now() - started) / 1000;
       say(c.bold("Bits per byte on held-out files"));
       say(table([
-        ...(["unigram", "bigram", "trigram"] as const).map((name) => [` ${name}`, baselines[name].bitsPerByte.toFixed(3)]),
+        ...(["unigram", "bigram", "trigram"] as const)
+          .map((name) => [` ${name}`, baselines[name].bitsPerByte.toFixed(3)]),
         [c.green(" this model"), c.green(evaluation.bits_per_byte.toFixed(3))],
       ]));
-      say(`${formatCount(tokens)} tokens in ${formatDuration(trainSeconds)}; peak GPU memory ${formatBytes(device.pool.peakBytes)}`);
+      say(
+        `${formatCount(tokens)} tokens in ${formatDuration(trainSeconds)}; peak GPU memory ` +
+        `${formatBytes(device.pool.peakBytes)}`);
       run.dispose();
 
       const plain = await speak(run.model, tokenizer, 0, signal);
@@ -80,12 +93,16 @@ export const quickstart = defineCommand({
       say(identical ? "Both texts are identical." : c.red("The two texts differ."));
       say(`\nWritten: ${[checkpoint, join(options.out, "metrics.jsonl"), join(options.out, "loss.svg")]
         .map((path) => relative(".", path)).join(", ")}`);
-      say(`Total ${formatDuration((performance.now() - started) / 1000)}. Next: npx krait generate --model ${options.out} --prompt "import "`);
+      say(
+        `Total ${formatDuration((performance.now() - started) / 1000)}. Next: npx krait generate --model ` +
+        `${options.out} --prompt "import "`);
       if (options.json) {
         stdout.write(`${JSON.stringify({
           adapter: device.info.id, steps: recipe.steps, seconds: (performance.now() - started) / 1000, tokens,
-          bits_per_byte: evaluation.bits_per_byte, unigram: baselines.unigram.bitsPerByte, bigram: baselines.bigram.bitsPerByte,
-          trigram: baselines.trigram.bitsPerByte, plain_tokens_per_s: plain.speed, drafted_tokens_per_s: drafted.speed,
+          bits_per_byte: evaluation.bits_per_byte, unigram: baselines.unigram.bitsPerByte,
+          bigram: baselines.bigram.bitsPerByte,
+          trigram: baselines.trigram.bitsPerByte, plain_tokens_per_s: plain.speed,
+          drafted_tokens_per_s: drafted.speed,
           acceptance: drafted.acceptance, identical, checkpoint,
         })}\n`);
       }

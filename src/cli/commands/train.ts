@@ -20,12 +20,22 @@ export const train = defineCommand({
   name: "train",
   summary: "Train a model on text.",
   description:
-    "Documents are packed into rows with the recurrent state and attention reset at every document's start. Checkpoints have " +
-    "the published layout plus optimiser state; an interrupt saves one, and --resume continues as if nothing had happened.",
+    "Documents are packed into rows with the recurrent state and attention reset at every document's " +
+    "start. Checkpoints have the published layout plus optimiser state; an interrupt saves one, and " +
+    "--resume continues as if nothing had happened.",
   options: {
-    config: { type: "string", value: "PRESET|FILE", default: "tiny", help: "A preset's name, a config.json or a model folder." },
-    data: { type: "string", value: "PATH", multiple: true, help: "Text files, .jsonl files with a text field, or folders of them." },
-    out: { type: "string", value: "DIR", required: true, help: "Folder for checkpoints, metrics.jsonl and loss.svg." },
+    config: {
+      type: "string", value: "PRESET|FILE", default: "tiny",
+      help: "A preset's name, a config.json or a model folder.",
+    },
+    data: {
+      type: "string", value: "PATH", multiple: true,
+      help: "Text files, .jsonl files with a text field, or folders of them.",
+    },
+    out: {
+      type: "string", value: "DIR", required: true,
+      help: "Folder for checkpoints, metrics.jsonl and loss.svg.",
+    },
     steps: { type: "integer", min: 1, help: "Optimiser updates (300)." },
     seed: { type: "integer", min: 0, help: "Decides the initial weights and the order of the data (0)." },
     batch: { type: "integer", min: 1, help: "Rows per micro-batch (8)." },
@@ -33,7 +43,9 @@ export const train = defineCommand({
     accumulate: { type: "integer", min: 1, help: "Micro-batches per update (1)." },
     lr: { type: "number", min: 0, help: "Peak learning rate." },
     minLr: { type: "number", min: 0, help: "Learning rate at the end (lr / 100)." },
-    schedule: { type: "string", choices: ["wsd", "cosine", "constant"], help: "Shape of the learning rate (wsd)." },
+    schedule: {
+      type: "string", choices: ["wsd", "cosine", "constant"], help: "Shape of the learning rate (wsd).",
+    },
     warmup: { type: "integer", min: 0, help: "Steps of linear warm-up (a fifteenth of the run)." },
     decay: { type: "integer", min: 0, help: "Steps of the final decay of wsd (a third of the run)." },
     weightDecay: { type: "number", min: 0, help: "Decoupled weight decay of matrices (0.1)." },
@@ -42,14 +54,22 @@ export const train = defineCommand({
     mtpScale: { type: "number", min: 0, help: "Weight of the MTP loss (0.3)." },
     auxCoeff: { type: "number", min: 0, help: "Coefficient of the balancing loss (1e-4)." },
     biasRate: { type: "number", min: 0, help: "Step of the experts' correction biases (1e-3)." },
-    evalEvery: { type: "integer", min: 0, default: 0, help: "Steps between evaluations; 0: only at the end." },
+    evalEvery: {
+      type: "integer", min: 0, default: 0, help: "Steps between evaluations; 0: only at the end.",
+    },
     evalRows: { type: "integer", min: 0, help: "Validation rows per evaluation; 0: all (0)." },
-    saveEvery: { type: "integer", min: 0, default: 100, help: "Steps between checkpoints; 0: only at the end." },
+    saveEvery: {
+      type: "integer", min: 0, default: 100, help: "Steps between checkpoints; 0: only at the end.",
+    },
     keep: { type: "integer", min: 1, default: 2, help: "Checkpoints to keep." },
     tokenizer: { type: "string", value: "FILE", help: "A tokenizer.json; default: bytes." },
     resume: { type: "boolean", help: "Continue from the newest checkpoint in --out." },
-    adapter: { type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found." },
-    trace: { type: "string", value: "FILE", help: "Write a Chrome trace of the GPU's work (opens in Perfetto)." },
+    adapter: {
+      type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
+    },
+    trace: {
+      type: "string", value: "FILE", help: "Write a Chrome trace of the GPU's work (opens in Perfetto).",
+    },
     json: { type: "boolean", help: "Print one JSON line per step to standard output." },
   },
   examples: [
@@ -57,43 +77,63 @@ export const train = defineCommand({
     "krait train --out runs/first --data corpus/ --resume",
   ],
   async run({ options, stdout, stderr, env, signal }) {
-    if (options.data.length === 0) throw new UsageError("No training data was given: name at least one --data PATH.");
+    if (options.data.length === 0) {
+      throw new UsageError("No training data was given: name at least one --data PATH.");
+    }
     const c = colours(wantsColour(stderr, env));
     const { config, recipe, tokenizerFolder, doneBefore } = await plan(options);
     const { tokenizer, files } = findTokenizer(options.tokenizer ?? tokenizerFolder, config.vocab_size);
     const split = splitDocuments(readDocuments(options.data), { seed: recipe.seed });
     const device = await openDevice(options.adapter ? { adapter: options.adapter } : {});
     const profiler = options.trace ? device.profile() : null;
-    if (options.trace && !profiler) throw new KraitError(`The adapter ${device.info.id} offers no timestamps, which --trace needs.`);
-    const progress = new Progress({ total: recipe.steps, start: doneBefore, silent: options.json, stream: stderr, env });
+    if (options.trace && !profiler) {
+      throw new KraitError(`The adapter ${device.info.id} offers no timestamps, which --trace needs.`);
+    }
+    const progress = new Progress({
+      total: recipe.steps, start: doneBefore, silent: options.json, stream: stderr, env,
+    });
     const say = (text: string) => {
       if (!options.json) progress.log(text);
     };
     try {
       const result = await runTraining({
-        device, config, recipe, split, tokenizer, out: options.out, resume: options.resume, saveEvery: options.saveEvery,
+        device, config, recipe, split, tokenizer, out: options.out, resume: options.resume,
+        saveEvery: options.saveEvery,
         keep: options.keep, signal,
         tokenizerFiles: files,
         onStart(run, { unigram, bigram, trigram }) {
           const { total, active } = countParameters(config);
-          say(`${c.bold("Krait")} trains ${formatCount(total)} parameters (${formatCount(active)} active) on ${device.info.name}`);
+          say(
+            `${c.bold("Krait")} trains ${formatCount(total)} parameters (${formatCount(active)} active) on ` +
+            `${device.info.name}`);
           say(`${formatCount(run.packer.corpus.tokens.length)} tokens, ${formatCount(run.validation.tokens.length)} to validate; ` +
             `seed ${recipe.seed}, data ${run.packer.fingerprint}, deterministic on this adapter`);
           say(`n-gram models on the same text, bits per byte: unigram ${unigram.bitsPerByte.toFixed(3)}, ` +
             `bigram ${bigram.bitsPerByte.toFixed(3)}, trigram ${trigram.bitsPerByte.toFixed(3)}`);
         },
         onStep(step) {
-          if (options.json) stdout.write(`${JSON.stringify({ ...step, live_bytes: device.pool.liveBytes })}\n`);
+          if (options.json) {
+            stdout.write(`${JSON.stringify({ ...step, live_bytes: device.pool.liveBytes })}\n`);
+          }
           progress.update({ step: step.step + 1, loss: step.loss, tokensPerSecond: step.tokens_per_s });
         },
         onEvaluation(step, { loss, bits_per_byte }) {
-          if (options.json) stdout.write(`${JSON.stringify({ step, val_loss: loss, val_bits_per_byte: bits_per_byte })}\n`);
-          else progress.log(`step ${step}: validation loss ${loss.toFixed(4)}, ${bits_per_byte.toFixed(3)} bits per byte`);
+          if (options.json) {
+            stdout.write(`${JSON.stringify({ step, val_loss: loss, val_bits_per_byte: bits_per_byte })}\n`);
+          }
+          else {
+            progress.log(
+              `step ${step}: validation loss ${loss.toFixed(4)}, ${bits_per_byte.toFixed(3)} bits per byte`);
+          }
         },
       });
       progress.done();
-      if (profiler && options.trace) writeFileSync(options.trace, await profiler.chromeTrace(device.info.name));
-      say(`checkpoint ${result.checkpoint}; peak memory ${formatBytes(device.pool.peakBytes)}; curve ${join(options.out, "loss.svg")}`);
+      if (profiler && options.trace) {
+        writeFileSync(options.trace, await profiler.chromeTrace(device.info.name));
+      }
+      say(
+        `checkpoint ${result.checkpoint}; peak memory ${formatBytes(device.pool.peakBytes)}; curve ` +
+        `${join(options.out, "loss.svg")}`);
       return result.interrupted ? 130 : 0;
     } finally {
       device.destroy();
@@ -116,27 +156,39 @@ interface Plan {
 async function plan(options: {
   readonly config: string; readonly out: string; readonly resume: boolean; readonly steps: number | undefined;
   readonly seed: number | undefined; readonly batch: number | undefined; readonly seqlen: number | undefined;
-  readonly accumulate: number | undefined; readonly lr: number | undefined; readonly minLr: number | undefined;
-  readonly schedule: Recipe["schedule"] | undefined; readonly warmup: number | undefined; readonly decay: number | undefined;
-  readonly weightDecay: number | undefined; readonly clip: number | undefined; readonly mtpDepths: number | undefined;
-  readonly mtpScale: number | undefined; readonly auxCoeff: number | undefined; readonly biasRate: number | undefined;
+  readonly accumulate: number | undefined; readonly lr: number | undefined;
+  readonly minLr: number | undefined;
+  readonly schedule: Recipe["schedule"] | undefined; readonly warmup: number | undefined;
+  readonly decay: number | undefined;
+  readonly weightDecay: number | undefined; readonly clip: number | undefined;
+  readonly mtpDepths: number | undefined;
+  readonly mtpScale: number | undefined; readonly auxCoeff: number | undefined;
+  readonly biasRate: number | undefined;
   readonly evalEvery: number; readonly evalRows: number | undefined;
 }): Promise<Plan> {
   const given: GivenRecipe = {
-    steps: options.steps, seed: options.seed, batch: options.batch, seqlen: options.seqlen, accumulate: options.accumulate,
-    lr: options.lr, min_lr: options.minLr, schedule: options.schedule, warmup: options.warmup, decay: options.decay,
-    weight_decay: options.weightDecay, clip: options.clip, mtp_depths: options.mtpDepths, mtp_scale: options.mtpScale,
-    aux_coeff: options.auxCoeff, bias_rate: options.biasRate, eval_rows: options.evalRows, eval_every: options.evalEvery,
+    steps: options.steps, seed: options.seed, batch: options.batch, seqlen: options.seqlen,
+    accumulate: options.accumulate,
+    lr: options.lr, min_lr: options.minLr, schedule: options.schedule, warmup: options.warmup,
+    decay: options.decay,
+    weight_decay: options.weightDecay, clip: options.clip, mtp_depths: options.mtpDepths,
+    mtp_scale: options.mtpScale,
+    aux_coeff: options.auxCoeff, bias_rate: options.biasRate, eval_rows: options.evalRows,
+    eval_every: options.evalEvery,
   };
-  if (!options.resume) return { config: findConfig(options.config), recipe: makeRecipe(given), tokenizerFolder: null, doneBefore: 0 };
+  if (!options.resume) {
+    return { config: findConfig(options.config), recipe: makeRecipe(given), tokenizerFolder: null, doneBefore: 0 };
+  }
   const checkpoint = await openCheckpoint(localFileLayer(), options.out);
   if (!checkpoint) throw new KraitError(`There is no checkpoint in ${options.out} to resume from.`);
   const { recipe, steps: doneBefore } = await readSavedRun(checkpoint);
-  const free = new Set(["steps", "eval_every", "eval_rows"]); // what may change without making another run of it
+  // what may change without making another run of it
+  const free = new Set(["steps", "eval_every", "eval_rows"]);
   for (const [key, value] of Object.entries(given)) {
     const before = recipe[key as keyof Recipe];
     if (value !== undefined && value !== before && !free.has(key)) {
-      throw new UsageError(`The run in ${options.out} has ${key} ${before}, and --resume cannot change it to ${value}.`);
+      throw new UsageError(
+        `The run in ${options.out} has ${key} ${before}, and --resume cannot change it to ${value}.`);
     }
   }
   const steps = options.steps ?? recipe.steps;
@@ -144,7 +196,9 @@ async function plan(options: {
   const rest = steps === recipe.steps ? recipe : { ...recipe, decay: Math.floor(steps / 3) };
   return {
     config: parseConfig(readFileSync(join(checkpoint.path, "config.json"))),
-    recipe: makeRecipe({ ...rest, steps, eval_every: options.evalEvery, eval_rows: options.evalRows ?? recipe.eval_rows }),
+    recipe: makeRecipe({
+      ...rest, steps, eval_every: options.evalEvery, eval_rows: options.evalRows ?? recipe.eval_rows,
+    }),
     tokenizerFolder: checkpoint.path, doneBefore,
   };
 }
