@@ -3,9 +3,9 @@
 //   dv = rstd * (g - vhat * mean(g * vhat)), the mean over the n columns of a group
 //   dx = dv, or with the condition `gated` (v = x * silu(z)): dx = dv * silu(z), dz = dv * x * silu'(z)
 //
-// Shapes, elements and the two ways of sharing the work are those of rms_norm.wgsl. Sums in f32. The way by rows
-// also leaves the sum of dout * vhat over its four tokens in `partial` [ceil(tokens / 4), ngroups, n], from which
-// weight_gradient.wgsl makes the gradient of the weight: all that it needs is at hand here.
+// Shapes, elements and the two ways of sharing the work are those of rms_norm.wgsl. Sums in f32. The way by
+// rows also leaves the sum of dout * vhat over its four tokens in `partial` [ceil(tokens / 4), ngroups, n],
+// from which weight_gradient.wgsl makes the gradient of the weight: all that it needs is at hand here.
 // Source: state-spaces/mamba, layernorm_gated with norm_before_gate = false.
 import package::lib::index::workgroup_index;
 import package::lib::reduce::workgroup_sum;
@@ -121,6 +121,6 @@ fn rms_norm_backward_row(
   let r = rstd[row];
   let mean = workgroup_sum(sum, lane) * r / f32(params.n);
   for (var c = lane; c < params.cols; c += WG) {
-    _ = store(at + c, r, mean, weight[g * params.cols + c]);
+    store(at + c, r, mean, weight[g * params.cols + c]);
   }
 }

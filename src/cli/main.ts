@@ -12,7 +12,8 @@ import { train } from "./commands/train.ts";
 const { version } =
   JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
 
-process.exitCode = await runCli([doctor, info, train, generate, logits, bench, quickstart], process.argv.slice(2), {
-  version,
-  summary: "Trains and runs hybrid Mamba-2 / attention / mixture-of-experts language models on WebGPU.",
-});
+process.exitCode = await runCli(
+  [doctor, info, train, generate, logits, bench, quickstart], process.argv.slice(2), {
+    version,
+    summary: "Trains and runs hybrid Mamba-2 / attention / mixture-of-experts language models on WebGPU.",
+  });

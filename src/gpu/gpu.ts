@@ -194,13 +194,12 @@ export class Gpu {
 const WANTED_FEATURES = ["shader-f16", "subgroups", "timestamp-query"];
 const WANTED_LIMITS = [
   "maxBufferSize", "maxStorageBufferBindingSize", "maxStorageBuffersPerShaderStage",
-  "maxComputeWorkgroupStorageSize",
-  "maxComputeInvocationsPerWorkgroup", "maxComputeWorkgroupSizeX",
+  "maxComputeWorkgroupStorageSize", "maxComputeInvocationsPerWorkgroup", "maxComputeWorkgroupSizeX",
 ];
 
 /**
- * Requests a GPUDevice from an adapter, with the optional features the engine can use and the limits asked
- * for.
+ * Requests a GPUDevice from an adapter, with the optional features the engine can use
+ * and the limits asked for.
  */
 export async function requestGpuDevice(handle: AdapterHandle, options: GpuOptions): Promise<GPUDevice> {
   const adapter = await handle.request();

@@ -166,8 +166,8 @@ export class BufferPool {
     this.device.popErrorScope().then((error) => {
       if (error) {
         this.#onFailure(new OutOfMemoryError(
-          `The driver could not allocate ${size} bytes (${this.heldBytes} bytes are already held).`, size,
-          0));
+          `The driver could not allocate ${size} bytes (${this.heldBytes} bytes are already held).`,
+          size, 0));
       }
     }, () => {}); // a lost device reports itself
     this.heldBytes += size;

@@ -18,7 +18,9 @@ export class Profiler {
   readonly #querySet: GPUQuerySet;
   readonly #resolved: GPUBuffer;
   #names: { name: string; workgroups: readonly [number, number, number] }[] = [];
-  #toRead: { staging: GPUBuffer; names: { name: string; workgroups: readonly [number, number, number] }[] } | null = null;
+  #toRead: {
+    staging: GPUBuffer; names: { name: string; workgroups: readonly [number, number, number] }[];
+  } | null = null;
   #reads: Promise<void>[] = [];
 
   /** @throws Error when the device has no "timestamp-query" feature. */

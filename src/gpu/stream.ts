@@ -24,8 +24,7 @@ interface UniformBlock {
 type Command =
   | {
     kind: "dispatch"; pipeline: PipelineHandle; group: GPUBindGroup; uniforms: UniformBlock | null;
-    offset: number;
-    workgroups: readonly [number, number, number];
+    offset: number; workgroups: readonly [number, number, number];
   }
   | { kind: "copy"; from: PooledBuffer; fromOffset: number; to: PooledBuffer; toOffset: number; size: number }
   | { kind: "clear"; buffer: PooledBuffer; offset: number; size: number }

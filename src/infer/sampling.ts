@@ -39,12 +39,12 @@ export interface Verdict {
 }
 
 /**
- * Lossless rejection (Leviathan et al. 2023, Chen et al. 2023): accepts draft i with probability min(1,
- * p_i/q_i); the first rejected place is drawn from max(p - q, 0), and after a full acceptance one more token
- * from p. The tokens are then distributed exactly as if each had been drawn from p.
+ * Lossless rejection (Leviathan et al. 2023, Chen et al. 2023): accepts draft i with probability
+ * min(1, p_i/q_i); the first rejected place is drawn from max(p - q, 0), and after a full acceptance one more
+ * token from p. The tokens are then distributed exactly as if each had been drawn from p.
  *
  * @param drafts n tokens; @param q n rows of V probabilities they were drawn from;
- *   @param p n + 1 rows of the model
+ * @param p n + 1 rows of the model
  * @param uniform draws from [0, 1)
  */
 export function verifyDrafts(

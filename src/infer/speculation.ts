@@ -73,10 +73,11 @@ export class Speculation {
     this.#uniform = uniformStream(sampling.seed, STREAM.verdict);
     const { device } = model;
     const each = (shape: number[]) => Array.from({ length: n }, () => device.zeros(shape, "u32"));
-    [this.#hidden, this.#following, this.#row, this.#verifyIds, this.#positions, this.#counters] = unscoped(() => [
+    [
+      this.#hidden, this.#following, this.#row, this.#verifyIds, this.#positions, this.#counters,
+    ] = unscoped(() => [
       device.zeros([1, n + 1, model.config.hidden_size]), device.zeros([1, n + 1], "i32"),
-      device.zeros([1], "i32"),
-      device.zeros([1, n + 1], "i32"), each([1]), each([4]),
+      device.zeros([1], "i32"), device.zeros([1, n + 1], "i32"), each([1]), each([4]),
     ]) as [Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[]];
   }
 
@@ -165,8 +166,8 @@ export class Speculation {
     const { stream } = device;
     const put = (from: Tensor, fromElement: number, to: Tensor, toElement: number, count: number) =>
       stream.copy(
-        from.storage, from.byteOffset + 4 * fromElement, to.storage, to.byteOffset + 4 * toElement,
-        4 * count);
+        from.storage, from.byteOffset + 4 * fromElement,
+        to.storage, to.byteOffset + 4 * toElement, 4 * count);
 
     const draft = device.capture(() => scope(() => {
       // The rows of the last pass first: they put true hidden states where drafting had put its own guesses.
@@ -181,9 +182,8 @@ export class Speculation {
         if (d + 1 === n) break;
         const ids = device.empty([1, 1], "i32");
         put(drawn, 0, ids, 0, 1);
-        h = model.mtpHidden(h.reshape([1, 1, D]), ids, at(this.#positions[d + 1]!, false), cache).reshape([
-          1, D,
-        ]);
+        h = model.mtpHidden(h.reshape([1, 1, D]), ids, at(this.#positions[d + 1]!, false), cache)
+          .reshape([1, D]);
       }
     })).graph;
 

@@ -45,17 +45,18 @@ export function reflectKernel(name: string): ReflectedKernel {
       const isParams = variable.resourceType === 0;
       const expected = isParams ? variable.name === "params" && variable.group === 1 : variable.group === 0;
       if (!expected) {
-        throw new Error(`${name}.wgsl: ${variable.name} is at group ${variable.group}; storage buffers belong to group ` +
-          `0 and the one uniform, "params", to group 1.`);
+        throw new Error(
+          `${name}.wgsl: ${variable.name} is at group ${variable.group}; ` +
+          `storage buffers belong to group 0 and the one uniform, "params", to group 1.`);
       }
       if (!isParams) {
         const access: Access = variable.access === "read" ? "read" : "read_write";
         result.bindings[variable.name] = { binding: variable.binding, access };
         continue;
       }
-      const members =
-        (variable.type as unknown as { members: { name: string; type: { name: string }; offset: number }[] })
-        .members;
+      const members = (variable.type as unknown as {
+        members: { name: string; type: { name: string }; offset: number }[];
+      }).members;
       result.params = members.map((member, i) => {
         const type = member.type.name;
         if ((type !== "u32" && type !== "i32" && type !== "f32") || member.offset !== 4 * i) {

@@ -95,7 +95,8 @@ export async function evaluate(
         for (const [name, parameter] of model.parameters) {
           if (!parameter.requiresGrad) continue;
           take(
-            `${prefix}grad.${name}`, gradients.get(parameter.key) ?? device.zeros(parameter.shape), parameter.shape);
+            `${prefix}grad.${name}`, gradients.get(parameter.key) ?? device.zeros(parameter.shape),
+            parameter.shape);
         }
       } finally {
         for (const gradient of gradients.values()) gradient.release();

@@ -198,7 +198,9 @@ const PLAIN: ForwardContext = { seq_idx: null, step: null, routing: null };
 
 /** The context of an incremental call that continues from `cache`. */
 export function stepContext(cache: ModelCache, options: Omit<Step, "position" | "length">): ForwardContext {
-  return { seq_idx: null, routing: null, step: { position: cache.position, length: cache.length, ...options } };
+  return {
+    seq_idx: null, routing: null, step: { position: cache.position, length: cache.length, ...options },
+  };
 }
 
 /** Frees what a cache holds. */
@@ -223,13 +225,15 @@ function createMixer(config: NemotronHConfig, spec: LayerSpec, w: Weights): Mixe
     case "attention":
       return new Attention({
         hidden, num_attention_heads: config.num_attention_heads,
-        num_key_value_heads: config.num_key_value_heads,
-        head_dim: config.head_dim, bias: config.attention_bias,
+        num_key_value_heads: config.num_key_value_heads, head_dim: config.head_dim,
+        bias: config.attention_bias,
       }, w);
     case "mlp":
       return new MLP(hidden, spec.intermediate_size, config.mlp_bias, w);
     case "moe":
-      return new MoE({ hidden, ...spec, bias: config.mlp_bias, n_group: config.n_group, topk_group: config.topk_group,
-        norm_topk_prob: config.norm_topk_prob, routed_scaling_factor: config.routed_scaling_factor }, w);
+      return new MoE({
+        hidden, ...spec, bias: config.mlp_bias, n_group: config.n_group, topk_group: config.topk_group,
+        norm_topk_prob: config.norm_topk_prob, routed_scaling_factor: config.routed_scaling_factor,
+      }, w);
   }
 }

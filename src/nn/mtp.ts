@@ -29,7 +29,7 @@ export class MTP {
 
   /**
    * @param embedded (batch, seqlen, hidden) embeddings of the next tokens;
-   *   @param h (batch, seqlen, hidden) after the final norm
+   * @param h (batch, seqlen, hidden) after the final norm
    */
   input(embedded: Tensor, h: Tensor): Tensor {
     const both = concat_columns(rms_norm(embedded, this.enorm, this.eps), rms_norm(h, this.hnorm, this.eps));

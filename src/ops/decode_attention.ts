@@ -22,9 +22,8 @@ export const decode_attention = defineOp({
     const [, Hkv = 0, capacity = 0] = k_cache.shape;
     check(Dh <= 256, "decode_attention", "the head width of q", "at most 256", q);
     check(
-      k_cache.shape.length === 4 && k_cache.shape[0] === B && k_cache.shape[3] === Dh, "decode_attention",
-      "k_cache",
-      `[${B}, Hkv, Lmax, ${Dh}]`, k_cache,
+      k_cache.shape.length === 4 && k_cache.shape[0] === B && k_cache.shape[3] === Dh,
+      "decode_attention", "k_cache", `[${B}, Hkv, Lmax, ${Dh}]`, k_cache,
     );
     check(
       v_cache.shape.join() === k_cache.shape.join(), "decode_attention", "v_cache",

@@ -51,7 +51,7 @@ export function normBackward(
   const { byRows, tokens, n, cols, ...how } = plan(input);
   let dx: Tensor | null = null;
   let dz: Tensor | null = null;
-  // Rows that are shared out by fours leave the weight's partial sums behind; otherwise they take a pass of their own.
+  // Rows taken by fours leave the weight's partial sums behind; otherwise those take a pass of their own.
   const left = byRows && wants.input;
   const perPart = left ? 4 : Math.max(32, Math.ceil(tokens / 256));
   const nparts = Math.ceil(tokens / perPart);
@@ -62,7 +62,9 @@ export function normBackward(
     const bind = { x, z: z ?? x, weight, rstd, dout, dx, dz };
     const params = { tokens, ngroups, cols, n };
     if (byRows) {
-      launch("norm/rms_norm_backward", { entry: "rms_norm_backward_rows", bind: { ...bind, partial }, params, ...how });
+      launch("norm/rms_norm_backward", {
+        entry: "rms_norm_backward_rows", bind: { ...bind, partial }, params, ...how,
+      });
     } else {
       launch("norm/rms_norm_backward", { entry: "rms_norm_backward_row", bind, params, ...how });
     }
@@ -75,8 +77,8 @@ export function normBackward(
     const { conditions } = how;
     if (!left) {
       launch("norm/weight_gradient", {
-        entry: "sum_tokens", bind: { x, z: z ?? x, rstd, dout, partial }, params, constants: { WG }, conditions,
-        workgroups: [Math.ceil((nparts * ngroups * cols) / WG)],
+        entry: "sum_tokens", bind: { x, z: z ?? x, rstd, dout, partial }, params, constants: { WG },
+        conditions, workgroups: [Math.ceil((nparts * ngroups * cols) / WG)],
       });
     }
     launch("norm/weight_gradient", {

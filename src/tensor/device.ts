@@ -57,8 +57,9 @@ export class Device extends Gpu {
     else if (values instanceof Int32Array) kind = "i32";
     else if (values instanceof Uint32Array) kind = "u32";
     const array = ArrayBuffer.isView(values) ? values as Float32Array | Int32Array | Uint32Array
-      : kind === "i32" ? Int32Array.from(values) : kind === "u32" ? Uint32Array.from(values) : Float32Array.from(
-        values);
+      : kind === "i32" ? Int32Array.from(values)
+      : kind === "u32" ? Uint32Array.from(values)
+      : Float32Array.from(values);
     const tensor = this.empty(shape, kind ?? "f32");
     tensor.write(array);
     return tensor;

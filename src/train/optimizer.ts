@@ -31,8 +31,11 @@ export class AdamW {
   constructor(device: Device, parameters: ReadonlyMap<string, Tensor>, options: AdamWOptions) {
     this.options = options;
     this.#parameters = parameters;
-    [this.#hyper, this.moments] = unscoped(() => [device.zeros([8]), new Map([...parameters].map(([name, { shape }]) =>
-      [name, { m: device.zeros(shape), v: device.zeros(shape) }]))]);
+    [this.#hyper, this.moments] = unscoped(() => [
+      device.zeros([8]),
+      new Map([...parameters].map(([name, { shape }]) =>
+        [name, { m: device.zeros(shape), v: device.zeros(shape) }])),
+    ]);
   }
 
   /** Sets the learning rate of update number `step` (from 0). */

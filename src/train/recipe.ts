@@ -62,9 +62,15 @@ export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key]
     ["steps", Number.isInteger(recipe.steps) && recipe.steps >= 1, "a whole number of at least 1"],
     ["batch", Number.isInteger(recipe.batch) && recipe.batch >= 1, "a whole number of at least 1"],
     ["seqlen", Number.isInteger(recipe.seqlen) && recipe.seqlen >= 2, "a whole number of at least 2"],
-    ["accumulate", Number.isInteger(recipe.accumulate) && recipe.accumulate >= 1, "a whole number of at least 1"],
-    ["mtp_depths", Number.isInteger(recipe.mtp_depths) && recipe.mtp_depths >= 0 && recipe.mtp_depths < recipe.seqlen - 1,
-      "a whole number from 0 to the row's length minus 2"],
+    [
+      "accumulate", Number.isInteger(recipe.accumulate) && recipe.accumulate >= 1,
+      "a whole number of at least 1",
+    ],
+    [
+      "mtp_depths",
+      Number.isInteger(recipe.mtp_depths) && recipe.mtp_depths >= 0 && recipe.mtp_depths < recipe.seqlen - 1,
+      "a whole number from 0 to the row's length minus 2",
+    ],
     ["weight_decay", recipe.weight_decay >= 0, "at least 0"],
     ["clip", recipe.clip > 0, "above 0"],
   ];

@@ -94,8 +94,10 @@ describe("logits", () => {
     });
     writeFileSync(join(folder, "in.safetensors"), await encodeSafetensors(await Promise.all(inputs)));
     const out = join(folder, "out.safetensors");
-    const run = await krait(
-      ["logits", "--model", model, "--input", join(folder, "in.safetensors"), "--out", out, "--grads", "--decode", "7"]);
+    const run = await krait([
+      "logits", "--model", model, "--input", join(folder, "in.safetensors"), "--out", out,
+      "--grads", "--decode", "7",
+    ]);
     expect(run.code, run.stderr).toBe(0);
     const found = await openSafetensors((await openFile(out))!);
     const wanted = [...golden.tensors.keys()].filter((name) =>
@@ -144,10 +146,16 @@ describe("bad input is one sentence and an exit code", () => {
       writeFileSync(join(f, "empty.txt"), "");
       return ["train", ...small, "--data", join(f, "empty.txt"), "--out", join(f, "out"), "--steps", "1"];
     }, 1, /empty/],
-    ["no such data", (f) => ["train", "--data", join(f, "nothing"), "--out", join(f, "out")], 2, /does not exist/],
+    [
+      "no such data", (f) => ["train", "--data", join(f, "nothing"), "--out", join(f, "out")], 2,
+      /does not exist/,
+    ],
     ["a model larger than the device", (f) => {
       writeFileSync(join(f, "text.txt"), text);
-      return ["train", "--config", "nemotron-3-nano-30b-a3b", "--data", join(f, "text.txt"), "--out", join(f, "out")];
+      return [
+        "train", "--config", "nemotron-3-nano-30b-a3b", "--data", join(f, "text.txt"),
+        "--out", join(f, "out"),
+      ];
     }, 1, /larger than the device: backbone\.embeddings\.weight \[131072, 2688\]/],
     ["unknown option", () => ["train", "--stepz", "3"], 2, /--stepz.*--steps/],
     ["unknown adapter", () => ["doctor", "--adapter", "voodoo"], 1, /voodoo/],

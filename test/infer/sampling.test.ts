@@ -21,12 +21,11 @@ describe("verifyDrafts", () => {
       reached++;
       second[accepted > 1 ? drafts[1]! : next]!++;
     }
-    const close = (
-      counts: number[], total: number, expected: Float32Array,
-    ) => counts.forEach((count, token) => {
-      const deviation = Math.sqrt(expected[token]! * (1 - expected[token]!) / total);
-      expect(Math.abs(count / total - expected[token]!)).toBeLessThanOrEqual(5 * deviation);
-    });
+    const close = (counts: number[], total: number, expected: Float32Array) =>
+      counts.forEach((count, token) => {
+        const deviation = Math.sqrt(expected[token]! * (1 - expected[token]!) / total);
+        expect(Math.abs(count / total - expected[token]!)).toBeLessThanOrEqual(5 * deviation);
+      });
     close(first, runs, p.subarray(0, 4));
     close(second, reached, p.subarray(4, 8));
     expect(first[3]).toBe(0);

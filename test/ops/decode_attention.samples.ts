@@ -34,7 +34,9 @@ export default [
       },
       {
         name: "another width in the cache",
-        args: (r) => [r.normal([1, 1, 2, 4]), r.normal([1, 2, 4, 8]), r.normal([1, 2, 4, 8]), r.of([1], [0], "u32"), 1],
+        args: (r) => [
+          r.normal([1, 1, 2, 4]), r.normal([1, 2, 4, 8]), r.normal([1, 2, 4, 8]), r.of([1], [0], "u32"), 1,
+        ],
         message: /decode_attention.*k_cache.*4\]/,
       },
     ],
@@ -72,6 +74,9 @@ export default [
       { name: "all", args: (r) => [r.normal([1, 2, 6, 8]), 6] },
       { name: "none", args: (r) => [r.normal([1, 2, 6, 8]), 0] },
     ],
-    errors: [{ name: "more than there is", args: (r) => [r.normal([1, 1, 4, 4]), 5], message: /cache_read.*from 0 to 4.*found 5/ }],
+    errors: [{
+      name: "more than there is", args: (r) => [r.normal([1, 1, 4, 4]), 5],
+      message: /cache_read.*from 0 to 4.*found 5/,
+    }],
   }),
 ];

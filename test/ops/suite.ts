@@ -128,7 +128,8 @@ export function compare(
   });
   const allowed = exact ? 0 : tolerance * Math.max(largest, 1e-30);
   if (!(worst <= allowed)) {
-    throw new Error(`${what}: entry ${at} of [${expected.shape}] is ${found.data[at]}, expected ${expected.data[at]}; ` +
+    throw new Error(
+      `${what}: entry ${at} of [${expected.shape}] is ${found.data[at]}, expected ${expected.data[at]}; ` +
       `error ${worst.toExponential(2)}, allowed ${allowed.toExponential(2)}`);
   }
 }
@@ -136,8 +137,10 @@ export function compare(
 const asList = <T>(value: T | T[]): T[] => (Array.isArray(value) ? value : [value]);
 /** Plain-object results (such as a plan of several index tensors) count as lists in key order. */
 const flatten = (value: unknown): unknown[] =>
-  typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Tensor) && !("data" in value)
-    ? Object.values(value) : asList(value);
+  typeof value === "object" && value !== null && !Array.isArray(value) &&
+  !(value instanceof Tensor) && !("data" in value)
+    ? Object.values(value)
+    : asList(value);
 
 function seedOf(text: string): number {
   let hash = 2166136261;
@@ -154,8 +157,8 @@ export async function checkSample(device: Device, spec: OpSamples, sample: Sampl
   const call = spec.op as unknown as (...args: unknown[]) => Tensor | Tensor[];
 
   const expectedAll = flatten((spec.reference as (...args: unknown[]) => unknown)(
-    ...sample.args(draw())
-      .map((arg) => mapTensors(arg, (h) => ndarray(h.shape, h.data.slice()))))) as NdArray[];
+    ...sample.args(draw()).map((arg) =>
+      mapTensors(arg, (h) => ndarray(h.shape, h.data.slice()))))) as NdArray[];
   const r = new Draw(seedOf(`${label} gradients`));
   const runs: NdArray[][] = [];
   let hostGrads: (HostTensor | null)[] = [];

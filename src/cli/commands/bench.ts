@@ -43,7 +43,9 @@ const SUITE_NAMES = ["kernels", "train", "generate"] as const;
 export const bench = defineCommand({
   name: "bench",
   summary: "Measure kernels, a training step and generation on an adapter.",
-  positionals: [{ name: "SUITE", help: `${SUITE_NAMES.join(", ")}; default: all`, optional: true, many: true }],
+  positionals: [
+    { name: "SUITE", help: `${SUITE_NAMES.join(", ")}; default: all`, optional: true, many: true },
+  ],
   options: {
     config: {
       type: "string", value: "PRESET|FILE", default: "tiny",
@@ -83,9 +85,9 @@ export const bench = defineCommand({
       if (options.json) stdout.write(`${JSON.stringify(result)}\n`);
       if (options.out) {
         mkdirSync(dirname(options.out), { recursive: true });
-        appendFileSync(
-          options.out,
-          `${JSON.stringify({ ...result, date: new Date().toISOString(), node: process.version })}\n`);
+        appendFileSync(options.out, `${JSON.stringify({
+          ...result, date: new Date().toISOString(), node: process.version,
+        })}\n`);
       }
     };
     try {
@@ -104,7 +106,9 @@ export const bench = defineCommand({
   },
 });
 
-type Add = (suite: string, name: string, work: number, unit: Result["unit"], times: readonly number[]) => void;
+type Add = (
+  suite: string, name: string, work: number, unit: Result["unit"], times: readonly number[],
+) => void;
 
 async function kernels(device: Device, runs: number, add: Add): Promise<void> {
   const made: Tensor[] = [];
@@ -132,7 +136,8 @@ async function kernels(device: Device, runs: number, add: Add): Promise<void> {
   await time("rms_norm_1024x4096", 8 * rows.size, "GB/s", () => rms_norm(rows, weight, 1e-5));
   const q = make([1, 512, 8, 64]);
   await time(
-    "attention_512x8x64", 4 * 8 * 512 * 512 * 64 / 2, "GFLOP/s", () => attention(q, q, q, { scale: 1 / 8, seq_idx: null }));
+    "attention_512x8x64", 4 * 8 * 512 * 512 * 64 / 2, "GFLOP/s",
+    () => attention(q, q, q, { scale: 1 / 8, seq_idx: null }));
   const [u, dt, A_log, B, D] =
     [make([1, 512, 16, 64]), make([1, 512, 16]), make([16]), make([1, 512, 1, 128]), make([16])];
   const options = { chunk_size: 64, dt_limit: [0, Infinity] as const, initial_state: null, seq_idx: null };
@@ -184,7 +189,7 @@ async function generation(device: Device, name: string, runs: number, add: Add):
     const decode: number[] = [];
     for (let i = 0; i <= runs; i++) {
       for await (const _ of generator.generate(prompt, { maxTokens: newTokens, draft })) {
-        { /* tokens are only timed */ }
+        /* tokens are only timed */
       }
       if (i === 0) continue; // compiles
       prefill.push(generator.stats.prefillMs);

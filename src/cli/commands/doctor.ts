@@ -36,8 +36,7 @@ interface Report {
 
 const LIMITS = [
   "maxBufferSize", "maxStorageBufferBindingSize", "maxStorageBuffersPerShaderStage",
-  "maxComputeWorkgroupStorageSize",
-  "maxComputeInvocationsPerWorkgroup",
+  "maxComputeWorkgroupStorageSize", "maxComputeInvocationsPerWorkgroup",
 ];
 
 export const doctor = defineCommand({
@@ -103,9 +102,11 @@ async function selfTest(device: Device): Promise<Check[]> {
   const [a, b, w] = [draw([67, 129], 0), draw([129, 65], 1), draw([129], 2)];
   return [
     await check(
-      "matmul 67 x 129 x 65", 4e-6, reference.matmul(a, b, {}), () => scope(() => matmul(upload(a), upload(b), {}))),
+      "matmul 67 x 129 x 65", 4e-6, reference.matmul(a, b, {}),
+      () => scope(() => matmul(upload(a), upload(b), {}))),
     await check(
-      "rms_norm 67 x 129", 2e-6, reference.rms_norm(a, w, 1e-5), () => scope(() => rms_norm(upload(a), upload(w), 1e-5))),
+      "rms_norm 67 x 129", 2e-6, reference.rms_norm(a, w, 1e-5),
+      () => scope(() => rms_norm(upload(a), upload(w), 1e-5))),
   ];
 }
 
@@ -134,12 +135,13 @@ function advise(adapters: readonly AdapterHandle[], chosen: AdapterHandle | null
       "(the second brings a software driver for Linux x64), or a Vulkan driver for your GPU.");
   } else if (chosen?.info.isSoftware) {
     advice.push(
-      "Only software adapters were found. With a GPU, install its Vulkan driver (Debian/Ubuntu: `apt " +
-      "install mesa-vulkan-drivers` for AMD and Intel, the vendor's package for NVIDIA) and run this again.");
+      "Only software adapters were found. With a GPU, install its Vulkan driver (Debian/Ubuntu: " +
+      "`apt install mesa-vulkan-drivers` for AMD and Intel, the vendor's package for NVIDIA) " +
+      "and run this again.");
     if (chosen.info.id === "swiftshader") {
       advice.push(
-        "Mesa's lavapipe is several times faster than SwiftShader and has f16: `apt install " +
-        "mesa-vulkan-drivers` (version 23 or later; on Debian 12 from bookworm-backports).");
+        "Mesa's lavapipe is several times faster than SwiftShader and has f16: " +
+        "`apt install mesa-vulkan-drivers` (version 23 or later; on Debian 12 from bookworm-backports).");
     }
   }
   const features = chosen?.info.features ?? [];
@@ -173,8 +175,10 @@ function render(report: Report, c: ReturnType<typeof colours>): string {
   }
   if (report.checks.length > 0) {
     lines.push("", c.bold("Self test (error relative to the largest entry, against float64)"));
-    lines.push(table(report.checks.map(({ name, error, allowed, passed }) =>
-      [passed ? c.green(" ok") : c.red(" FAILED"), name, error.toExponential(1), `allowed ${allowed.toExponential(0)}`])));
+    lines.push(table(report.checks.map(({ name, error, allowed, passed }) => [
+      passed ? c.green(" ok") : c.red(" FAILED"), name, error.toExponential(1),
+      `allowed ${allowed.toExponential(0)}`,
+    ])));
     lines.push("", c.bold("Measured"));
     lines.push(table([
       [" copy, 64 MiB read and written", `${report.copy_gb_per_s!.toFixed(1)} GB/s`],

@@ -74,14 +74,16 @@ export const generate = defineCommand({
       const speed = (1000 * Math.max(0, stats.tokens - 1)) / Math.max(stats.decodeMs, 1e-9);
       const summary = {
         text, tokens: run.tokens, prompt_tokens: stats.promptTokens, prefill_ms: stats.prefillMs,
-        decode_ms: stats.decodeMs,
-        tokens_per_s: speed, passes: stats.passes, drafted: stats.drafted, accepted: stats.accepted,
+        decode_ms: stats.decodeMs, tokens_per_s: speed,
+        passes: stats.passes, drafted: stats.drafted, accepted: stats.accepted,
         acceptance: stats.drafted > 0 ? stats.accepted / stats.drafted : null, stopped: run.stopped,
       };
       if (options.json) stdout.write(`${JSON.stringify(summary)}\n`);
       else {
         const drafts = stats.drafted > 0
-          ? `, ${stats.accepted} of ${stats.drafted} drafts accepted (${(100 * stats.accepted / stats.drafted).toFixed(0)} %)` : "";
+          ? `, ${stats.accepted} of ${stats.drafted} drafts accepted ` +
+            `(${(100 * stats.accepted / stats.drafted).toFixed(0)} %)`
+          : "";
         stdout.write("\n");
         stderr.write(colours(wantsColour(stderr, env)).dim(
           `${stats.tokens} tokens, ${speed.toFixed(1)} tokens/s after a prompt of ${stats.promptTokens} in ` +

@@ -63,8 +63,10 @@ function render(
       [" keys and values, per token", `${state.kvPerToken} bytes in bf16, ${f32.kvPerToken} in f32`],
     ]),
     "", c.bold(`Memory to run ${batch} x ${tokens} tokens`),
-    table(Object.entries(facts.run).map(([format, memory]) =>
-      [` ${format}`, formatBytes(memory.total), `weights ${formatBytes(memory.weights)}`, `state ${formatBytes(memory.state)}`])),
+    table(Object.entries(facts.run).map(([format, memory]) => [
+      ` ${format}`, formatBytes(memory.total),
+      `weights ${formatBytes(memory.weights)}`, `state ${formatBytes(memory.state)}`,
+    ])),
     "", c.bold(`Memory to train on ${batch} x ${tokens} tokens, f32`),
     table([
       [" total", formatBytes(train.total), "AdamW, without recomputation"],

@@ -59,10 +59,12 @@ export const logits = defineCommand({
       writeFileSync(`${options.out}.tmp`, await encodeSafetensors(entries));
       renameSync(`${options.out}.tmp`, options.out);
       const loss = outputs.get("loss")?.data[0];
-      const summary =
-        { out: options.out, tensors: entries.length, loss: loss ?? null, adapter: device.info.id };
+      const summary = {
+        out: options.out, tensors: entries.length, loss: loss ?? null, adapter: device.info.id,
+      };
       stdout.write(options.json ? `${JSON.stringify(summary)}\n`
-        : `${entries.length} tensors written to ${options.out}${loss === undefined ? "" : `; loss ${loss.toFixed(6)}`}\n`);
+        : `${entries.length} tensors written to ${options.out}` +
+          `${loss === undefined ? "" : `; loss ${loss.toFixed(6)}`}\n`);
     } finally {
       device.destroy();
     }
@@ -90,8 +92,8 @@ async function readInputs(reader: TensorReader, file: string): Promise<EvaluateI
     return reader.readTensorI32(name);
   };
   return {
-    batch, seqlen, input_ids: await reader.readTensorI32("input_ids"),
-    labels: await optional("labels", shape),
+    batch, seqlen,
+    input_ids: await reader.readTensorI32("input_ids"), labels: await optional("labels", shape),
     attention_mask: await optional("attention_mask", shape), cu_seqlens: await optional("cu_seqlens", []),
   };
 }

@@ -100,9 +100,8 @@ export const quickstart = defineCommand({
         stdout.write(`${JSON.stringify({
           adapter: device.info.id, steps: recipe.steps, seconds: (performance.now() - started) / 1000, tokens,
           bits_per_byte: evaluation.bits_per_byte, unigram: baselines.unigram.bitsPerByte,
-          bigram: baselines.bigram.bitsPerByte,
-          trigram: baselines.trigram.bitsPerByte, plain_tokens_per_s: plain.speed,
-          drafted_tokens_per_s: drafted.speed,
+          bigram: baselines.bigram.bitsPerByte, trigram: baselines.trigram.bitsPerByte,
+          plain_tokens_per_s: plain.speed, drafted_tokens_per_s: drafted.speed,
           acceptance: drafted.acceptance, identical, checkpoint,
         })}\n`);
       }

@@ -98,15 +98,15 @@ export const train = defineCommand({
     try {
       const result = await runTraining({
         device, config, recipe, split, tokenizer, out: options.out, resume: options.resume,
-        saveEvery: options.saveEvery,
-        keep: options.keep, signal,
+        saveEvery: options.saveEvery, keep: options.keep, signal,
         tokenizerFiles: files,
         onStart(run, { unigram, bigram, trigram }) {
           const { total, active } = countParameters(config);
           say(
             `${c.bold("Krait")} trains ${formatCount(total)} parameters (${formatCount(active)} active) on ` +
             `${device.info.name}`);
-          say(`${formatCount(run.packer.corpus.tokens.length)} tokens, ${formatCount(run.validation.tokens.length)} to validate; ` +
+          say(`${formatCount(run.packer.corpus.tokens.length)} tokens, ` +
+            `${formatCount(run.validation.tokens.length)} to validate; ` +
             `seed ${recipe.seed}, data ${run.packer.fingerprint}, deterministic on this adapter`);
           say(`n-gram models on the same text, bits per byte: unigram ${unigram.bitsPerByte.toFixed(3)}, ` +
             `bigram ${bigram.bitsPerByte.toFixed(3)}, trigram ${trigram.bitsPerByte.toFixed(3)}`);
@@ -120,8 +120,7 @@ export const train = defineCommand({
         onEvaluation(step, { loss, bits_per_byte }) {
           if (options.json) {
             stdout.write(`${JSON.stringify({ step, val_loss: loss, val_bits_per_byte: bits_per_byte })}\n`);
-          }
-          else {
+          } else {
             progress.log(
               `step ${step}: validation loss ${loss.toFixed(4)}, ${bits_per_byte.toFixed(3)} bits per byte`);
           }
@@ -157,27 +156,26 @@ async function plan(options: {
   readonly config: string; readonly out: string; readonly resume: boolean; readonly steps: number | undefined;
   readonly seed: number | undefined; readonly batch: number | undefined; readonly seqlen: number | undefined;
   readonly accumulate: number | undefined; readonly lr: number | undefined;
-  readonly minLr: number | undefined;
-  readonly schedule: Recipe["schedule"] | undefined; readonly warmup: number | undefined;
-  readonly decay: number | undefined;
+  readonly minLr: number | undefined; readonly schedule: Recipe["schedule"] | undefined;
+  readonly warmup: number | undefined; readonly decay: number | undefined;
   readonly weightDecay: number | undefined; readonly clip: number | undefined;
-  readonly mtpDepths: number | undefined;
-  readonly mtpScale: number | undefined; readonly auxCoeff: number | undefined;
-  readonly biasRate: number | undefined;
+  readonly mtpDepths: number | undefined; readonly mtpScale: number | undefined;
+  readonly auxCoeff: number | undefined; readonly biasRate: number | undefined;
   readonly evalEvery: number; readonly evalRows: number | undefined;
 }): Promise<Plan> {
   const given: GivenRecipe = {
     steps: options.steps, seed: options.seed, batch: options.batch, seqlen: options.seqlen,
-    accumulate: options.accumulate,
-    lr: options.lr, min_lr: options.minLr, schedule: options.schedule, warmup: options.warmup,
-    decay: options.decay,
-    weight_decay: options.weightDecay, clip: options.clip, mtp_depths: options.mtpDepths,
-    mtp_scale: options.mtpScale,
-    aux_coeff: options.auxCoeff, bias_rate: options.biasRate, eval_rows: options.evalRows,
-    eval_every: options.evalEvery,
+    accumulate: options.accumulate, lr: options.lr, min_lr: options.minLr,
+    schedule: options.schedule, warmup: options.warmup, decay: options.decay,
+    weight_decay: options.weightDecay, clip: options.clip,
+    mtp_depths: options.mtpDepths, mtp_scale: options.mtpScale,
+    aux_coeff: options.auxCoeff, bias_rate: options.biasRate,
+    eval_rows: options.evalRows, eval_every: options.evalEvery,
   };
   if (!options.resume) {
-    return { config: findConfig(options.config), recipe: makeRecipe(given), tokenizerFolder: null, doneBefore: 0 };
+    return {
+      config: findConfig(options.config), recipe: makeRecipe(given), tokenizerFolder: null, doneBefore: 0,
+    };
   }
   const checkpoint = await openCheckpoint(localFileLayer(), options.out);
   if (!checkpoint) throw new KraitError(`There is no checkpoint in ${options.out} to resume from.`);
