@@ -2,6 +2,7 @@ import { existsSync, rmSync } from "node:fs";
 import { join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
 import { Generator } from "../../infer/engine.ts";
+import { GREEDY, type Sampling } from "../../infer/sampling.ts";
 import { generateText } from "../../infer/text.ts";
 import type { NemotronH } from "../../models/nemotron_h.ts";
 import { countParameters, layerStrip } from "../../models/accounting.ts";
@@ -20,6 +21,8 @@ import { runTraining } from "../training.ts";
 const PROMPT = "export interface ";
 const NEW_TOKENS = 160;
 const DRAFTS = 2;
+const WARM_UP_TOKENS = 8;
+const SAMPLED: Sampling = { temperature: 0.6, top_k: 0, top_p: 0.95, min_p: 0, seed: 0 };
 
 export const quickstart = defineCommand({
   name: "quickstart",
@@ -81,10 +84,15 @@ export const quickstart = defineCommand({
         `${formatBytes(device.pool.peakBytes)}`);
       run.dispose();
 
-      const plain = await speak(run.model, tokenizer, 0, signal);
-      const drafted = await speak(run.model, tokenizer, DRAFTS, signal);
+      const plain = await speak(run.model, tokenizer, 0, GREEDY, signal);
+      const drafted = await speak(run.model, tokenizer, DRAFTS, GREEDY, signal);
+      const sampled = await speak(run.model, tokenizer, DRAFTS, { ...SAMPLED, seed: options.seed }, signal);
       const identical = plain.text === drafted.text;
-      say(`\n${c.bold("It continues")}\n${c.dim(PROMPT)}${plain.text}\n`);
+      const show = (title: string, text: string) => say(`\n${c.bold(title)}\n${c.dim(PROMPT)}${text}`);
+      show(`It continues, drawn at temperature ${SAMPLED.temperature}`, sampled.text);
+      show("and with the most probable byte each time, plainly", plain.text);
+      show("and the same with its MTP head drafting", drafted.text);
+      say();
       say(table([
         [" plain decode", `${plain.speed.toFixed(1)} tokens/s`],
         [" drafting with its MTP head", `${drafted.speed.toFixed(1)} tokens/s`,
@@ -113,13 +121,18 @@ export const quickstart = defineCommand({
 });
 
 async function speak(
-  model: NemotronH, tokenizer: Tokenizer, draft: number, signal: AbortSignal,
+  model: NemotronH, tokenizer: Tokenizer, draft: number, sampling: Sampling, signal: AbortSignal,
 ): Promise<{ text: string; speed: number; acceptance: number }> {
   const prompt = tokenizer.encode(PROMPT);
   const generator = new Generator(model, prompt.length + NEW_TOKENS + DRAFTS);
-  const { pieces } = generateText(generator, tokenizer, prompt, { maxTokens: NEW_TOKENS, draft, signal });
-  let text = "";
-  for await (const piece of pieces) text += piece;
+  const run = async (maxTokens: number) => {
+    let text = "";
+    const { pieces } = generateText(generator, tokenizer, prompt, { maxTokens, draft, sampling, signal });
+    for await (const piece of pieces) text += piece;
+    return text;
+  };
+  await run(WARM_UP_TOKENS); // compiles
+  const text = await run(NEW_TOKENS);
   const { stats } = generator;
   generator.dispose();
   return {

@@ -1,0 +1,158 @@
+import { Tape } from "../../src/autograd/tape.ts";
+import { attention } from "../../src/ops/attention.ts";
+import { causal_conv1d } from "../../src/ops/causal_conv1d.ts";
+import { accumulate, add, relu2, scale } from "../../src/ops/elementwise.ts";
+import { linear } from "../../src/ops/linear.ts";
+import { matmul } from "../../src/ops/matmul.ts";
+import { rms_norm } from "../../src/ops/rms_norm.ts";
+import { probabilities } from "../../src/ops/sample.ts";
+import { selective_state_update } from "../../src/ops/selective_state_update.ts";
+import { ssd_scan } from "../../src/ops/ssd_scan.ts";
+import type { Device } from "../../src/tensor/device.ts";
+import { scope } from "../../src/tensor/scope.ts";
+import type { Tensor } from "../../src/tensor/tensor.ts";
+import {
+  type Case, type Input, ATTENTION, CASES, DT_RAW, EPS, FACTOR, LEARNING_RATE, MLP, SSD, decays, transposed,
+} from "./cases.ts";
+import type { Engine, Prepared } from "./runner.ts";
+
+/** One application: the next link of the chain. The inputs it changes are put back by `reset`. */
+interface Chain {
+  readonly start: Tensor;
+  step(x: Tensor): Tensor;
+  /** What is sampled after one application; default: what `step` returned. */
+  readonly watched?: Tensor;
+  /** Where the watched tensor keeps the element that the case numbers i; default: i. */
+  place?(i: number): number;
+  reset?(): void;
+}
+
+type Inputs = Record<string, Input>;
+
+export function kraitEngine(device: Device): Engine {
+  return {
+    version: "",
+    async prepare(wanted) {
+      const made: Tensor[] = [];
+      const put = ({ data, shape }: Input) => {
+        const tensor = device.tensor(data, shape);
+        made.push(tensor);
+        return tensor;
+      };
+      const chain = build(wanted, wanted.inputs(), put);
+      return prepared(device, chain, () => made.forEach((tensor) => tensor.dispose()));
+    },
+  };
+}
+
+function prepared(device: Device, chain: Chain, dispose: () => void): Prepared {
+  const apply = (n: number): Tensor => {
+    let x = chain.start;
+    for (let i = 0; i < n; i++) {
+      const next = scope(() => chain.step(x));
+      if (x !== chain.start && next !== x) x.dispose();
+      x = next;
+    }
+    return x;
+  };
+  return {
+    note: "",
+    async run(n) {
+      chain.reset?.();
+      await device.finish();
+      const start = performance.now();
+      const x = apply(n);
+      await device.finish();
+      const ms = (performance.now() - start) / n;
+      if (x !== chain.start) x.dispose();
+      return ms;
+    },
+    async sample(indices) {
+      chain.reset?.();
+      const x = apply(1);
+      const data = await (chain.watched ?? x).read();
+      if (x !== chain.start) x.dispose();
+      return indices.map((i) => data[chain.place?.(i) ?? i]!);
+    },
+    dispose,
+  };
+}
+
+function build(wanted: Case, inputs: Inputs, put: (input: Input) => Tensor): Chain {
+  const input = (name: string) => inputs[name]!;
+  const filled = (shape: number[], value: number | Float32Array): Tensor => {
+    const size = shape.reduce((a, b) => a * b, 1);
+    return put({ shape, data: typeof value === "number" ? new Float32Array(size).fill(value) : value });
+  };
+  const start = put(input("x"));
+  switch (wanted.name) {
+    case "matmul_f32_512": case "matmul_f32_1024": {
+      const w = put(input("w"));
+      return { start, step: (x) => matmul(x, w, {}) };
+    }
+    case "matvec_f32_4096": {
+      const w = put(transposed(input("w")));
+      return { start, step: (x) => linear(x, w, null) };
+    }
+    case "softmax_1024x4096": {
+      const settings = filled([4], Float32Array.of(1, 0, 1, 0));
+      return { start, step: (x) => probabilities(x, settings) };
+    }
+    case "layernorm_1024x4096": {
+      const w = put(input("w"));
+      return { start, step: (x) => rms_norm(x, w, EPS) };
+    }
+    case "attention_512x8x64": {
+      const [k, v] = [put(input("k")), put(input("v"))];
+      const options = { scale: 1 / Math.sqrt(ATTENTION.D), seq_idx: null };
+      return { start, step: (x) => attention(x, k, v, options) };
+    }
+    case "ssd_512": case "ssd_step": {
+      const { H, P, N } = SSD;
+      const L = start.shape[1]!;
+      const [b, c] = [put(input("b")), put(input("c"))];
+      const A_log = filled([H], decays().map((g) => Math.log(-g)));
+      const [D, dt_bias, dt] = [filled([H], 0), filled([H], 0), filled([1, L, H], DT_RAW)];
+      const dt_limit = [0, Infinity] as const;
+      if (L > 1) {
+        const options = { chunk_size: 64, dt_limit, initial_state: null, seq_idx: null };
+        return { start, step: (x) => ssd_scan(x, dt, A_log, b, c, D, dt_bias, options)[0] };
+      }
+      const state = put(input("state"));
+      const [x1, b1, c1, dt1] =
+        [start.reshape([1, H, P]), b.reshape([1, 1, N]), c.reshape([1, 1, N]), dt.reshape([1, H])];
+      return {
+        start, reset: () => state.write(input("state").data),
+        step: () => selective_state_update(state, x1, dt1, A_log, b1, c1, D, dt_bias, dt_limit),
+      };
+    }
+    case "conv_silu_512": {
+      const [w, bias] = [put(input("w")), put(input("bias"))];
+      return { start, step: (x) => causal_conv1d(x, w, bias, null, null)[0]! };
+    }
+    case "mlp_train": {
+      const [t1, t2] = [transposed(input("w1")), transposed(input("w2"))];
+      const [w1, w2] = [put(t1), put(t2)];
+      w1.requiresGrad = w2.requiresGrad = true;
+      const minusTarget = put({ ...input("target"), data: input("target").data.map((value) => -value) });
+      return {
+        start, watched: w1, place: (i) => (i % MLP.F) * MLP.D + Math.floor(i / MLP.F),
+        reset: () => {
+          w1.write(t1.data);
+          w2.write(t2.data);
+        },
+        step(x) {
+          const tape = new Tape();
+          const y = tape.run(() => linear(relu2(linear(x, w1, null)), w2, null));
+          const dy = scale(add(y, minusTarget), 1 / MLP.B);
+          const gradients = tape.backward([y], [dy]);
+          for (const w of [w1, w2]) accumulate(w, scale(gradients.get(w.key)!, -LEARNING_RATE));
+          for (const gradient of gradients.values()) gradient.release();
+          return x;
+        },
+      };
+    }
+    case "copy_16m": return { start, step: (x) => scale(x, FACTOR) };
+    default: throw new Error(`The case must be one of ${CASES.map((c) => c.name).join(", ")}, found ${wanted.name}.`);
+  }
+}

@@ -1,0 +1,174 @@
+/** onnxruntime-node: graphs that repeat the op, timed as the difference of two lengths. */
+import { createRequire } from "node:module";
+import { type Case, type Input, ATTENTION, CONV, EPS, FACTOR, SSD, decays } from "./cases.ts";
+import { type Graph, type Node, encodeModel } from "./onnx.ts";
+import type { Engine, Prepared } from "./runner.ts";
+
+interface OrtTensor {
+  readonly data: Float32Array;
+}
+interface Session {
+  run(feeds: Record<string, OrtTensor>): Promise<Record<string, OrtTensor>>;
+  release(): Promise<void>;
+}
+interface Ort {
+  readonly InferenceSession: { create(model: Uint8Array, options: object): Promise<Session> };
+  readonly Tensor: new (type: "float32", data: Float32Array, shape: readonly number[]) => OrtTensor;
+}
+
+/** One link of the chain: from the tensors of the last link to those of the next, and what is sampled. */
+interface Links {
+  readonly op: string;
+  readonly carried: readonly string[];
+  readonly constants: Graph["constants"];
+  readonly fixed?: Readonly<Record<string, Input>>;
+  /** Nodes that read `carried` with the suffix `from` and write it (and `watched`) with the suffix `to`. */
+  nodes(from: number, to: number): Node[];
+  readonly watched?: string;
+}
+
+export async function ortEngine(provider: "webgpu" | "cpu"): Promise<Engine> {
+  const require = createRequire(import.meta.url);
+  const ort = require("onnxruntime-node") as Ort;
+  const { version } = require("onnxruntime-node/package.json") as { version: string };
+  return {
+    version,
+    async prepare(wanted) {
+      const inputs = wanted.inputs();
+      const links = linksOf(wanted, inputs);
+      return links === null ? null : prepared(ort, provider, links, inputs);
+    },
+  };
+}
+
+async function prepared(
+  ort: Ort, provider: string, links: Links, inputs: Record<string, Input>,
+): Promise<Prepared> {
+  const feeds: Record<string, OrtTensor> = {};
+  const shapes: Record<string, readonly number[]> = {};
+  const feed = (name: string, { data, shape }: Input) => {
+    feeds[name] = new ort.Tensor("float32", data, shape);
+    shapes[name] = shape;
+  };
+  for (const name of links.carried) feed(`${name}0`, inputs[name]!);
+  for (const [name, input] of Object.entries(links.fixed ?? {})) feed(name, input);
+  const sessions = new Map<number, Session>();
+  const session = async (n: number): Promise<Session> => {
+    const known = sessions.get(n);
+    if (known) return known;
+    const nodes = Array.from({ length: n }, (_, i) => links.nodes(i, i + 1)).flat();
+    const last = [links.watched ?? links.carried[0]!, ...links.carried].map((name) => `${name}${n}`);
+    const model = encodeModel({
+      nodes, inputs: shapes, outputs: [...new Set(last)], constants: links.constants,
+    });
+    const made = await ort.InferenceSession.create(model, {
+      executionProviders: [provider], logSeverityLevel: 3,
+      // A node that the GPU does not take must be an error, not silently the CPU's.
+      extra: { session: { disable_cpu_ep_fallback: provider === "cpu" ? "0" : "1" } },
+    });
+    sessions.set(n, made);
+    await made.run(feeds);
+    return made;
+  };
+  const time = async (made: Session): Promise<number> => {
+    const start = performance.now();
+    await made.run(feeds);
+    return performance.now() - start;
+  };
+  return {
+    note: `${links.op}; time of n + 1 links less the time of 1, over n`,
+    async run(n) {
+      const [short, long] = [await session(1), await session(n + 1)];
+      const base = await time(short);
+      return Math.max(1e-3, (await time(long) - base) / n);
+    },
+    async sample(indices) {
+      const results = await (await session(1)).run(feeds);
+      const data = results[`${links.watched ?? links.carried[0]!}1`]!.data;
+      return indices.map((i) => data[i]!);
+    },
+    async dispose() {
+      for (const made of sessions.values()) await made.release();
+    },
+  };
+}
+
+function linksOf(wanted: Case, inputs: Record<string, Input>): Links | null {
+  const constants = Object.fromEntries(Object.entries(inputs).filter(([name]) => name !== "x" && name !== "state"));
+  const one = (
+    op: string, others: readonly string[], attributes: NonNullable<Node["attributes"]> = {}, domain = "",
+  ): Links => ({
+    op, carried: ["x"], constants,
+    nodes: (from, to) => [{ op, domain, attributes, inputs: [`x${from}`, ...others], outputs: [`x${to}`] }],
+  });
+  const flat = (input: Input, shape: readonly number[]): Input => ({ shape, data: input.data });
+  switch (wanted.name) {
+    case "matmul_f32_512": case "matmul_f32_1024": case "matvec_f32_4096": return one("MatMul", ["w"]);
+    case "softmax_1024x4096": return one("Softmax", [], { axis: -1 });
+    case "layernorm_1024x4096":
+      return one("SimplifiedLayerNormalization", ["w"], { axis: -1, epsilon: { float: EPS } });
+    case "attention_512x8x64": {
+      const { L, H, D } = ATTENTION;
+      const shape = [1, L, H * D];
+      for (const name of ["x", "k", "v"]) inputs[name] = flat(inputs[name]!, shape);
+      const attributes = { num_heads: H, unidirectional: 1, scale: { float: 1 / Math.sqrt(D) } };
+      return {
+        ...one("MultiHeadAttention", ["k", "v"], attributes, "com.microsoft"),
+        constants: { k: inputs["k"]!, v: inputs["v"]! },
+      };
+    }
+    case "ssd_512": case "ssd_step": {
+      const { H, P, N } = SSD;
+      const L = inputs["x"]!.shape[1]!;
+      const isStep = L === 1;
+      const [x, state] = [flat(inputs["x"]!, [1, L, H * P]), inputs["state"]!];
+      // ORT keeps the state as (keys, values), so (N, P) for our (P, N).
+      const turned = new Float32Array(state.data.length);
+      for (let i = 0; i < turned.length; i++) {
+        const [h, n, p] = [Math.floor(i / (N * P)), Math.floor(i / P) % N, i % P];
+        turned[i] = state.data[(h * P + p) * N + n]!;
+      }
+      inputs["x"] = x;
+      inputs["state"] = { shape: [1, H, N, P], data: turned };
+      const spread = (input: Input): Input => {
+        const data = new Float32Array(L * H * N);
+        for (let i = 0; i < data.length; i++) {
+          data[i] = input.data[Math.floor(i / (H * N)) * N + (i % N)]!;
+        }
+        return { shape: [1, L, H * N], data };
+      };
+      const g = decays();
+      const decay = { shape: [1, L, H], data: Float32Array.from({ length: L * H }, (_, i) => g[i % H]!) };
+      const fixed = { q: spread(inputs["c"]!), k: spread(inputs["b"]!), decay, ...(isStep ? { x } : {}) };
+      return {
+        op: "LinearAttention (gated)", constants: {}, fixed,
+        carried: isStep ? ["state"] : ["x"], ...(isStep ? { watched: "y" } : {}),
+        nodes: (from, to) => [{
+          op: "LinearAttention", domain: "com.microsoft",
+          attributes: { q_num_heads: H, kv_num_heads: H, update_rule: "gated", scale: { float: 1 } },
+          inputs: isStep ? ["q", "k", "x", `state${from}`, "decay"] : ["q", "k", `x${from}`, "", "decay"],
+          outputs: isStep ? [`y${to}`, `state${to}`] : [`x${to}`, `dropped${to}`],
+        }],
+      };
+    }
+    case "conv_silu_512": {
+      const { L, C, K } = CONV;
+      const turned = new Float32Array(L * C);
+      for (let t = 0; t < L; t++) for (let c = 0; c < C; c++) turned[c * L + t] = inputs["x"]!.data[t * C + c]!;
+      const x = { shape: [1, C, L], data: turned };
+      void x;
+      return {
+        op: "CausalConvWithState (silu)", carried: ["x"],
+        constants: { w: flat(inputs["w"]!, [C, 1, K]), bias: inputs["bias"]! },
+        nodes: (from, to) => [{
+          op: "CausalConvWithState", domain: "com.microsoft",
+          attributes: { activation: "silu", channels_last: 1 },
+          inputs: [`x${from}`, "w", "bias"], outputs: [`x${to}`, `dropped${to}`],
+        }],
+      };
+    }
+    case "copy_16m":
+      return { ...one("Mul", ["factor"]), fixed: { factor: { shape: [1], data: Float32Array.of(FACTOR) } } };
+    default: return null;
+  }
+}
