@@ -84,6 +84,32 @@ describe("train and generate", () => {
   }), 300_000);
 });
 
+describe("other inputs", () => {
+  test("jsonl, a tokenizer.json, accumulation and a trace", () => withFolder(async (folder) => {
+    const [config, data, trace] = ["config.json", "lines.jsonl", "trace.json"].map((name) => join(folder, name));
+    writeFileSync(config!, readFileSync(fixture("micro.json"), "utf8")
+      .replace('"vocab_size": 260', '"vocab_size": 1024').replace('"eos_token_id": 256', '"eos_token_id": 2'));
+    const lines = text.split("\n").filter((line) => line.length > 40).map((line) => JSON.stringify({ text: line }));
+    writeFileSync(data!, `${lines.join("\n")}\n`);
+    const out = join(folder, "run");
+    const run = await krait([
+      "train", "--config", config!, "--tokenizer", fixture("tokenizer.json"), "--data", data!, "--out", out,
+      "--steps", "2", "--batch", "2", "--seqlen", "32", "--accumulate", "2", "--schedule", "cosine", "--eval-rows", "2",
+      "--trace", trace!, "--json",
+    ]);
+    expect(run.code, run.stderr).toBe(0);
+    expect(jsonLines(run.stdout).filter((line) => "grad_norm" in line)).toHaveLength(2);
+    const { traceEvents } = JSON.parse(readFileSync(trace!, "utf8")) as {
+      traceEvents: { name: string; ph: string }[];
+    };
+    expect(traceEvents.filter(({ ph }) => ph === "X").map(({ name }) => name)).toContain("optim/adamw");
+    const spoken = await krait(
+      ["generate", "--model", out, "--prompt", "Krait", "--max-tokens", "5", "--temperature", "1", "--json"]);
+    expect(spoken.code, spoken.stderr).toBe(0);
+    expect((JSON.parse(spoken.stdout) as { tokens: number[] }).tokens).toHaveLength(5);
+  }), 120_000);
+});
+
 describe("logits", () => {
   test("writes what the golden set calls for", () => withFolder(async (folder) => {
     const model = fixture("golden/super_latent_mtp");
