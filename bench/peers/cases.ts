@@ -1,4 +1,4 @@
-/** The cases of `krait bench peers`: inputs, the same in every process, and float64 answers at sampled places. */
+/** The cases of `krait bench peers`: inputs, the same in every process, and some float64 answers. */
 
 export interface Input {
   readonly shape: readonly number[];
@@ -173,7 +173,8 @@ const mlp: Case = {
   inputs: () => ({
     x: random(16, [MLP.B, MLP.D], 1), target: random(17, [MLP.B, MLP.D], 1),
     // Stored as [in, out]; an engine that keeps [out, in] turns them before it starts.
-    w1: random(18, [MLP.D, MLP.F], 1 / Math.sqrt(MLP.D)), w2: random(19, [MLP.F, MLP.D], 1 / Math.sqrt(MLP.F)),
+    w1: random(18, [MLP.D, MLP.F], 1 / Math.sqrt(MLP.D)),
+    w2: random(19, [MLP.F, MLP.D], 1 / Math.sqrt(MLP.F)),
   }),
   /** The first weight after one step; the loss is sum((y - target)^2) / (2 batch). */
   expected: ({ x, target, w1, w2 }) => {

@@ -153,6 +153,9 @@ function build(wanted: Case, inputs: Inputs, put: (input: Input) => Tensor): Cha
       };
     }
     case "copy_16m": return { start, step: (x) => scale(x, FACTOR) };
-    default: throw new Error(`The case must be one of ${CASES.map((c) => c.name).join(", ")}, found ${wanted.name}.`);
+    default: {
+      const names = CASES.map(({ name }) => name).join(", ");
+      throw new Error(`The case must be one of ${names}, found ${wanted.name}.`);
+    }
   }
 }

@@ -1,4 +1,4 @@
-/** Writes ONNX models: the few fields of its protobuf messages that the bench needs (onnx.proto, IR version 8). */
+/** Writes ONNX models: the few fields of onnx.proto (IR version 8) that the bench needs. */
 
 export type Attribute = number | string | readonly number[] | { readonly float: number };
 

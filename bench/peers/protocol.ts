@@ -73,7 +73,9 @@ export function spread(times: readonly number[]): Spread {
   const middle = sorted.length >> 1;
   const upper = sorted[middle]!;
   return {
-    median: sorted.length % 2 ? upper : (sorted[middle - 1]! + upper) / 2, min: sorted[0]!, max: sorted.at(-1)!,
+    median: sorted.length % 2 ? upper : (sorted[middle - 1]! + upper) / 2,
+    min: sorted[0]!,
+    max: sorted.at(-1)!,
   };
 }
 
@@ -91,6 +93,21 @@ export function relativeError(
     size = Math.max(size, Math.abs(x - (base?.[i] ?? 0)));
   }
   return error / size;
+}
+
+/**
+ * Milliseconds per link from the times of a chain of one link and of a longer one, which leaves out what
+ * every run costs. `time` measures a chain of so many links. Throws Error when the longer one is never
+ * slower.
+ */
+export async function slope(n: number, time: (links: number) => Promise<number>): Promise<number> {
+  const more = Math.max(3, n); // fewer drown in the noise of the difference
+  for (let attempt = 0; attempt < 3; attempt++) {
+    const one = await time(1);
+    const difference = await time(more + 1) - one;
+    if (difference > 0) return difference / more;
+  }
+  throw new Error(`A chain of ${more + 1} links never took longer than one link.`);
 }
 
 /** How often a round repeats an op of `ms` so that it lasts about `target` milliseconds; 1 to `most`. */

@@ -1,4 +1,4 @@
-import { appendFileSync, mkdirSync } from "node:fs";
+import { appendFileSync, existsSync, mkdirSync } from "node:fs";
 import { dirname } from "node:path";
 import { fileURLToPath } from "node:url";
 import { Tape } from "../../autograd/tape.ts";
@@ -26,6 +26,42 @@ import { defineCommand } from "../args.ts";
 import { findConfig } from "../models.ts";
 import { colours, table, wantsColour } from "../terminal.ts";
 
+/** One case of the peers suite, ours beside one other engine's. */
+export interface PeerResult {
+  readonly case: string;
+  readonly adapter: string;
+  readonly adapter_name: string;
+  readonly peer: string;
+  /** Median milliseconds of one application, and the spread. */
+  readonly ms: number;
+  readonly min_ms: number;
+  readonly max_ms: number;
+  readonly peer_ms: number;
+  readonly peer_min_ms: number;
+  readonly peer_max_ms: number;
+  /** peer_ms / ms. */
+  readonly ratio: number;
+  readonly runs: number;
+  /** Largest error of the sampled elements over the largest of them; null for no number. */
+  readonly rel_err: number | null;
+  readonly peer_rel_err: number | null;
+  readonly krait_op: string;
+  readonly peer_op: string;
+  readonly krait_version: string;
+  readonly peer_version: string;
+}
+
+/** What bench/peers/main.ts exports. */
+export interface Peers {
+  benchPeers(
+    device: Device, runs: number, filter: readonly string[],
+    report: (result: PeerResult) => void, complain: (line: string) => void,
+  ): Promise<void>;
+}
+
+/** Beside `src` in a clone. */
+const PEERS = "../../../bench/peers/main.ts";
+
 interface Result {
   readonly suite: string;
   readonly case: string;
@@ -38,13 +74,15 @@ interface Result {
   readonly unit: "GFLOP/s" | "GB/s" | "tokens/s";
 }
 
-const SUITE_NAMES = ["kernels", "train", "generate"] as const;
+const SUITE_NAMES = ["kernels", "train", "generate", "peers"] as const;
+/** `peers` takes minutes and needs packages of its own, so it runs only when named. */
+const DEFAULT_SUITES = SUITE_NAMES.filter((name) => name !== "peers");
 
 export const bench = defineCommand({
   name: "bench",
   summary: "Measure kernels, a training step and generation on an adapter.",
   positionals: [
-    { name: "SUITE", help: `${SUITE_NAMES.join(", ")}; default: all`, optional: true, many: true },
+    { name: "SUITE", help: `${SUITE_NAMES.join(", ")}; default: all but peers`, optional: true, many: true },
   ],
   options: {
     config: {
@@ -59,18 +97,25 @@ export const bench = defineCommand({
     adapter: {
       type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
     },
+    case: {
+      type: "string", value: "PART", multiple: true,
+      help: "Part of a case's name, for the peers suite; default: all cases.",
+    },
     out: { type: "string", value: "FILE", help: "Append one JSON line per case to this file." },
     json: { type: "boolean", help: "Print one JSON line per case." },
   },
-  examples: ["krait bench kernels", "krait bench --adapter swiftshader --json"],
-  async run({ options, args, stdout, env }) {
+  examples: [
+    "krait bench kernels", "krait bench --adapter swiftshader --json", "krait bench peers --case matmul",
+  ],
+  async run({ options, args, stdout, stderr, env }) {
     for (const name of args) {
       if (!SUITE_NAMES.some((suite) => suite === name)) {
         throw new UsageError(`The suite must be one of ${SUITE_NAMES.join(", ")}, found "${name}".`);
       }
     }
+    const measurePeers = args.includes("peers") ? await loadPeers() : null;
     const device = await openDevice(options.adapter ? { adapter: options.adapter } : {});
-    const wanted = args.length > 0 ? args : SUITE_NAMES;
+    const wanted: readonly string[] = args.length > 0 ? args : DEFAULT_SUITES;
     const results: Result[] = [];
     const c = colours(wantsColour(stdout, env));
     const add = (
@@ -82,29 +127,53 @@ export const bench = defineCommand({
         rate: unit === "tokens/s" ? (1000 * work) / ms : work / ms / 1e6,
       };
       results.push(result);
-      if (options.json) stdout.write(`${JSON.stringify(result)}\n`);
+      record(result);
+    };
+    const record = (line: object) => {
+      if (options.json) stdout.write(`${JSON.stringify(line)}\n`);
       if (options.out) {
         mkdirSync(dirname(options.out), { recursive: true });
         appendFileSync(options.out, `${JSON.stringify({
-          ...result, date: new Date().toISOString(), node: process.version,
+          ...line, date: new Date().toISOString(), node: process.version,
         })}\n`);
       }
     };
+    const compared: PeerResult[] = [];
     try {
       if (wanted.includes("kernels")) await kernels(device, options.runs, add);
       if (wanted.includes("train")) await training(device, options.config, options.data, options.runs, add);
       if (wanted.includes("generate")) await generation(device, options.config, options.runs, add);
+      await measurePeers?.(device, options.runs, options.case, (result) => {
+        compared.push(result);
+        record({ suite: "peers", ...result });
+      }, (line) => void stderr.write(line));
     } finally {
       device.destroy();
     }
     if (!options.json) {
       stdout.write(`${c.bold(`On ${device.info.name}, medians of ${options.runs} runs`)}\n`);
-      stdout.write(`${table(results.map((r) => [` ${r.suite}`, r.case, `${r.ms.toFixed(2)} ms`,
-        `${r.min_ms.toFixed(2)} to ${r.max_ms.toFixed(2)}`,
-        `${r.rate.toFixed(r.rate < 10 ? 2 : 1)} ${r.unit}`]))}\n`);
+      const measured = results.map((r) => [
+        ` ${r.suite}`, r.case, `${r.ms.toFixed(2)} ms`, `${r.min_ms.toFixed(2)} to ${r.max_ms.toFixed(2)}`,
+        `${r.rate.toFixed(r.rate < 10 ? 2 : 1)} ${r.unit}`,
+      ]);
+      if (measured.length > 0) stdout.write(`${table(measured)}\n`);
+      const rows = compared.map((r) => [
+        " peers", r.case, `${r.ms} ms`, r.peer, `${r.peer_ms} ms`, `${r.ratio}x`,
+      ]);
+      if (rows.length > 0) stdout.write(`${table(rows)}\n`);
     }
   },
 });
+
+/** The peers suite lives beside the sources and not in the package. */
+async function loadPeers(): Promise<Peers["benchPeers"]> {
+  const module = new URL(PEERS, import.meta.url);
+  if (!existsSync(module)) {
+    throw new UsageError(
+      "The suite peers needs a clone of the sources and: npm install --ignore-scripts --prefix bench/peers");
+  }
+  return (await import(/* @vite-ignore */ module.href) as Peers).benchPeers;
+}
 
 type Add = (
   suite: string, name: string, work: number, unit: Result["unit"], times: readonly number[],
