@@ -2,7 +2,7 @@
 export { chooseAdapter, type AdapterHandle, type AdapterInfo, type AdapterKind } from "./gpu/adapters.ts";
 export { AdapterError, DeviceLostError, GpuError, OutOfMemoryError, ShaderError } from "./gpu/errors.ts";
 export type { Profiler, ProfileEvent } from "./gpu/profiler.ts";
-export { Device, openDevice, type DeviceOptions } from "./tensor/device.ts";
+export { Device, listAdapters, openDevice, type DeviceOptions } from "./tensor/device.ts";
 export { ConfigError, DTypeError, FormatError, KraitError, ShapeError, UsageError } from "./tensor/errors.ts";
 export { ndarray, sizeOf, type NdArray } from "./tensor/ndarray.ts";
 export { scope, unscoped } from "./tensor/scope.ts";

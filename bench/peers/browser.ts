@@ -1,9 +1,8 @@
-import { provider } from "../../src/gpu/provider.node.ts";
-import { chooseAdapter } from "../../src/gpu/adapters.ts";
+import { chooseAdapter, listAdapters } from "../../src/index.ts";
 
 /** Makes `navigator.gpu` of this process answer with one adapter, for libraries written for a page. */
 export async function offerWebGpu(adapter: string): Promise<void> {
-  const { handle } = chooseAdapter(await provider.listAdapters(), adapter);
+  const { handle } = chooseAdapter(await listAdapters(), adapter);
   const gpu = {
     requestAdapter: () => handle.request(), getPreferredCanvasFormat: () => "bgra8unorm",
     wgslLanguageFeatures: new Set<string>(),

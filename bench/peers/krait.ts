@@ -1,20 +1,13 @@
-import { Tape } from "../../src/autograd/tape.ts";
-import { attention } from "../../src/ops/attention.ts";
-import { causal_conv1d } from "../../src/ops/causal_conv1d.ts";
-import { accumulate, add, relu2, scale } from "../../src/ops/elementwise.ts";
-import { linear } from "../../src/ops/linear.ts";
-import { matmul } from "../../src/ops/matmul.ts";
-import { rms_norm } from "../../src/ops/rms_norm.ts";
-import { probabilities } from "../../src/ops/sample.ts";
-import { selective_state_update } from "../../src/ops/selective_state_update.ts";
-import { ssd_scan } from "../../src/ops/ssd_scan.ts";
-import type { Device } from "../../src/tensor/device.ts";
-import { scope } from "../../src/tensor/scope.ts";
-import type { Tensor } from "../../src/tensor/tensor.ts";
+import { type Device, ops, scope, Tape, type Tensor } from "../../src/index.ts";
 import {
   type Case, type Input, ATTENTION, CASES, DT_RAW, EPS, FACTOR, LEARNING_RATE, MLP, SSD, decays, transposed,
 } from "./cases.ts";
 import type { Engine, Prepared } from "./runner.ts";
+
+const {
+  accumulate, add, attention, causal_conv1d, linear, matmul, probabilities, relu2, rms_norm, scale, selective_state_update,
+  ssd_scan,
+} = ops;
 
 /** One application: the next link of the chain. The inputs it changes are put back by `reset`. */
 interface Chain {

@@ -1,12 +1,11 @@
 /** The suite `peers` of `krait bench`: Krait and other engines, case by case, round by round. */
 import { existsSync, readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
-import type { PeerResult } from "../../src/cli/commands/bench.ts";
-import type { Device } from "../../src/tensor/device.ts";
+import type { Device } from "../../src/index.ts";
 import { CASES, type Case } from "./cases.ts";
 import { kraitEngine } from "./krait.ts";
-import { PeerProcess } from "./process.ts";
-import { comparison, relativeError, repetitions } from "./protocol.ts";
+import { PeerProcess, type SoftwareDriver } from "./process.ts";
+import { comparison, type PeerResult, relativeError, repetitions } from "./protocol.ts";
 import type { Prepared } from "./runner.ts";
 
 /** Every peer and the package, relative to this folder, without which it cannot start. */
@@ -30,12 +29,12 @@ const pause = () => new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
  */
 export async function benchPeers(
   device: Device, runs: number, filter: readonly string[],
-  report: (result: PeerResult) => void, complain: (line: string) => void,
+  report: (result: PeerResult) => void, complain: (line: string) => void, software: SoftwareDriver | null,
 ): Promise<void> {
   const adapter = device.info.id;
   const peers: PeerProcess[] = [];
   for (const [name, needs] of PEERS) {
-    if (existsSync(path(needs))) peers.push(new PeerProcess(name, adapter));
+    if (existsSync(path(needs))) peers.push(new PeerProcess(name, adapter, software));
     else complain(`${name}: not installed; npm install --ignore-scripts --prefix bench/peers\n`);
   }
   try {

@@ -3,12 +3,17 @@ import { existsSync, readdirSync } from "node:fs";
 import { dirname, join } from "node:path";
 import type { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
-import { softwareDriver } from "../../src/gpu/fallback.node.ts";
 import { type Reply, type Request, formatRequest, lineSplitter, parseReply } from "./protocol.ts";
 
 const WORKER = fileURLToPath(new URL("worker.ts", import.meta.url));
 const SOURCE = fileURLToPath(new URL("../../src/cli/source.mjs", import.meta.url));
 const PATIENCE_MS = 240_000;
+
+/** Files of the packaged SwiftShader: its Vulkan manifest and a loader. */
+export interface SoftwareDriver {
+  readonly manifest: string;
+  readonly loader: string;
+}
 
 /** Which of a system's driver manifests serves an adapter, by what both names contain. */
 const DRIVERS: readonly (readonly [adapter: RegExp, manifest: RegExp])[] = [
@@ -21,14 +26,13 @@ const MANIFESTS = ["/etc/vulkan/icd.d", "/usr/local/share/vulkan/icd.d", "/usr/s
  * The environment in which the Vulkan loader finds the adapter's driver and nothing else, for peers that take
  * the first adapter there is. An adapter of an unknown driver leaves the environment as it is.
  */
-export function environmentFor(adapter: string): NodeJS.ProcessEnv {
+export function environmentFor(adapter: string, software: SoftwareDriver | null): NodeJS.ProcessEnv {
   const env = { ...process.env };
   const only = (manifest: string) => ({ ...env, VK_DRIVER_FILES: manifest, VK_ICD_FILENAMES: manifest });
   if (/swiftshader/i.test(adapter)) {
-    const driver = softwareDriver();
-    if (!driver) return env;
-    const libraries = [dirname(driver.loader), env["LD_LIBRARY_PATH"]].filter(Boolean).join(":");
-    return { ...only(driver.manifest), LD_LIBRARY_PATH: libraries };
+    if (!software) return env;
+    const libraries = [dirname(software.loader), env["LD_LIBRARY_PATH"]].filter(Boolean).join(":");
+    return { ...only(software.manifest), LD_LIBRARY_PATH: libraries };
   }
   if (env["VK_DRIVER_FILES"]) return env;
   const wanted = DRIVERS.find(([name]) => name.test(adapter))?.[1];
@@ -47,10 +51,10 @@ export class PeerProcess {
   #child: ChildProcess | null = null;
   #onReply: ((reply: Reply) => void) | null = null;
 
-  constructor(name: string, adapter: string) {
+  constructor(name: string, adapter: string, software: SoftwareDriver | null) {
     this.name = name;
     this.#adapter = adapter;
-    this.#env = environmentFor(adapter);
+    this.#env = environmentFor(adapter, software);
   }
 
   /** The peer's answer; a crash or a silence of four minutes is an answer with an error. */

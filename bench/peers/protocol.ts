@@ -126,3 +126,28 @@ export function comparison(ours: readonly number[], theirs: readonly number[]) {
     ratio: round(b.median / a.median, 3), runs: ours.length,
   };
 }
+
+/** One case of the peers suite, ours beside one other engine's. */
+export interface PeerResult {
+  readonly case: string;
+  readonly adapter: string;
+  readonly adapter_name: string;
+  readonly peer: string;
+  /** Median milliseconds of one application, and the spread. */
+  readonly ms: number;
+  readonly min_ms: number;
+  readonly max_ms: number;
+  readonly peer_ms: number;
+  readonly peer_min_ms: number;
+  readonly peer_max_ms: number;
+  /** peer_ms / ms. */
+  readonly ratio: number;
+  readonly runs: number;
+  /** Largest error of the sampled elements over the largest of them; null for no number. */
+  readonly rel_err: number | null;
+  readonly peer_rel_err: number | null;
+  readonly krait_op: string;
+  readonly peer_op: string;
+  readonly krait_version: string;
+  readonly peer_version: string;
+}

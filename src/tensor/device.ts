@@ -12,6 +12,11 @@ export interface DeviceOptions extends GpuOptions {
   adapter?: string | AdapterHandle;
 }
 
+/** Every adapter of this machine or page, each once; empty where there is none. */
+export function listAdapters(): Promise<AdapterHandle[]> {
+  return provider.listAdapters();
+}
+
 /**
  * Opens a device on the best adapter (discrete, integrated, software), or on the one asked for.
  * @throws AdapterError when there is none, or none of that name.
@@ -20,7 +25,7 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
   const wanted = options.adapter;
   const handle = typeof wanted === "object"
     ? wanted
-    : chooseAdapter(await provider.listAdapters(), wanted).handle;
+    : chooseAdapter(await listAdapters(), wanted).handle;
   return new Device(await requestGpuDevice(handle, options), handle.info, options);
 }
 

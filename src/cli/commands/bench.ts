@@ -2,6 +2,7 @@ import { appendFileSync, existsSync, mkdirSync } from "node:fs";
 import { dirname } from "node:path";
 import { fileURLToPath } from "node:url";
 import { Tape } from "../../autograd/tape.ts";
+import { type SoftwareDriver, softwareDriver } from "../../gpu/fallback.node.ts";
 import { median, sortedTimes } from "../../gpu/measure.ts";
 import { Generator } from "../../infer/engine.ts";
 import { createParameters } from "../../models/parameters.ts";
@@ -26,36 +27,22 @@ import { defineCommand } from "../args.ts";
 import { findConfig } from "../models.ts";
 import { colours, table, wantsColour } from "../terminal.ts";
 
-/** One case of the peers suite, ours beside one other engine's. */
-export interface PeerResult {
+/** What the command itself reads of a line of the peers suite. */
+interface PeerResult {
   readonly case: string;
-  readonly adapter: string;
-  readonly adapter_name: string;
   readonly peer: string;
-  /** Median milliseconds of one application, and the spread. */
   readonly ms: number;
-  readonly min_ms: number;
-  readonly max_ms: number;
   readonly peer_ms: number;
-  readonly peer_min_ms: number;
-  readonly peer_max_ms: number;
-  /** peer_ms / ms. */
   readonly ratio: number;
-  readonly runs: number;
-  /** Largest error of the sampled elements over the largest of them; null for no number. */
   readonly rel_err: number | null;
   readonly peer_rel_err: number | null;
-  readonly krait_op: string;
-  readonly peer_op: string;
-  readonly krait_version: string;
-  readonly peer_version: string;
 }
 
 /** What bench/peers/main.ts exports. */
 export interface Peers {
   benchPeers(
     device: Device, runs: number, filter: readonly string[],
-    report: (result: PeerResult) => void, complain: (line: string) => void,
+    report: (result: PeerResult) => void, complain: (line: string) => void, software: SoftwareDriver | null,
   ): Promise<void>;
 }
 
@@ -146,7 +133,7 @@ export const bench = defineCommand({
       await measurePeers?.(device, options.runs, options.case, (result) => {
         compared.push(result);
         record({ suite: "peers", ...result });
-      }, (line) => void stderr.write(line));
+      }, (line) => void stderr.write(line), softwareDriver());
     } finally {
       device.destroy();
     }
