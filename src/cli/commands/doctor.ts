@@ -146,7 +146,7 @@ function advise(adapters: readonly AdapterHandle[], chosen: AdapterHandle | null
   }
   const features = chosen?.info.features ?? [];
   if (chosen && !features.includes("shader-f16")) {
-    advice.push("No shader-f16: 16-bit floats are stored packed and computed in f32.");
+    advice.push("No shader-f16: nothing is lost, since everything is computed in f32 so far.");
   }
   if (chosen && !features.includes("subgroups")) {
     advice.push("No subgroups: kernels use their plain variants.");
