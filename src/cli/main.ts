@@ -7,10 +7,10 @@ import { info } from "./commands/info.ts";
 import { logits } from "./commands/logits.ts";
 import { quickstart } from "./commands/quickstart.ts";
 import { train } from "./commands/train.ts";
+import { packagePath } from "./package.ts";
 
-// Both src/cli and dist/node lie two folders below package.json.
 const { version } =
-  JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
+  JSON.parse(readFileSync(packagePath("package.json"), "utf8")) as { version: string };
 
 process.exitCode = await runCli(
   [doctor, info, train, generate, logits, bench, quickstart], process.argv.slice(2), {

@@ -1,6 +1,6 @@
 import { appendFileSync, existsSync, mkdirSync } from "node:fs";
 import { dirname } from "node:path";
-import { fileURLToPath } from "node:url";
+import { pathToFileURL } from "node:url";
 import { Tape } from "../../autograd/tape.ts";
 import { type SoftwareDriver, softwareDriver } from "../../gpu/fallback.node.ts";
 import { median, sortedTimes } from "../../gpu/measure.ts";
@@ -25,6 +25,7 @@ import { makeRecipe } from "../../train/recipe.ts";
 import { TrainingRun } from "../../train/run.ts";
 import { defineCommand } from "../args.ts";
 import { findConfig } from "../models.ts";
+import { packagePath } from "../package.ts";
 import { colours, table, wantsColour } from "../terminal.ts";
 
 /** What the command itself reads of a line of the peers suite. */
@@ -45,9 +46,6 @@ export interface Peers {
     report: (result: PeerResult) => void, complain: (line: string) => void, software: SoftwareDriver | null,
   ): Promise<void>;
 }
-
-/** Beside `src` in a clone. */
-const PEERS = "../../../bench/peers/main.ts";
 
 interface Result {
   readonly suite: string;
@@ -154,12 +152,12 @@ export const bench = defineCommand({
 
 /** The peers suite lives beside the sources and not in the package. */
 async function loadPeers(): Promise<Peers["benchPeers"]> {
-  const module = new URL(PEERS, import.meta.url);
+  const module = packagePath("bench/peers/main.ts");
   if (!existsSync(module)) {
     throw new UsageError(
       "The suite peers needs a clone of the sources and: npm install --ignore-scripts --prefix bench/peers");
   }
-  return (await import(/* @vite-ignore */ module.href) as Peers).benchPeers;
+  return (await import(/* @vite-ignore */ pathToFileURL(module).href) as Peers).benchPeers;
 }
 
 type Add = (
@@ -214,8 +212,7 @@ async function training(
 ): Promise<void> {
   const config = findConfig(name);
   const recipe = makeRecipe({ steps: runs + 2 });
-  const readme = new URL("../../../README.md", import.meta.url);
-  const documents = readDocuments(data.length > 0 ? data : [fileURLToPath(readme)]);
+  const documents = readDocuments(data.length > 0 ? data : [packagePath("README.md")]);
   const { train, validation } = splitDocuments(documents);
   const tokenizer = byteTokenizer(config.vocab_size);
   const model = new NemotronH(config, createParameters(device, config, 0));

@@ -1,6 +1,5 @@
 import { existsSync, rmSync } from "node:fs";
 import { join, relative } from "node:path";
-import { fileURLToPath } from "node:url";
 import { Generator } from "../../infer/engine.ts";
 import { GREEDY, type Sampling } from "../../infer/sampling.ts";
 import { generateText } from "../../infer/text.ts";
@@ -14,6 +13,7 @@ import { splitDocuments } from "../../train/data.ts";
 import { typescriptDeclarations } from "../../train/data.node.ts";
 import { makeRecipe } from "../../train/recipe.ts";
 import { defineCommand } from "../args.ts";
+import { packagePath } from "../package.ts";
 import { Progress } from "../progress.ts";
 import { colours, formatBytes, formatCount, formatDuration, table, wantsColour } from "../terminal.ts";
 import { runTraining } from "../training.ts";
@@ -47,7 +47,7 @@ export const quickstart = defineCommand({
     };
     const config = preset("tiny");
     const recipe = makeRecipe({ steps: options.steps, seed: options.seed });
-    const modules = fileURLToPath(new URL("../../../node_modules", import.meta.url));
+    const modules = packagePath("node_modules");
     const split = splitDocuments(typescriptDeclarations(existsSync(modules) ? modules : "node_modules"), {
       seed: 0, fraction: 0.04,
     });
