@@ -1,9 +1,9 @@
-// Causal attention, forward: out = softmax(scale q k^T) v, lse = log(sum(exp(scale q k^T))).
+// Attention, forward: out = softmax(scale q k^T) v, lse = log(sum(exp(scale q k^T))).
 //
 //   q, out [B, L, Hq, Dh] · k, v [B, Lk, Hkv, Dh] · lse [B, Hq, L] · seq_idx i32 [B, L] (condition `seq_idx`)
 //
-// Query t is at absolute position t + (Lk - L) and sees keys up to there (of its own seq_idx). Query head h
-// reads key/value head h / (Hq / Hkv). HEAD_VEC4 = Dh / 4 is at most 16. All arithmetic in f32.
+// Query t sees the keys 0 .. t + reach (of its own seq_idx): reach = Lk - L is causal attention, reach = Lk
+// shows every key. Query head h reads key/value head h / (Hq / Hkv). HEAD_VEC4 = Dh / 4 is at most 16. All arithmetic in f32.
 //
 // One invocation owns four (or two) neighbouring query rows of a head and walks over the keys; one workgroup
 // owns WG * OWNED rows and stops at the last key that any of them sees. Rows and results stay in registers
@@ -31,6 +31,7 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
+  reach: u32, // query t sees the keys 0 .. t + reach
   scale: f32,
 }
 @group(1) @binding(0) var<uniform> params: Params;
@@ -68,9 +69,8 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   if (b >= params.batch) { return; }
   let first = (tile % ntiles) * rows;
   let mine = first + lane * OWNED;
-  let shift = params.kv_seqlen - params.seqlen;
   let kv_head = b * params.kv_seqlen * params.nkv_heads + h / (params.nheads / params.nkv_heads);
-  let position = row_numbers(mine + shift);
+  let position = row_numbers(mine + params.reach);
 
   var row: Row;
   var q0 = Slab();
@@ -95,7 +95,7 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   var o3 = Slab();
   var top = Rows(HIDDEN);
   var total = Rows();
-  let end = min(first + rows, params.seqlen) + shift;
+  let end = min(min(first + rows, params.seqlen) + params.reach, params.kv_seqlen);
   for (var j = 0u; j < end; j++) {
     let at = (kv_head + j * params.nkv_heads) * HEAD_VEC4;
     var s = part_dot(key_part(at, 0u, quad), q0);

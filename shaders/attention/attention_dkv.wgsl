@@ -1,4 +1,4 @@
-// Causal attention, backward to keys and values. With p = exp(scale q k^T - lse) and ds = p * (dout v^T -
+// Attention, backward to keys and values. With p = exp(scale q k^T - lse) and ds = p * (dout v^T -
 // delta):
 //
 //   dv = sum over queries of p dout, dk = scale * sum over queries of ds q, both over all query heads of the
@@ -31,6 +31,7 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
+  reach: u32, // query t sees the keys 0 .. t + reach
   scale: f32,
 }
 @group(1) @binding(0) var<uniform> params: Params;
@@ -67,7 +68,6 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   let first = (tile % ntiles) * rows;
   let mine = first + lane * OWNED;
   let position = row_numbers(mine);
-  let shift = params.kv_seqlen - params.seqlen;
 
   var row: Row;
   var k0 = Slab();
@@ -103,7 +103,7 @@ fn attend(tile: u32, lane: u32, quad: u32) {
     @if(seq_idx) documents[r] = seq_idx[b * params.seqlen + j];
   }
 
-  let start = max(first, shift) - shift; // the first query that sees the first key
+  let start = max(first, params.reach) - params.reach; // the first query that sees the first key
   let group = params.nheads / params.nkv_heads;
   for (var h = hkv * group; h < (hkv + 1u) * group; h++) {
     for (var t = start; t < params.seqlen; t++) {
@@ -132,7 +132,7 @@ fn attend(tile: u32, lane: u32, quad: u32) {
       }
 
       let stat = stats[(b * params.nheads + h) * params.seqlen + t];
-      var seen = RowsU(t + shift) >= position;
+      var seen = RowsU(t + params.reach) >= position;
       @if(seq_idx) seen &= documents == RowsI(seq_idx[b * params.seqlen + t]);
       // The exponent is held at 0: the score of a masked key may exceed lse by any amount.
       let p = select(Rows(), exp(min(s - stat.x, Rows())), seen);

@@ -1,4 +1,4 @@
-// Causal attention, backward to the queries. With p = exp(scale q k^T - lse) and dp = dout v^T:
+// Attention, backward to the queries. With p = exp(scale q k^T - lse) and dp = dout v^T:
 //
 //   dq = scale * ds k, ds = p * (dp - delta)
 //   q, dout, dq [B, L, Hq, Dh] · k, v [B, Lk, Hkv, Dh] · stats = (lse, delta) [B, Hq, L, 2] · seq_idx i32 [B,
@@ -27,6 +27,7 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
+  reach: u32, // query t sees the keys 0 .. t + reach
   scale: f32,
 }
 @group(1) @binding(0) var<uniform> params: Params;
@@ -62,9 +63,8 @@ fn attend(tile: u32, lane: u32, quad: u32) {
   if (b >= params.batch) { return; }
   let first = (tile % ntiles) * rows;
   let mine = first + lane * OWNED;
-  let shift = params.kv_seqlen - params.seqlen;
   let kv_head = b * params.kv_seqlen * params.nkv_heads + h / (params.nheads / params.nkv_heads);
-  let position = row_numbers(mine + shift);
+  let position = row_numbers(mine + params.reach);
 
   var row: Row;
   var q0 = Slab();
@@ -101,7 +101,7 @@ fn attend(tile: u32, lane: u32, quad: u32) {
     @if(seq_idx) documents[r] = seq_idx[b * params.seqlen + t];
   }
 
-  let end = min(first + rows, params.seqlen) + shift;
+  let end = min(min(first + rows, params.seqlen) + params.reach, params.kv_seqlen);
   for (var j = 0u; j < end; j++) {
     let at = (kv_head + j * params.nkv_heads) * HEAD_VEC4;
     let k0 = key_part(at, 0u, quad);

@@ -1,4 +1,4 @@
-// Causal attention, forward, in workgroup tiles: out = softmax(scale q k^T) v, lse = log(sum(exp(scale q
+// Attention, forward, in workgroup tiles: out = softmax(scale q k^T) v, lse = log(sum(exp(scale q
 // k^T))).
 //
 // The same function as attention.wgsl (see there for shapes, positions, documents and numerics), for GPUs and
@@ -21,6 +21,7 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
+  reach: u32, // query t sees the keys 0 .. t + reach
   scale: f32,
 }
 @group(1) @binding(0) var<uniform> params: Params;
@@ -87,7 +88,6 @@ fn attention_tile(
   let first = (tile % ntiles) * 32u;
   let x = lane % 8u;
   let y = lane / 8u;
-  let shift = params.kv_seqlen - params.seqlen;
   let t = tile_rows(first, y);
   @if(seq_idx) let mine = documents(b, t);
 
@@ -95,7 +95,7 @@ fn attention_tile(
   var o: array<mat4x4f, MAX_SLABS>;
   var top = vec4f(HIDDEN);
   var total = vec4f(); // over the keys of this lane only
-  let end = min(first + 32u, params.seqlen) + shift;
+  let end = min(min(first + 32u, params.seqlen) + params.reach, params.kv_seqlen);
   for (var j = 0u; j < end; j += 32u) {
     var s = mat4x4f();
     for (var slab = 0u; slab < nslabs; slab++) {
@@ -109,7 +109,7 @@ fn attention_tile(
     @if(seq_idx) let others = documents(b, key);
     var seen = array<vec4<bool>, 4>();
     for (var r = 0u; r < 4u; r++) {
-      seen[r] = vec4u(min(t[r] + shift, params.kv_seqlen - 1u)) >= key;
+      seen[r] = vec4u(min(t[r] + params.reach, params.kv_seqlen - 1u)) >= key;
       @if(seq_idx) seen[r] &= others == vec4i(mine[r]);
       s[r] = select(vec4f(HIDDEN), s[r], seen[r]);
     }

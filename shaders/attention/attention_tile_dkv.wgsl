@@ -1,4 +1,4 @@
-// Causal attention, backward to keys and values, in workgroup tiles: dv = p^T dout, dk = scale * ds^T q,
+// Attention, backward to keys and values, in workgroup tiles: dv = p^T dout, dk = scale * ds^T q,
 // summed over the query heads of the group, ds = p * (dout v^T - delta).
 //
 // The same function as attention_dkv.wgsl (see there), for GPUs and for heads up to 256 wide. One workgroup
@@ -22,6 +22,7 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
+  reach: u32, // query t sees the keys 0 .. t + reach
   scale: f32,
 }
 @group(1) @binding(0) var<uniform> params: Params;
@@ -90,14 +91,13 @@ fn attention_tile_dkv(
   let first = (tile % ntiles) * 32u;
   let x = lane % 8u;
   let y = lane / 8u;
-  let shift = params.kv_seqlen - params.seqlen;
   let key = tile_rows(first, y);
   @if(seq_idx) let mine = documents(b, key);
 
   let nslabs = (HEAD_VEC4 + 7u) / 8u;
   var key_sums: array<mat4x4f, MAX_SLABS>;
   var value_sums: array<mat4x4f, MAX_SLABS>;
-  let start = max(first, shift) - shift; // the first query that sees the first key
+  let start = max(first, params.reach) - params.reach; // the first query that sees the first key
   let group = params.nheads / params.nkv_heads;
   for (var h = hkv * group; h < (hkv + 1u) * group; h++) {
     for (var i = start; i < params.seqlen; i += 32u) {
@@ -122,7 +122,7 @@ fn attention_tile_dkv(
       let by_kind = transpose(stat); // lse and delta of the four queries
       @if(seq_idx) let others = documents(b, t);
       for (var r = 0u; r < 4u; r++) {
-        var seen = inside & (t + shift >= vec4u(key[r]));
+        var seen = inside & (t + params.reach >= vec4u(key[r]));
         @if(seq_idx) seen &= others == vec4i(mine[r]);
         // The exponent is held at 0: the score of a masked key may exceed lse by any amount.
         s[r] = select(vec4f(), exp(min(s[r] - by_kind[0], vec4f())), seen);

@@ -1,4 +1,4 @@
-// Causal attention, backward to the queries, in workgroup tiles: dq = scale * ds k, ds = p * (dout v^T -
+// Attention, backward to the queries, in workgroup tiles: dq = scale * ds k, ds = p * (dout v^T -
 // delta).
 //
 // The same function as attention_dq.wgsl (see there), for GPUs and for heads up to 256 wide. One workgroup of
@@ -20,6 +20,7 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
+  reach: u32, // query t sees the keys 0 .. t + reach
   scale: f32,
 }
 @group(1) @binding(0) var<uniform> params: Params;
@@ -89,7 +90,6 @@ fn attention_tile_dq(
   let first = (tile % ntiles) * 32u;
   let x = lane % 8u;
   let y = lane / 8u;
-  let shift = params.kv_seqlen - params.seqlen;
   let t = tile_rows(first, y);
   let row = (b * params.nheads + h) * params.seqlen + min(t, vec4u(params.seqlen - 1u));
   var stat = array<vec2f, 4>(stats[row.x], stats[row.y], stats[row.z], stats[row.w]);
@@ -97,7 +97,7 @@ fn attention_tile_dq(
 
   let nslabs = (HEAD_VEC4 + 7u) / 8u;
   var sums: array<mat4x4f, MAX_SLABS>;
-  let end = min(first + 32u, params.seqlen) + shift;
+  let end = min(min(first + 32u, params.seqlen) + params.reach, params.kv_seqlen);
   for (var j = 0u; j < end; j += 32u) {
     var s = mat4x4f();
     var dp = mat4x4f();
@@ -116,7 +116,7 @@ fn attention_tile_dq(
     let key = tile_rows(j, x);
     @if(seq_idx) let others = documents(b, key);
     for (var r = 0u; r < 4u; r++) {
-      var seen = vec4u(min(t[r] + shift, params.kv_seqlen - 1u)) >= key;
+      var seen = vec4u(min(t[r] + params.reach, params.kv_seqlen - 1u)) >= key;
       @if(seq_idx) seen &= others == vec4i(mine[r]);
       // The exponent is held at 0: the score of a masked key may exceed lse by any amount.
       s[r] = select(vec4f(), exp(min(s[r] - stat[r].x, vec4f())) * (dp[r] - stat[r].y), seen);

@@ -15,6 +15,7 @@ export const manifest = {
       kv_seqlen: "u32",
       nheads: "u32",
       nkv_heads: "u32",
+      reach: "u32",
       scale: "f32",
     },
     overrides: {
@@ -64,6 +65,7 @@ export const manifest = {
       kv_seqlen: "u32",
       nheads: "u32",
       nkv_heads: "u32",
+      reach: "u32",
       scale: "f32",
     },
     overrides: {
@@ -91,6 +93,7 @@ export const manifest = {
       kv_seqlen: "u32",
       nheads: "u32",
       nkv_heads: "u32",
+      reach: "u32",
       scale: "f32",
     },
     overrides: {
@@ -117,6 +120,7 @@ export const manifest = {
       kv_seqlen: "u32",
       nheads: "u32",
       nkv_heads: "u32",
+      reach: "u32",
       scale: "f32",
     },
     overrides: {
@@ -144,6 +148,7 @@ export const manifest = {
       kv_seqlen: "u32",
       nheads: "u32",
       nkv_heads: "u32",
+      reach: "u32",
       scale: "f32",
     },
     overrides: {
@@ -170,6 +175,7 @@ export const manifest = {
       kv_seqlen: "u32",
       nheads: "u32",
       nkv_heads: "u32",
+      reach: "u32",
       scale: "f32",
     },
     overrides: {

@@ -9,6 +9,8 @@ export interface AttentionOptions {
   readonly scale: number;
   /** i32 [B, L] of document numbers, or null; needs Lk = L. A query sees only keys of its own number. */
   readonly seq_idx?: Tensor | null;
+  /** Whether a query sees only keys up to its own position, as by default, or all of them. */
+  readonly causal?: boolean;
 }
 
 interface Saved {
@@ -30,7 +32,7 @@ const DELTA_WG = 64;
  * Two structures compute the same: rows in the registers of single invocations, for adapters where loads and
  * barriers are dear, and workgroup tiles, for GPUs and for heads wider than 64.
  */
-function plan(q: Tensor, k: Tensor, { scale, seq_idx }: AttentionOptions) {
+function plan(q: Tensor, k: Tensor, { scale, seq_idx, causal = true }: AttentionOptions) {
   const [batch, seqlen, nheads, Dh] = q.shape as [number, number, number, number];
   const [, kv_seqlen, nkv_heads] = k.shape as [number, number, number];
   const tiled = !q.device.info.isSoftware || Dh > 64;
@@ -40,7 +42,9 @@ function plan(q: Tensor, k: Tensor, { scale, seq_idx }: AttentionOptions) {
   const rows = tiled ? TILE_ROWS : ROWS_WG * (Dh > 32 ? 2 : 4);
   const isEmpty = q.size === 0 || k.size === 0;
   return {
-    params: { batch, seqlen, kv_seqlen, nheads, nkv_heads, scale },
+    params: {
+      batch, seqlen, kv_seqlen, nheads, nkv_heads, reach: causal ? kv_seqlen - seqlen : kv_seqlen, scale,
+    },
     // Without the condition `seq_idx` the variable is bound but never read, so any tensor will do.
     seq_idx: seq_idx ?? q,
     tiled: tiled ? { constants: { HEAD_VEC4: Dh / 4 }, conditions } : null,
@@ -108,17 +112,17 @@ function resized(x: Tensor, cols: number): Tensor {
 }
 
 /**
- * softmax(scale * q k^T) v, causal, with grouped key and value heads; no L x Lk matrix is ever in memory.
+ * softmax(scale * q k^T) v, causal or over all keys, with grouped key and value heads; no L x Lk matrix is
+ * ever in memory.
  *
  * @param q  f32 [B, L, Hq, Dh], Dh at most 256; query t is at absolute position t + (Lk - L)
- * @param k  f32 [B, Lk, Hkv, Dh], Lk >= L, Hq a multiple of Hkv; v has the same shape. Query head h reads
- *   head
- *   floor(h / (Hq / Hkv))
+ * @param k  f32 [B, Lk, Hkv, Dh], Lk >= L where causal, Hq a multiple of Hkv; v has the same shape. Query
+ *   head h reads head floor(h / (Hq / Hkv))
  * @returns f32 [B, L, Hq, Dh]
  * @throws ShapeError for shapes that do not belong together
  *
  * Numerics  f32 throughout, online softmax; saves the log-sum-exp [B, Hq, L]. Sums have a fixed order.
- * Cost      2 B Hq L Lk Dh multiply-adds forward (half of it with Lk = L), 3.5 times that backward.
+ * Cost      2 B Hq L Lk Dh multiply-adds forward (half of it where causal with Lk = L), 3.5 times that backward.
  * Source    Dao 2023, FlashAttention-2 (arXiv 2307.08691).
  */
 export const attention = defineOp({
@@ -128,14 +132,14 @@ export const attention = defineOp({
     const [B, L, Hq, Dh] = q.shape as [number, number, number, number];
     const [, Lk = 0, Hkv = 0] = k.shape;
     check(Dh <= 256, "attention", "the head width of q", "at most 256", q);
+    const { seq_idx, causal = true } = options;
     check(
-      k.shape.length === 4 && k.shape[0] === B && k.shape[3] === Dh && Lk >= L, "attention", "k",
-      `[${B}, Lk >= ${L}, Hkv, ${Dh}]`, k,
+      k.shape.length === 4 && k.shape[0] === B && k.shape[3] === Dh && (Lk >= L || !causal), "attention", "k",
+      `[${B}, ${causal ? `Lk >= ${L}` : "Lk"}, Hkv, ${Dh}]`, k,
     );
     check(v.shape.join() === k.shape.join(), "attention", "v", `[${k.shape.join(", ")}]`, v);
     const groups = Hkv > 0 ? Hq % Hkv === 0 : Hq === 0;
     check(groups, "attention", "the number of key heads", `a divisor of ${Hq}`, Hkv);
-    const { seq_idx } = options;
     if (seq_idx) {
       const fits = seq_idx.shape.join() === `${B},${L}` && Lk === L;
       check(fits, "attention", "seq_idx", `[${B}, ${Lk}] with Lk = L`, seq_idx);

@@ -4,6 +4,8 @@ export interface AttentionOptions {
   readonly scale: number;
   /** i32 [B, L], requires Lk = L: a query sees only keys of its own value. */
   readonly seq_idx?: NdArray | null;
+  /** Default true; false shows every query all keys. */
+  readonly causal?: boolean;
 }
 
 interface Row {
@@ -22,6 +24,7 @@ function forEachRow(q: NdArray, k: NdArray, options: AttentionOptions, visit: (r
   const [B, L, Hq, Dh] = q.shape as [number, number, number, number];
   const [, Lk, Hkv] = k.shape as [number, number, number];
   const seq = options.seq_idx?.data;
+  const causal = options.causal ?? true;
   for (let b = 0; b < B; b++) {
     for (let t = 0; t < L; t++) {
       for (let h = 0; h < Hq; h++) {
@@ -29,7 +32,8 @@ function forEachRow(q: NdArray, k: NdArray, options: AttentionOptions, visit: (r
         const hkv = Math.floor(h / (Hq / Hkv));
         const kv = (j: number): number => ((b * Lk + j) * Hkv + hkv) * Dh;
         const keys: number[] = [];
-        for (let j = 0; j <= t + Lk - L; j++) if (!seq || seq[b * L + t] === seq[b * L + j]) keys.push(j);
+        const end = causal ? t + Lk - L + 1 : Lk;
+        for (let j = 0; j < end; j++) if (!seq || seq[b * L + t] === seq[b * L + j]) keys.push(j);
         const scores = keys.map((j) => {
           let dot = 0;
           for (let d = 0; d < Dh; d++) dot += q.data[row + d]! * k.data[kv(j) + d]!;
@@ -45,11 +49,11 @@ function forEachRow(q: NdArray, k: NdArray, options: AttentionOptions, visit: (r
 }
 
 /**
- * O = softmax(scale * Q K^T, causal) V, with grouped key and value heads.
+ * O = softmax(scale * Q K^T, causal or not) V, with grouped key and value heads.
  *
- * q [B, L, Hq, Dh], k and v [B, Lk, Hkv, Dh], Hq a multiple of Hkv, Lk >= L -> [B, L, Hq, Dh]. Query head h
- * uses key/value head floor(h / (Hq / Hkv)). Query t is at absolute position t + (Lk - L) and sees keys up to
- * there.
+ * q [B, L, Hq, Dh], k and v [B, Lk, Hkv, Dh], Hq a multiple of Hkv -> [B, L, Hq, Dh]. Query head h uses
+ * key/value head floor(h / (Hq / Hkv)). Query t is at absolute position t + (Lk - L); where causal it sees
+ * keys up to there and Lk >= L.
  */
 export function attention(q: NdArray, k: NdArray, v: NdArray, options: AttentionOptions): NdArray {
   const Dh = q.shape[3]!;

@@ -10,12 +10,19 @@ interface Sizes {
   Hkv: number;
   Dh: number;
   deviation?: number;
+  causal?: boolean;
 }
 
-const args = ({ B = 1, L, Lk = L, Hq, Hkv, Dh, deviation = 1 }: Sizes, seq_idx?: number[]) => (r: Draw) => [
-  r.normal([B, L, Hq, Dh], deviation), r.normal([B, Lk, Hkv, Dh], deviation), r.normal([B, Lk, Hkv, Dh]),
-  { scale: Dh ** -0.5, seq_idx: seq_idx ? r.of([B, L], seq_idx, "i32") : null },
-];
+const args = (sizes: Sizes, seq_idx?: number[]) => (r: Draw) => {
+  const { B = 1, L, Lk = L, Hq, Hkv, Dh, deviation = 1, causal } = sizes;
+  return [
+    r.normal([B, L, Hq, Dh], deviation), r.normal([B, Lk, Hkv, Dh], deviation), r.normal([B, Lk, Hkv, Dh]),
+    {
+      scale: Dh ** -0.5, seq_idx: seq_idx ? r.of([B, L], seq_idx, "i32") : null,
+      ...causal !== undefined && { causal },
+    },
+  ];
+};
 const documents = (...lengths: number[]) => lengths.flatMap((length, i) => Array<number>(length).fill(i));
 
 export default opSamples({
@@ -54,6 +61,25 @@ export default opSamples({
     {
       name: "documents of one token",
       args: args({ L: 9, Hq: 2, Hkv: 1, Dh: 8 }, [0, 1, 1, 2, 3, 4, 4, 4, 5]),
+    },
+    {
+      name: "all keys, odd length, groups of two heads",
+      args: args({ B: 2, L: 37, Hq: 4, Hkv: 2, Dh: 8, causal: false }),
+    },
+    { name: "all keys, heads of 64", args: args({ L: 35, Hq: 2, Hkv: 1, Dh: 64, causal: false }) },
+    {
+      name: "all keys, heads of 128", reduction: 128,
+      args: args({ L: 35, Lk: 39, Hq: 2, Hkv: 1, Dh: 128, causal: false }),
+    },
+    { name: "all keys, more of them", args: args({ L: 5, Lk: 38, Hq: 2, Hkv: 2, Dh: 16, causal: false }) },
+    { name: "all keys, fewer of them", args: args({ L: 35, Lk: 3, Hq: 2, Hkv: 1, Dh: 16, causal: false }) },
+    {
+      name: "all keys of the own document",
+      args: args({ B: 2, L: 35, Hq: 4, Hkv: 2, Dh: 12, causal: false }, documents(9, 26, 33, 2)),
+    },
+    {
+      name: "all keys of the own document, heads of 76",
+      args: args({ B: 2, L: 35, Hq: 2, Hkv: 1, Dh: 76, causal: false }, documents(9, 26, 33, 2)),
     },
   ],
   errors: [
