@@ -279,6 +279,23 @@ export const manifest = {
       columns: ["dst","params","src"],
     },
   },
+  "elementwise/convert": {
+    bindings: {
+      x: { binding: 0, access: "read" },
+      y: { binding: 1, access: "read_write" },
+    },
+    params: {
+      count: "u32",
+    },
+    overrides: {
+      WG: "u32",
+      EACH: "u32",
+    },
+    conditions: ["x_bf16","x_f16","y_bf16","y_f16"],
+    entries: {
+      convert: ["params","x","y"],
+    },
+  },
   "elementwise/embedding": {
     bindings: {
       ids: { binding: 0, access: "read" },

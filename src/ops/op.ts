@@ -3,7 +3,8 @@
  * called while a tape listens is recorded; called inside another op it is just its forward.
  */
 import { scope } from "../tensor/scope.ts";
-import { Tensor } from "../tensor/tensor.ts";
+import { DTypeError } from "../tensor/errors.ts";
+import { isFloat, isHalf, Tensor } from "../tensor/tensor.ts";
 
 /** Gradients by argument position; null or missing where there is none. */
 export type Gradients = readonly (Tensor | null | undefined)[];
@@ -19,6 +20,8 @@ export interface OpDefinition<A extends unknown[], R extends Tensor | Tensor[], 
   readonly name: string;
   /** Positions of arguments that are changed in place. Such an op has no backward. */
   readonly mutates?: readonly number[];
+  /** Positions of arguments that may be stored as f16 or bf16; everywhere else halves are refused. */
+  readonly halves?: readonly number[];
   forward(ctx: OpContext<S>, ...args: A): R;
   /**
    * @param saved what forward saved
@@ -76,9 +79,15 @@ function withRecorder<T>(listener: typeof recorder, body: () => T): T {
 export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
   definition: OpDefinition<A, R, S>,
 ): Op<A, R> {
-  const { name, backward } = definition;
+  const { name, backward, halves = [] } = definition;
   const call = (...args: A): R => {
     const listener = recorder;
+    for (let i = 0; i < args.length; i++) {
+      const argument = args[i];
+      if (argument instanceof Tensor && isHalf(argument.dtype) && !halves.includes(i)) {
+        throw new DTypeError(`${name}: argument ${i + 1} must be f32, found ${argument.dtype}.`);
+      }
+    }
     const needs = args.map((argument) => argument instanceof Tensor && argument.requiresGrad);
     const recording = listener !== null && backward !== undefined && needs.includes(true);
     let saved: { values: S; tensors: Tensor[] } | null = null;
@@ -97,7 +106,7 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
     }
     if (recording) {
       const outputs = Array.isArray(result) ? result : [result as Tensor];
-      for (const output of outputs) if (output.dtype === "f32") output.requiresGrad = true;
+      for (const output of outputs) if (isFloat(output.dtype)) output.requiresGrad = true;
       const kept = saved as { values: S; tensors: Tensor[] } | null;
       listener({
         name,

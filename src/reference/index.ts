@@ -1,6 +1,7 @@
 export * from "./adamw.ts";
 export * from "./attention.ts";
 export * from "./bmm_chunk.ts";
+export * from "./cast.ts";
 export * from "./causal_conv1d.ts";
 export * from "./chunk_cumsum.ts";
 export * from "./chunk_scan.ts";

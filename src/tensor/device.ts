@@ -3,7 +3,7 @@ import { type AdapterHandle, chooseAdapter } from "../gpu/adapters.ts";
 import { type GpuOptions, Gpu, requestGpuDevice } from "../gpu/gpu.ts";
 import { ShapeError } from "./errors.ts";
 import { sizeOf } from "./ndarray.ts";
-import { Tensor, type TensorDType } from "./tensor.ts";
+import { isHalf, storageBytes, Tensor, type TensorDType } from "./tensor.ts";
 
 export interface DeviceOptions extends GpuOptions {
   /**
@@ -34,7 +34,7 @@ export class Device extends Gpu {
   /** A tensor with uninitialised elements. */
   empty(shape: readonly number[], dtype: TensorDType = "f32"): Tensor {
     this.assertUsable();
-    const storage = this.pool.allocate(Math.max(16, sizeOf(shape) * 4));
+    const storage = this.pool.allocate(Math.max(16, storageBytes(sizeOf(shape), dtype)));
     return new Tensor(this, storage, 0, [...shape], dtype);
   }
 
@@ -46,8 +46,8 @@ export class Device extends Gpu {
   }
 
   /**
-   * A tensor with the given elements. The dtype follows the array;
-   * a plain list becomes `dtype`, f32 by default.
+   * A tensor with the given elements. The dtype follows the array, but floats may be rounded to the halves
+   * f16 and bf16; a plain list becomes `dtype`, f32 by default.
    * @throws ShapeError when the count does not fit the shape.
    */
   tensor(
@@ -58,7 +58,7 @@ export class Device extends Gpu {
       throw new ShapeError(`tensor: [${shape}] holds ${sizeOf(shape)} elements, found ${values.length}.`);
     }
     let kind = dtype;
-    if (values instanceof Float32Array) kind = "f32";
+    if (values instanceof Float32Array) kind = dtype && isHalf(dtype) ? dtype : "f32";
     else if (values instanceof Int32Array) kind = "i32";
     else if (values instanceof Uint32Array) kind = "u32";
     const array = ArrayBuffer.isView(values) ? values as Float32Array | Int32Array | Uint32Array

@@ -1,12 +1,35 @@
 import type { BufferView } from "../gpu/gpu.ts";
 import type { PooledBuffer } from "../gpu/pool.ts";
 import type { Device } from "./device.ts";
-import { ShapeError } from "./errors.ts";
+import { decodeFloat32, encodeFloat } from "./dtype.ts";
+import { DTypeError, ShapeError } from "./errors.ts";
 import { sizeOf } from "./ndarray.ts";
 import { register } from "./scope.ts";
 
-/** Element types of tensors on the GPU; all are four bytes wide. */
-export type TensorDType = "f32" | "i32" | "u32";
+/**
+ * Element types of tensors on the GPU: four bytes wide, or two for the halves f16 and bf16, which lie packed
+ * in pairs (element 2 i in the low half of word i) and are decoded to f32 where they are read.
+ */
+export type TensorDType = "f32" | "i32" | "u32" | "f16" | "bf16";
+/** The 16-bit storage formats. */
+export type HalfDType = "f16" | "bf16";
+
+export function isHalf(dtype: TensorDType): dtype is HalfDType {
+  return dtype === "f16" || dtype === "bf16";
+}
+
+/** Whether elements are real numbers, which may have gradients; gradients themselves are f32. */
+export function isFloat(dtype: TensorDType): boolean {
+  return dtype === "f32" || isHalf(dtype);
+}
+
+/** Bytes of `size` elements, in whole words. */
+export function storageBytes(size: number, dtype: TensorDType): number {
+  return isHalf(dtype) ? Math.ceil(size / 2) * 4 : size * 4;
+}
+
+/** The halves' names in files. */
+const FILE_DTYPE = { f16: "F16", bf16: "BF16" } as const;
 
 let nextKey = 1;
 
@@ -47,7 +70,7 @@ export class Tensor implements BufferView {
   }
 
   get byteLength(): number {
-    return this.size * 4;
+    return storageBytes(this.size, this.dtype);
   }
 
   /**
@@ -95,11 +118,14 @@ export class Tensor implements BufferView {
   }
 
   /**
-   * Runs what was recorded and reads the elements back.
+   * Runs what was recorded and reads the elements back; halves as the f32 values they stand for.
    * @throws the device's failure, if there was one.
    */
   async read(): Promise<Float32Array | Int32Array | Uint32Array> {
     const bytes = await this.device.readBytes(this);
+    if (isHalf(this.dtype)) {
+      return decodeFloat32(FILE_DTYPE[this.dtype], new Uint8Array(bytes)).subarray(0, this.size);
+    }
     return this.dtype === "f32"
       ? new Float32Array(bytes)
       : this.dtype === "i32" ? new Int32Array(bytes) : new Uint32Array(bytes);
@@ -111,17 +137,34 @@ export class Tensor implements BufferView {
     return (await this.read())[0]!;
   }
 
-  /** Overwrites the elements from the start with `values`; the copy happens in the device's order of work. */
+  /**
+   * Overwrites the elements from the start with `values`; the copy happens in the device's order of work.
+   * Halves round every value to the nearest, ties to even.
+   * @throws ShapeError for too many values, or an odd count that would split a pair of halves.
+   */
   write(values: Float32Array | Int32Array | Uint32Array): void {
     if (values.length > this.size) {
       throw new ShapeError(`write: [${this.shape}] holds ${this.size} elements, found ${values.length}.`);
     }
-    const bytes = new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
-    this.device.stream.write(this.storage, this.byteOffset, bytes);
+    this.device.stream.write(this.storage, this.byteOffset, this.#encoded(values));
   }
 
-  /** Overwrites the elements with those of another tensor of the same size. */
+  #encoded(values: Float32Array | Int32Array | Uint32Array): Uint8Array {
+    if (!isHalf(this.dtype)) return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
+    if (values.length % 2 !== 0 && values.length !== this.size) {
+      throw new ShapeError(
+        `write: ${this.dtype} [${this.shape}] takes an even count of values, found ${values.length}.`);
+    }
+    const padded = new Float32Array(values.length + (values.length % 2));
+    padded.set(values);
+    return encodeFloat(FILE_DTYPE[this.dtype], padded);
+  }
+
+  /** Overwrites the elements with those of another tensor of the same size and dtype. */
   copyFrom(other: Tensor): void {
+    if (other.dtype !== this.dtype) {
+      throw new DTypeError(`copyFrom: expected ${this.dtype} elements, found ${other.dtype}.`);
+    }
     if (other.size !== this.size) {
       throw new ShapeError(`copyFrom: expected ${this.size} elements, found [${other.shape}].`);
     }

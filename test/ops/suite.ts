@@ -7,7 +7,8 @@ import type { Op } from "../../src/ops/op.ts";
 import type { Device } from "../../src/tensor/device.ts";
 import { type NdArray, ndarray, sizeOf } from "../../src/tensor/ndarray.ts";
 import { scope } from "../../src/tensor/scope.ts";
-import { Tensor, type TensorDType } from "../../src/tensor/tensor.ts";
+import { decodeFloat32, encodeFloat } from "../../src/tensor/dtype.ts";
+import { type HalfDType, isFloat, Tensor, type TensorDType } from "../../src/tensor/tensor.ts";
 
 /** An NdArray that becomes a tensor of this dtype on the device. */
 export interface HostTensor extends NdArray {
@@ -44,6 +45,12 @@ export class Draw {
   integers(shape: readonly number[], low: number, high: number, dtype: "i32" | "u32" = "i32"): HostTensor {
     return this.#fill(shape, dtype, () => low + Math.floor((high - low) * this.next()));
   }
+  /** The same values rounded to f16 or bf16, and stored so. */
+  half(host: HostTensor, dtype: HalfDType): HostTensor {
+    const file = dtype === "f16" ? "F16" : "BF16";
+    const data = Float64Array.from(decodeFloat32(file, encodeFloat(file, host.data as Float64Array)));
+    return { shape: host.shape, data, dtype };
+  }
   /** Given values. */
   of(shape: readonly number[], values: readonly number[], dtype: TensorDType = "f32"): HostTensor {
     let i = 0;
@@ -67,6 +74,8 @@ export interface OpSamples {
   /** float64 gradients: one per output, then the op's arguments. */
   readonly vjp?: (grads: (NdArray | null)[], ...args: never[]) => (NdArray | null | undefined)[];
   readonly samples: readonly Sample[];
+  /** The forward rounds and the gradient looks through it, so that no central difference shows it. */
+  readonly straightThrough?: boolean;
   readonly errors?: readonly { name: string; args: (r: Draw) => unknown[]; message: RegExp }[];
 }
 
@@ -75,7 +84,8 @@ export interface OpSamples {
  * a wrong argument fails when it runs.
  */
 export function opSamples(spec: {
-  op: unknown; reference: unknown; vjp?: unknown; samples: readonly Sample[]; errors?: OpSamples["errors"];
+  op: unknown; reference: unknown; vjp?: unknown; samples: readonly Sample[]; straightThrough?: boolean;
+  errors?: OpSamples["errors"];
 }): OpSamples {
   return spec as OpSamples;
 }
@@ -95,7 +105,7 @@ function mapTensors(value: Argument, f: (host: HostTensor) => unknown): unknown 
 }
 
 function upload(device: Device, host: HostTensor): Tensor {
-  const array = host.dtype === "f32" ? Float32Array : host.dtype === "i32" ? Int32Array : Uint32Array;
+  const array = isFloat(host.dtype) ? Float32Array : host.dtype === "i32" ? Int32Array : Uint32Array;
   return device.tensor(array.from(host.data), host.shape, host.dtype);
 }
 
@@ -172,7 +182,7 @@ export async function checkSample(device: Device, spec: OpSamples, sample: Sampl
       return tensor;
     }));
     const differentiable = args.map((arg) =>
-      spec.op.differentiable && arg instanceof Tensor && arg.dtype === "f32");
+      spec.op.differentiable && arg instanceof Tensor && isFloat(arg.dtype));
     args.forEach((arg, i) => {
       if (differentiable[i]) (arg as Tensor).requiresGrad = true;
     });
@@ -180,7 +190,7 @@ export async function checkSample(device: Device, spec: OpSamples, sample: Sampl
     const results: NdArray[] = [];
     const outputs = flatten(tape.run(() => call(...args))) as Tensor[];
     const mutated = spec.op.mutates.map((i) => args[i] as Tensor);
-    integer = [...outputs, ...mutated].map((tensor) => tensor.dtype !== "f32");
+    integer = [...outputs, ...mutated].map((tensor) => !isFloat(tensor.dtype));
     for (const tensor of [...outputs, ...mutated]) results.push(await download(tensor));
     if (spec.op.differentiable) {
       if (run === 0) hostGrads = outputs.map((output) => output.requiresGrad ? r.normal(output.shape) : null);
@@ -211,11 +221,11 @@ export async function checkSample(device: Device, spec: OpSamples, sample: Sampl
       ...sample.args(draw()).map((arg) => mapTensors(arg, (h) => ndarray(h.shape, h.data.slice()))));
     let at = expectedAll.length;
     host.forEach((arg, i) => {
-      if (!isHost(arg) || arg.dtype !== "f32") return;
+      if (!isHost(arg) || !isFloat(arg.dtype)) return;
       compare(
         `${label} gradient of argument ${i}`, first[at++]!, expected[i] ?? ndarray(arg.shape), 4 * tolerance);
     });
-    directional(label, spec, host, hostGrads);
+    if (!spec.straightThrough) directional(label, spec, host, hostGrads);
   }
   first.forEach((array, i) => compare(`${label} result ${i}, run again`, second[i]!, array, 0));
   if (device.pool.liveBytes !== before) {
@@ -233,7 +243,7 @@ function directional(
   const plain = (arg: unknown) => mapTensors(arg, (h) => ndarray(h.shape, h.data.slice()));
   const expected = vjp(grads.map((g) => g && ndarray(g.shape, g.data)), ...host.map(plain));
   const directions = host.map((arg, i) =>
-    isHost(arg) && arg.dtype === "f32" && expected[i] ? r.normal(arg.shape) : null);
+    isHost(arg) && isFloat(arg.dtype) && expected[i] ? r.normal(arg.shape) : null);
   let analytic = 0;
   let scale = 0;
   directions.forEach((direction, i) => direction?.data.forEach((d, j) => {
