@@ -3,7 +3,8 @@
 //   q, out [B, L, Hq, Dh] · k, v [B, Lk, Hkv, Dh] · lse [B, Hq, L] · seq_idx i32 [B, L] (condition `seq_idx`)
 //
 // Query t sees the keys 0 .. t + reach (of its own seq_idx): reach = Lk - L is causal attention, reach = Lk
-// shows every key. Query head h reads key/value head h / (Hq / Hkv). HEAD_VEC4 = Dh / 4 is at most 16. All arithmetic in f32.
+// shows every key. Query head h reads key/value head h / (Hq / Hkv). HEAD_VEC4 = Dh / 4 is at most 16. All
+// arithmetic in f32.
 //
 // One invocation owns four (or two) neighbouring query rows of a head and walks over the keys; one workgroup
 // owns WG * OWNED rows and stops at the last key that any of them sees. Rows and results stay in registers

@@ -58,7 +58,7 @@ const MATMUL = {
 const COPY = ["var sum = acc;", "var sum = mat4x4f(acc[0], acc[1], acc[2], acc[3]);"] as const;
 /** Three queries over 35 keys: two tiles of keys, of which the second holds what masks hide. */
 const TILED = {
-  params: { batch: 1, seqlen: 3, kv_seqlen: 35, nheads: 1, nkv_heads: 1, scale: 0.35 },
+  params: { batch: 1, seqlen: 3, kv_seqlen: 35, nheads: 1, nkv_heads: 1, reach: 32, scale: 0.35 },
   constants: { HEAD_VEC4: 1 }, workgroups: [1],
 } as const;
 const tiled = { q: normal(12), k: normal(140), v: normal(140), seq_idx: 35 };
@@ -68,8 +68,8 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
   "attention/attention_tile:attention_tile": {
     bind: { ...tiled, out: 12, lse: 3 }, ...TILED,
     rewrite: [
-      COPY, ["seen[r] = vec4u(min(t[r] + shift, params.kv_seqlen - 1u)) >= key;", ""],
-      [", seen[r])", ", vec4u(t[r] + shift) >= key)"],
+      COPY, ["seen[r] = vec4u(min(t[r] + params.reach, params.kv_seqlen - 1u)) >= key;", ""],
+      [", seen[r])", ", vec4u(t[r] + params.reach) >= key)"],
     ],
   },
   "attention/attention_tile_dkv:attention_tile_dkv": {
