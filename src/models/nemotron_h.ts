@@ -61,6 +61,8 @@ export interface LossOptions {
   readonly mtp_scale: number;
   /** Coefficient of the sequence-wise balancing loss; 0 leaves it out. */
   readonly aux_coeff: number;
+  /** Keep the input of every block alone and compute the rest again in the backward pass. */
+  readonly recompute?: boolean;
 }
 
 export interface Loss {
@@ -154,7 +156,9 @@ export class NemotronH {
     const { hidden_size: D } = this.config;
     const [B, L] = batch.input_ids.shape as [number, number];
     const routing: Routing[] = [];
-    const context: ForwardContext = { seq_idx: batch.seq_idx, step: null, routing };
+    const context: ForwardContext = {
+      seq_idx: batch.seq_idx, step: null, routing, recompute: options.recompute === true,
+    };
     const crossEntropy = (h: Tensor, targets: Tensor) =>
       linear_cross_entropy(h.reshape([B * L, D]), this.lm_head, targets.reshape([B * L]), {});
 

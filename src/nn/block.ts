@@ -1,10 +1,11 @@
+import { recompute } from "../autograd/recompute.ts";
 import { add } from "../ops/elementwise.ts";
 import { rms_norm } from "../ops/rms_norm.ts";
 import type { Device } from "../tensor/device.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { Attention, type KVCache } from "./attention.ts";
-import type { ForwardContext } from "./context.ts";
+import type { ForwardContext, Routing } from "./context.ts";
 import { Mamba2, type Mamba2Cache } from "./mamba2.ts";
 import type { MLP } from "./mlp.ts";
 import type { MoE } from "./moe.ts";
@@ -35,6 +36,19 @@ export class Block {
 
   /** (batch, seqlen, hidden) -> (batch, seqlen, hidden) */
   forward(x: Tensor, context: ForwardContext, cache: LayerCache): Tensor {
+    if (!context.recompute) return this.#run(x, context, cache);
+    let routing: Routing[] = [];
+    const kept = context.seq_idx ? [x, context.seq_idx] : [x];
+    const [y] = recompute(kept, () => {
+      routing = [];
+      const result = this.#run(x, { ...context, routing }, cache);
+      return [result, ...routing.flatMap(({ logits, weight, index }) => [logits, weight, index])];
+    });
+    context.routing?.push(...routing); // that of the first run; the second one has a list of its own
+    return y!;
+  }
+
+  #run(x: Tensor, context: ForwardContext, cache: LayerCache): Tensor {
     const { mixer } = this;
     return scope(() => {
       const normed = rms_norm(x, this.norm, this.eps);

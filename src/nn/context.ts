@@ -20,6 +20,8 @@ export interface ForwardContext {
   readonly step: Step | null;
   /** Filled with one entry per MoE layer when given. */
   readonly routing: Routing[] | null;
+  /** Training: every block keeps its input alone and runs a second time in the backward pass. */
+  readonly recompute?: boolean;
 }
 
 /** Progress of an incremental run. */

@@ -50,7 +50,7 @@ export interface OpRecord {
   release(): void;
 }
 
-let recorder: ((record: OpRecord) => void) | null = null;
+let listening: ((record: OpRecord) => void) | null = null;
 
 /** All ops by name. */
 export const registry = new Map<string, Op>();
@@ -60,18 +60,23 @@ export function recordOps<T>(listener: (record: OpRecord) => void, body: () => T
   return withRecorder(listener, body);
 }
 
+/** Where differentiable ops go that run now; null where nobody records them. */
+export function recorder(): ((record: OpRecord) => void) | null {
+  return listening;
+}
+
 /** Runs `body` without recording. */
 export function noGrad<T>(body: () => T): T {
   return withRecorder(null, body);
 }
 
-function withRecorder<T>(listener: typeof recorder, body: () => T): T {
-  const outer = recorder;
-  recorder = listener;
+function withRecorder<T>(listener: typeof listening, body: () => T): T {
+  const outer = listening;
+  listening = listener;
   try {
     return body();
   } finally {
-    recorder = outer;
+    listening = outer;
   }
 }
 
@@ -81,7 +86,7 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
 ): Op<A, R> {
   const { name, backward, halves = [] } = definition;
   const call = (...args: A): R => {
-    const listener = recorder;
+    const listener = listening;
     for (let i = 0; i < args.length; i++) {
       const argument = args[i];
       if (argument instanceof Tensor && isHalf(argument.dtype) && !halves.includes(i)) {

@@ -52,7 +52,8 @@ export class AdamW {
    * @returns the global gradient norm before clipping, [1]
    */
   update(gradients: GradientMap): Tensor {
-    const norm = global_norm([...gradients.values()]);
+    // In the order of the parameters, whatever that of the gradients: the sum's last bits depend on it.
+    const norm = global_norm([...this.#parameters.values()].flatMap(({ key }) => gradients.get(key) ?? []));
     const scale = clip_scale(norm, this.options.clip);
     const decays = this.options.decays ?? decaysByDefault;
     for (const [name, parameter] of this.#parameters) {

@@ -27,6 +27,8 @@ export interface TrainerOptions extends AdamWOptions {
   readonly aux_coeff: number;
   /** Step of the correction bias of every expert towards an even load; 0 leaves it. */
   readonly bias_rate: number;
+  /** Less memory for a second forward pass of every block; the gradients stay the same bit for bit. */
+  readonly recompute?: boolean;
 }
 
 export interface StepMetrics {

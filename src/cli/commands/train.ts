@@ -54,6 +54,10 @@ export const train = defineCommand({
     mtpScale: { type: "number", min: 0, help: "Weight of the MTP loss (0.3)." },
     auxCoeff: { type: "number", min: 0, help: "Coefficient of the balancing loss (1e-4)." },
     biasRate: { type: "number", min: 0, help: "Step of the experts' correction biases (1e-3)." },
+    recompute: {
+      type: "boolean",
+      help: "Less memory, longer steps: each block runs a second time for its gradients, which stay the same.",
+    },
     evalEvery: {
       type: "integer", min: 0, default: 0, help: "Steps between evaluations; 0: only at the end.",
     },
@@ -161,6 +165,7 @@ async function plan(options: {
   readonly weightDecay: number | undefined; readonly clip: number | undefined;
   readonly mtpDepths: number | undefined; readonly mtpScale: number | undefined;
   readonly auxCoeff: number | undefined; readonly biasRate: number | undefined;
+  readonly recompute: boolean;
   readonly evalEvery: number; readonly evalRows: number | undefined;
 }): Promise<Plan> {
   const given: GivenRecipe = {
@@ -169,7 +174,7 @@ async function plan(options: {
     schedule: options.schedule, warmup: options.warmup, decay: options.decay,
     weight_decay: options.weightDecay, clip: options.clip,
     mtp_depths: options.mtpDepths, mtp_scale: options.mtpScale,
-    aux_coeff: options.auxCoeff, bias_rate: options.biasRate,
+    aux_coeff: options.auxCoeff, bias_rate: options.biasRate, recompute: options.recompute || undefined,
     eval_rows: options.evalRows, eval_every: options.evalEvery,
   };
   if (!options.resume) {
@@ -181,7 +186,7 @@ async function plan(options: {
   if (!checkpoint) throw new KraitError(`There is no checkpoint in ${options.out} to resume from.`);
   const { recipe, steps: doneBefore } = await readSavedRun(checkpoint);
   // what may change without making another run of it
-  const free = new Set(["steps", "eval_every", "eval_rows"]);
+  const free = new Set(["steps", "eval_every", "eval_rows", "recompute"]);
   for (const [key, value] of Object.entries(given)) {
     const before = recipe[key as keyof Recipe];
     if (value !== undefined && value !== before && !free.has(key)) {
@@ -196,6 +201,7 @@ async function plan(options: {
     config: parseConfig(readFileSync(join(checkpoint.path, "config.json"))),
     recipe: makeRecipe({
       ...rest, steps, eval_every: options.evalEvery, eval_rows: options.evalRows ?? recipe.eval_rows,
+      recompute: options.recompute || recipe.recompute,
     }),
     tokenizerFolder: checkpoint.path, doneBefore,
   };

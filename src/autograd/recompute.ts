@@ -1,0 +1,55 @@
+import { recorder, recordOps } from "../ops/op.ts";
+import { register, scope } from "../tensor/scope.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { type GradientMap, Tape } from "./tape.ts";
+
+/**
+ * Runs `body` and keeps its inputs alone for the backward pass, which runs it a second time for whatever its
+ * ops would have kept. The gradients are those of a plain run, bit for bit: the same launches on the same
+ * values.
+ *
+ * @param inputs what `body` reads besides parameters; kept until the backward pass
+ * @param body the same work at every call, without effects; returns its results
+ * @returns the results of the first call
+ */
+export function recompute(inputs: readonly Tensor[], body: () => Tensor[]): Tensor[] {
+  const listener = recorder();
+  if (!listener) return scope(body);
+  const leaves = new Set<number>();
+  const made = new Set<number>();
+  const results = recordOps((record) => {
+    for (const { key } of record.inputs) if (!made.has(key)) leaves.add(key);
+    for (const { key } of record.outputs) made.add(key);
+    record.release();
+  }, () => scope(body));
+  for (const input of inputs) input.retain();
+  listener({
+    name: "recompute",
+    inputs: [...leaves].map((key, argument) => ({ key, argument })),
+    outputs: results.map(({ key, shape }) => ({ key, shape })),
+    backward(grads) {
+      const gradients = scope(() => runAgain(body, grads));
+      register({
+        release() {
+          for (const gradient of gradients.values()) gradient.release();
+        },
+      });
+      return [...leaves].map((key) => gradients.get(key));
+    },
+    release() {
+      for (const input of inputs) input.release();
+    },
+  });
+  return results;
+}
+
+function runAgain(body: () => Tensor[], grads: readonly (Tensor | null)[]): GradientMap {
+  const tape = new Tape();
+  try {
+    const results = tape.run(() => scope(body));
+    const reached = grads.flatMap((grad, i) => (grad ? [{ result: results[i]!, grad }] : []));
+    return tape.backward(reached.map(({ result }) => result), reached.map(({ grad }) => grad));
+  } finally {
+    tape.dispose();
+  }
+}
