@@ -23,6 +23,21 @@ export interface AdapterInfo {
   readonly limits: Record<string, number>;
 }
 
+/** Who made an adapter, as far as kernels are concerned. */
+export type AdapterFamily = "software" | "nvidia" | "amd" | "intel" | "apple" | "qualcomm" | "arm" | "other";
+
+const FAMILY_SIGNS: readonly (readonly [AdapterFamily, RegExp])[] = [
+  ["nvidia", /nvidia|geforce|quadro|tesla|tegra/], ["amd", /\bamd\b|radeon|instinct|\bati\b/],
+  ["intel", /intel/], ["apple", /apple/], ["qualcomm", /qualcomm|adreno/], ["arm", /\barm\b|mali/],
+];
+
+/** The family whose shipped defaults suit an adapter. */
+export function adapterFamily({ isSoftware, vendor, architecture, name }: AdapterInfo): AdapterFamily {
+  if (isSoftware) return "software";
+  const words = `${vendor} ${architecture} ${name}`.toLowerCase();
+  return FAMILY_SIGNS.find(([, sign]) => sign.test(words))?.[0] ?? "other";
+}
+
 /** One adapter found here. `request` may be called many times: a GPUAdapter makes one device only. */
 export interface AdapterHandle {
   readonly info: AdapterInfo;
@@ -151,6 +166,7 @@ function rank(info: AdapterInfo): number {
   return kind + (place < 0 ? SOFTWARE_ORDER.length : place);
 }
 
-function environment(name: string): string | undefined {
+/** A variable of the process's environment; undefined in a page. */
+export function environment(name: string): string | undefined {
   return typeof process === "undefined" ? undefined : process.env[name];
 }

@@ -120,9 +120,13 @@ function hasManifests(folder: string): boolean {
   }
 }
 
-/** A private folder for unpacked files: in the user's cache, or the user's own below the temporary folder. */
-function cacheFolder(): string {
-  const inHome = join(process.env["XDG_CACHE_HOME"] || join(homedir(), ".cache"), "krait");
+/**
+ * A private folder for unpacked files and measurements: the one that KRAIT_CACHE names, the user's cache, or
+ * the user's own below the temporary folder.
+ */
+export function cacheFolder(): string {
+  const inHome = process.env["KRAIT_CACHE"] ||
+    join(process.env["XDG_CACHE_HOME"] || join(homedir(), ".cache"), "krait");
   const user = userInfo();
   const inTemporary = join(tmpdir(), `krait-${user.uid}`);
   for (const folder of [inHome, inTemporary]) {
@@ -137,5 +141,5 @@ function cacheFolder(): string {
       continue;
     }
   }
-  throw new Error(`Neither ${inHome} nor ${inTemporary} is private and writable; set XDG_CACHE_HOME.`);
+  throw new Error(`Neither ${inHome} nor ${inTemporary} is private and writable; set KRAIT_CACHE.`);
 }

@@ -1,6 +1,9 @@
 /** The matrix products that ops are made of: the choice of a kernel and its layout. Not an op itself. */
 import { launch } from "../kernel/launch.ts";
+import { bucket, choose, defineTunable } from "../kernel/tuner.ts";
+import type { Device } from "../tensor/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import { randomTensor, trial } from "../tensor/trial.ts";
 
 /**
  * Kernels for a product: `quad` keeps 16 x 16 tiles in the registers of four invocations (software adapters),
@@ -48,6 +51,34 @@ const WANTED = { quad: 4, tile: 128 } as const;
 const SPLIT_K = 128;
 const WG = 32; // of sum_rows and grouped_tiles
 
+/** What the choice of a product's kernel depends on; `trans` as in matmul. */
+type ProductShape = {
+  readonly m: number; readonly n: number; readonly k: number; readonly batches: number;
+  readonly transA: boolean; readonly transB: boolean;
+};
+
+/** `quad` or `tile` for a product without groups. */
+const productTuning = defineTunable({
+  name: "matmul/product",
+  classOf: (shape: ProductShape) => ({
+    ...shape, m: bucket(shape.m), n: bucket(shape.n), k: bucket(shape.k), batches: bucket(shape.batches, 64),
+  }),
+  candidates: (device: Device): ProductKernel[] => device.hasSubgroups ? ["quad", "tile"] : ["tile"],
+  fallback: (device) => device.hasSubgroups && device.info.isSoftware ? "quad" : "tile",
+  trial: (device, { m, n, k, batches, transA, transB }) => trial(() => ({
+    a: randomTensor(device, [batches, m, k], 0, k ** -0.5), b: randomTensor(device, [batches, k, n], 1),
+  }), ({ a, b }, kernel: ProductKernel) => {
+    const c = device.empty([batches, m, n]);
+    const [a_row, a_col, b_row, b_col] = [transA ? 1 : k, transA ? m : 1, transB ? 1 : n, transB ? k : 1];
+    product({
+      m, n, k, batches, kernel, a: { tensor: a, row: a_row, col: a_col, batch: m * k },
+      b: { tensor: b, row: b_row, col: b_col, batch: k * n }, c: { tensor: c, row: n, batch: m * n },
+    });
+    return c;
+  }),
+  tolerance: ({ k }) => 8 * Math.sqrt(Math.max(k, 1)) * 2 ** -24,
+});
+
 /** The kernel for products on the tensor's device: the wanted one, or the one that suits the adapter. */
 export function productKernel({ device }: Tensor, wanted?: string): ProductKernel {
   if (wanted === "tile" || !device.hasSubgroups) return "tile";
@@ -62,7 +93,9 @@ export function tileRows(kernel: ProductKernel): number {
 /** Records a product. */
 export function product(p: Product): void {
   const { m, n, c, batches = 1 } = p;
-  const kernel = productKernel(c.tensor, p.kernel);
+  const kernel = p.kernel ? productKernel(c.tensor, p.kernel) : choose(c.tensor.device, productTuning, {
+    m, n, k: p.k, batches, transA: p.a.col !== 1, transB: p.b.col !== 1,
+  });
   const rows4 = kernel === "quad" && m <= 4 && !p.tiles;
   const row_tiles = p.tiles ? p.tiles.shape[0]! : Math.ceil(m / (rows4 ? 4 : TILE[kernel].rows));
   const tiles = row_tiles * Math.ceil(n / TILE[kernel].columns) * batches;

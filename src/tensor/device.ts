@@ -1,6 +1,9 @@
 import { provider } from "#gpu";
-import { type AdapterHandle, chooseAdapter } from "../gpu/adapters.ts";
+import { type AdapterHandle, chooseAdapter, environment } from "../gpu/adapters.ts";
 import { type GpuOptions, Gpu, requestGpuDevice } from "../gpu/gpu.ts";
+import { tuneBeside } from "../kernel/tune.ts";
+import { type Choices, choicesOf } from "../kernel/tuner.ts";
+import { choiceTable, TunerCache } from "../kernel/tuner_cache.ts";
 import { ShapeError } from "./errors.ts";
 import { sizeOf } from "./ndarray.ts";
 import { isHalf, storageBytes, Tensor, type TensorDType } from "./tensor.ts";
@@ -10,6 +13,13 @@ export interface DeviceOptions extends GpuOptions {
    * Part of an adapter's name or its id, such as "swiftshader", or one already found; default: the best one.
    */
   adapter?: string | AdapterHandle;
+  /**
+   * Which kernels to run where several compute the same. "cached" (default): what was measured here earlier,
+   * by `krait tune` for one; "background": the same, and what this device misses is measured beside it, on a
+   * device of its own, for those opened later; false: the shipped defaults. The environment variable
+   * `KRAIT_TUNER=off` means false.
+   */
+  tuning?: false | "cached" | "background";
 }
 
 /** Every adapter of this machine or page, each once; empty where there is none. */
@@ -26,11 +36,23 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
   const handle = typeof wanted === "object"
     ? wanted
     : chooseAdapter(await listAdapters(), wanted).handle;
-  return new Device(await requestGpuDevice(handle, options), handle.info, options);
+  const open = async () => new Device(await requestGpuDevice(handle, options), handle.info, options);
+  const device = await open();
+  const tuning = environment("KRAIT_TUNER") === "off" ? false : options.tuning ?? "cached";
+  if (tuning === false) return device;
+  const cache = new TunerCache(device);
+  device.choices.load(choiceTable(await cache.load()));
+  if (tuning === "background") void tuneBeside(device, open, cache);
+  return device;
 }
 
 /** A GPU device with tensors on it. */
 export class Device extends Gpu {
+  /** Which of several kernels runs for what. */
+  get choices(): Choices {
+    return choicesOf(this);
+  }
+
   /** A tensor with uninitialised elements. */
   empty(shape: readonly number[], dtype: TensorDType = "f32"): Tensor {
     this.assertUsable();

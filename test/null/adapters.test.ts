@@ -2,7 +2,7 @@ import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, describe, expect, test, vi } from "vitest";
-import { chooseAdapter, describeAdapter } from "../../src/gpu/adapters.ts";
+import { adapterFamily, chooseAdapter, describeAdapter } from "../../src/gpu/adapters.ts";
 import { AdapterError } from "../../src/gpu/errors.ts";
 import { untar } from "../../src/gpu/fallback.node.ts";
 import type { AdapterHandle } from "../../src/gpu/adapters.ts";
@@ -111,4 +111,16 @@ describe("untar", () => {
   ])("refuses %s of type %s", (name, type, message) => {
     expect(() => untar(entry(name, type), folder)).toThrow(message);
   });
+});
+
+test.each([
+  [swiftshader, "software"], [lavapipe, "software"], [integrated, "intel"],
+  [handle("NVIDIA H200", { vendor: "nvidia" }), "nvidia"],
+  [handle("", { vendor: "apple", architecture: "metal-3" }), "apple"],
+  [handle("AMD Radeon Graphics (RADV PHOENIX)", { vendor: "amd", architecture: "rdna-3" }), "amd"],
+  [handle("Adreno 740", { vendor: "qualcomm" }), "qualcomm"], [handle("Mali-G78", { vendor: "arm" }), "arm"],
+  [handle("Tegra Orin (nvgpu)"), "nvidia"], [handle("Some GPU"), "other"],
+] as const)("the family of %s", ({ info }, family) => {
+  expect(adapterFamily(info)).toBe(family);
+  if (info.isSoftware) expect(adapterFamily({ ...info, isSoftware: false })).toBe("other");
 });

@@ -1,0 +1,45 @@
+import { afterAll, describe, expect, test } from "vitest";
+import { tune } from "../../src/kernel/tune.ts";
+import { classText, parseClass, tunables } from "../../src/kernel/tuner.ts";
+import "../../src/ops/index.ts";
+import { openDevice } from "../../src/tensor/device.ts";
+import { testAdapters } from "../support/adapters.ts";
+
+/** One small class of every tunable, in which candidates differ. */
+const SMALL: Readonly<Record<string, string>> = {
+  "matmul/product": "m=64 n=32 k=32 batches=2 transA=false transB=true",
+};
+
+test("every tunable has a class here, and no other", () => {
+  expect(Object.keys(SMALL).sort()).toEqual([...tunables.keys()].sort());
+});
+
+for (const handle of await testAdapters()) {
+  describe(handle.info.id, async () => {
+    const device = await openDevice({ adapter: handle });
+    const bare = await openDevice({ adapter: handle, limits: "default" });
+    afterAll(() => [device, bare].forEach((each) => each.destroy()));
+
+    for (const [name, text] of Object.entries(SMALL)) {
+      const tunable = tunables.get(name)!;
+      const shape = parseClass(text)!;
+
+      test(`${name}: a class stands for itself, and the default is a candidate`, () => {
+        expect(classText(tunable.classOf(shape))).toBe(text);
+        for (const each of [device, bare]) {
+          expect(tunable.candidates(each, shape)).toContain(tunable.fallback(each, shape));
+        }
+      });
+
+      test(`${name}: all candidates agree`, async () => {
+        const decisions = await tune({
+          open: () => openDevice({ adapter: handle }), classes: [{ tunable: name, class: text }], budgetMs: 40_000,
+        });
+        expect(decisions).toMatchObject([{ tunable: name, class: text }]);
+        const { choice, rejected } = decisions[0]!;
+        expect(tunable.candidates(device, shape)).toContain(choice);
+        for (const reason of Object.values(rejected)) expect(reason).toMatch(/times as slow|compiles for/);
+      });
+    }
+  });
+}
