@@ -1,6 +1,6 @@
 import type { AdapterHandle, AdapterInfo } from "./adapters.ts";
 import { DeviceLostError, GpuError, OutOfMemoryError } from "./errors.ts";
-import { BufferPool, type PooledBuffer } from "./pool.ts";
+import { BufferPool, type PooledBuffer, sizeClass } from "./pool.ts";
 import { Profiler } from "./profiler.ts";
 import { type Graph, Stream } from "./stream.ts";
 
@@ -23,6 +23,8 @@ export interface GpuOptions {
 }
 
 const LOSS_PATIENCE_MS = 250;
+/** Buffers kept for reading back: a decode or training step reads fewer kinds. */
+const STAGING_KEPT = 8;
 
 /** One GPU device with its memory, its order of work and its failures. */
 export class Gpu {
@@ -110,18 +112,41 @@ export class Gpu {
     try {
       await this.settle();
       const size = Math.ceil(view.byteLength / 4) * 4;
-      const staging = this.gpuDevice.createBuffer({ size, usage: 0x01 | 0x08 }); // MAP_READ | COPY_DST
+      const staging = this.#takeStaging(size);
       const encoder = this.gpuDevice.createCommandEncoder();
       encoder.copyBufferToBuffer(view.storage.buffer, view.byteOffset, staging, 0, size);
       this.gpuDevice.queue.submit([encoder.finish()]);
-      await this.#race(staging.mapAsync(1));
-      const bytes = staging.getMappedRange().slice(0, view.byteLength);
-      staging.destroy();
+      const since = performance.now();
+      await this.#race(staging.mapAsync(1, 0, size));
+      this.waitedMs += performance.now() - since;
+      const bytes = staging.getMappedRange(0, size).slice(0, view.byteLength);
+      staging.unmap();
+      this.#keepStaging(staging);
       this.assertUsable();
       return bytes;
     } finally {
       this.pool.release(view.storage);
     }
+  }
+
+  /** Milliseconds spent waiting for values to be read back. */
+  waitedMs = 0;
+  /** Buffers for reading back ever created: constant in a steady state. */
+  stagingCreated = 0;
+  readonly #staging: GPUBuffer[] = [];
+
+  /** A free buffer of the size class, or a new one. */
+  #takeStaging(bytes: number): GPUBuffer {
+    const size = sizeClass(bytes);
+    const at = this.#staging.findIndex((buffer) => buffer.size === size);
+    if (at >= 0) return this.#staging.splice(at, 1)[0]!;
+    this.stagingCreated++;
+    return this.gpuDevice.createBuffer({ size, usage: 0x01 | 0x08 }); // MAP_READ | COPY_DST
+  }
+
+  #keepStaging(buffer: GPUBuffer): void {
+    this.#staging.push(buffer);
+    while (this.#staging.length > STAGING_KEPT) this.#staging.shift()!.destroy();
   }
 
   /** Waits until all recorded work has been submitted. */

@@ -4,8 +4,11 @@ import type { Profiler } from "./profiler.ts";
 
 const UNIFORM_STRIDE = 256; // the default minUniformBufferOffsetAlignment
 const BLOCK_SLOTS = 256;
-// keeps a submission far below the seconds after which browsers reset a device
+// Keeps a submission far below the seconds after which browsers reset a device. A dispatch of few workgroups
+// is soon done, so a submission may hold more of them.
 const COMMANDS_PER_SUBMIT = 64;
+const LIGHT_WORKGROUPS = 64;
+const LIGHT_PER_COMMAND = 16;
 
 /** A compute pipeline that may still be compiling. */
 export interface PipelineHandle {
@@ -21,10 +24,12 @@ interface UniformBlock {
   used: number;
 }
 
+const NO_OFFSET: readonly [number] = [0];
+
 type Command =
   | {
     kind: "dispatch"; pipeline: PipelineHandle; group: GPUBindGroup; uniforms: UniformBlock | null;
-    offset: number; workgroups: readonly [number, number, number];
+    offset: readonly [number]; workgroups: readonly [number, number, number];
   }
   | { kind: "copy"; from: PooledBuffer; fromOffset: number; to: PooledBuffer; toOffset: number; size: number }
   | { kind: "clear"; buffer: PooledBuffer; offset: number; size: number }
@@ -60,6 +65,8 @@ export class Stream {
   submits = 0;
   /** Dispatches recorded or replayed so far. */
   dispatches = 0;
+  /** Buffers of parameters ever created: constant in a steady state. */
+  blocksCreated = 0;
   profiler: Profiler | null = null;
 
   readonly #device: GPUDevice;
@@ -97,15 +104,19 @@ export class Stream {
     workgroups: readonly [number, number, number], touched: readonly PooledBuffer[],
   ): void {
     let block: UniformBlock | null = null;
-    let offset = 0;
+    let offset = NO_OFFSET;
     if (uniforms) {
       block = this.#blocks.at(-1) ?? null;
-      if (!block || block.used === BLOCK_SLOTS) {
-        block = this.#freeBlocks.pop() ?? this.#createBlock();
-        this.#blocks.push(block);
+      if (block && endsWith(block, uniforms)) {
+        offset = [(block.used - 1) * UNIFORM_STRIDE];
+      } else {
+        if (!block || block.used === BLOCK_SLOTS) {
+          block = this.#freeBlocks.pop() ?? this.#createBlock();
+          this.#blocks.push(block);
+        }
+        offset = [block.used++ * UNIFORM_STRIDE];
+        block.bytes.fill(0, offset[0], offset[0] + UNIFORM_STRIDE).set(uniforms, offset[0]);
       }
-      offset = block.used++ * UNIFORM_STRIDE;
-      block.bytes.set(uniforms, offset);
     }
     this.#record({ kind: "dispatch", pipeline, group, uniforms: block, offset, workgroups }, touched);
   }
@@ -205,13 +216,13 @@ export class Stream {
   #enqueue(commands: readonly Command[], blocks: UniformBlock[], upload: boolean): void {
     const run = () => {
       if (upload) for (const block of blocks) this.#upload(block);
-      for (let i = 0; i < commands.length; i += COMMANDS_PER_SUBMIT) {
-        this.#encode(commands.slice(i, i + COMMANDS_PER_SUBMIT));
-      }
+      this.#encode(commands);
       if (upload) this.#recycle(blocks);
     };
-    const compiling = commands.flatMap((c) =>
-      c.kind === "dispatch" && !c.pipeline.pipeline ? [c.pipeline.ready] : []);
+    const compiling: Promise<void>[] = [];
+    for (const command of commands) {
+      if (command.kind === "dispatch" && !command.pipeline.pipeline) compiling.push(command.pipeline.ready);
+    }
     if (!this.#waiting && compiling.length === 0) return run();
     const previous = this.#waiting ?? Promise.resolve();
     const waiting: Promise<void> = previous
@@ -224,46 +235,65 @@ export class Stream {
     this.#waiting = waiting;
   }
 
+  /** Encodes commands in order; state that a pass already has is not set again. */
   #encode(commands: readonly Command[]): void {
+    const { profiler } = this;
     let encoder: GPUCommandEncoder | null = null;
     let pass: GPUComputePassEncoder | null = null;
+    let pipeline: GPUComputePipeline | null = null;
+    let group: GPUBindGroup | null = null;
+    let uniforms: UniformBlock | null = null;
+    let offset = -1;
+    let load = 0;
     const open = () => (encoder ??= this.#device.createCommandEncoder());
     const endPass = () => {
       pass?.end();
-      pass = null;
+      pass = pipeline = group = uniforms = null;
     };
     const submit = () => {
       endPass();
+      load = 0;
       if (!encoder) return;
-      this.profiler?.resolve(encoder);
+      profiler?.resolve(encoder);
       this.#device.queue.submit([encoder.finish()]);
-      this.profiler?.submitted();
+      profiler?.submitted();
       this.submits++;
       encoder = null;
     };
     for (const command of commands) {
       switch (command.kind) {
         case "dispatch": {
-          const timestampWrites = this.profiler?.timestamps(command.pipeline.label, command.workgroups);
-          if (timestampWrites) endPass();
-          pass ??= open().beginComputePass(timestampWrites ? { timestampWrites } : {});
-          pass.setPipeline(command.pipeline.pipeline!);
-          pass.setBindGroup(0, command.group);
-          if (command.uniforms) pass.setBindGroup(1, command.uniforms.group, [command.offset]);
-          pass.dispatchWorkgroups(...command.workgroups);
+          const [x, y, z] = command.workgroups;
+          if (profiler) {
+            endPass();
+            const timestampWrites = profiler.timestamps(command.pipeline.label, command.workgroups);
+            pass = open().beginComputePass({ timestampWrites });
+          } else {
+            pass ??= open().beginComputePass();
+          }
+          if (pipeline !== command.pipeline.pipeline) pass.setPipeline(pipeline = command.pipeline.pipeline!);
+          if (group !== command.group) pass.setBindGroup(0, group = command.group);
+          if (command.uniforms && (uniforms !== command.uniforms || offset !== command.offset[0])) {
+            pass.setBindGroup(1, command.uniforms.group, command.offset);
+            uniforms = command.uniforms;
+            offset = command.offset[0];
+          }
+          pass.dispatchWorkgroups(x, y, z);
           this.dispatches++;
-          if (timestampWrites) endPass();
-          if (this.profiler?.full) submit();
+          load += x * y * z <= LIGHT_WORKGROUPS ? 1 / LIGHT_PER_COMMAND : 1;
+          if (load >= COMMANDS_PER_SUBMIT || profiler?.full) submit();
           break;
         }
         case "copy":
           endPass();
           open().copyBufferToBuffer(
             command.from.buffer, command.fromOffset, command.to.buffer, command.toOffset, command.size);
+          load++;
           break;
         case "clear":
           endPass();
           open().clearBuffer(command.buffer.buffer, command.offset, command.size);
+          load++;
           break;
         case "write":
           submit(); // queue writes happen between submissions
@@ -276,6 +306,7 @@ export class Stream {
 
   #createBlock(): UniformBlock {
     const size = UNIFORM_STRIDE * BLOCK_SLOTS;
+    this.blocksCreated++;
     const buffer = this.#device.createBuffer({ size, usage: 0x40 | 0x08 }); // UNIFORM | COPY_DST
     const group = this.#device.createBindGroup({
       layout: this.uniformLayout, entries: [{ binding: 0, resource: { buffer, size: UNIFORM_STRIDE } }],
@@ -294,4 +325,12 @@ export class Stream {
     }
     blocks.length = 0;
   }
+}
+
+/** Whether the last parameters of a block are these. */
+function endsWith(block: UniformBlock, uniforms: Uint8Array): boolean {
+  if (block.used === 0) return false;
+  const at = (block.used - 1) * UNIFORM_STRIDE;
+  for (let i = 0; i < uniforms.length; i++) if (block.bytes[at + i] !== uniforms[i]) return false;
+  return true;
 }

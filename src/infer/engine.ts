@@ -30,6 +30,8 @@ export interface GenerateStats {
   tokens: number;
   prefillMs: number;
   decodeMs: number;
+  /** Of `decodeMs`: what was not spent waiting for the GPU's results. */
+  hostMs: number;
   /** Passes over the model during decode: equal to `tokens` without drafts. */
   passes: number;
   drafted: number;
@@ -43,7 +45,7 @@ export class Generator {
   readonly model: NemotronH;
   readonly capacity: number;
   readonly stats: GenerateStats =
-    { promptTokens: 0, tokens: 0, prefillMs: 0, decodeMs: 0, passes: 0, drafted: 0, accepted: 0 };
+    { promptTokens: 0, tokens: 0, prefillMs: 0, decodeMs: 0, hostMs: 0, passes: 0, drafted: 0, accepted: 0 };
   readonly #device: Device;
   readonly #cache: ModelCache;
   readonly #settings: Tensor;
@@ -81,7 +83,7 @@ export class Generator {
     const { temperature, top_k, top_p, min_p } = sampling;
     this.#settings.write(Float32Array.from([temperature, top_k, top_p, min_p]));
     Object.assign(this.stats, {
-      promptTokens: prompt.length, tokens: 0, prefillMs: 0, decodeMs: 0, passes: 0, drafted: 0, accepted: 0,
+      promptTokens: prompt.length, tokens: 0, prefillMs: 0, decodeMs: 0, hostMs: 0, passes: 0, drafted: 0, accepted: 0,
     });
 
     const speculation = draft > 0
@@ -100,8 +102,11 @@ export class Generator {
         yield token;
         if (count + 1 === maxTokens) break;
         const since = performance.now();
+        const waited = this.#device.waitedMs;
         token = (await source.next()).value as number;
-        this.stats.decodeMs += performance.now() - since;
+        const ms = performance.now() - since;
+        this.stats.decodeMs += ms;
+        this.stats.hostMs += ms - (this.#device.waitedMs - waited);
       }
     } finally {
       speculation?.dispose();
