@@ -1,3 +1,4 @@
+import { unhurried } from "#gpu";
 import type { AdapterHandle, AdapterInfo } from "./adapters.ts";
 import { DeviceLostError, GpuError, OutOfMemoryError } from "./errors.ts";
 import { BufferPool, type PooledBuffer, sizeClass } from "./pool.ts";
@@ -198,7 +199,8 @@ export class Gpu {
 
   async #race<T>(work: Promise<T>): Promise<T> {
     try {
-      return await Promise.race([work, this.#failed]);
+      const either = Promise.race([work, this.#failed]);
+      return await (this.info.isSoftware ? unhurried(either) : either);
     } catch (error) {
       if (this.failure) throw this.failure;
       // A dying device first rejects what is pending, with errors that do not name the cause.

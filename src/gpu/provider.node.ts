@@ -56,6 +56,36 @@ export const provider: GpuProvider = {
   },
 };
 
+const LONGEST_NAP_MS = 0.4;
+const napper = new Int32Array(new SharedArrayBuffer(4));
+let waits = 0;
+let since = 0;
+let napping = false;
+
+/**
+ * Waits for work of a software adapter, and sleeps meanwhile. While any promise of Dawn is pending Node asks
+ * it for news in a loop, on a core that the adapter needs for the work itself; a nap in every turn of that
+ * loop, short beside the time waited already, leaves the core to it.
+ */
+export async function unhurried<T>(work: Promise<T>): Promise<T> {
+  if (waits++ === 0) since = performance.now();
+  if (!napping) setImmediate(nap);
+  napping = true;
+  try {
+    return await work;
+  } finally {
+    waits--;
+  }
+}
+
+function nap(): void {
+  napping = waits > 0;
+  if (!napping) return;
+  const waited = performance.now() - since;
+  if (waited > 0.1) Atomics.wait(napper, 0, 0, Math.min(waited / 32, LONGEST_NAP_MS));
+  setImmediate(nap);
+}
+
 /** Loads Dawn and makes WebGPU's constants (GPUBufferUsage, GPUMapMode, ...) global, as in a browser. */
 async function load(): Promise<Dawn> {
   let module: Dawn;

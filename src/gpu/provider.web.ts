@@ -35,3 +35,6 @@ async function listAdapters(): Promise<AdapterHandle[]> {
 }
 
 export const provider: GpuProvider = { listAdapters };
+
+/** Waits for work of a software adapter. A browser runs it in a process of its own and sends word. */
+export const unhurried = <T>(work: Promise<T>): Promise<T> => work;
