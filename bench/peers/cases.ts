@@ -1,9 +1,9 @@
 /** The cases of `krait bench peers`: inputs, the same in every process, and some float64 answers. */
+import { fromBlocks, roundedToF16, toBlocks } from "./blocks.ts";
+import { DENSE, expectedLogits, hybridWeights, prompt } from "./hybrid.ts";
+import { type Input, random } from "./random.ts";
 
-export interface Input {
-  readonly shape: readonly number[];
-  readonly data: Float32Array;
-}
+export type { Input };
 
 export interface Expected {
   readonly indices: readonly number[];
@@ -16,14 +16,24 @@ export interface Case {
   readonly name: string;
   /** The op of Krait that answers, where its name is not the case's. */
   readonly krait_op: string;
-  /** Most applications in one round; chained values must stay normal numbers. */
+  /** Fewest (default: 1) and most applications in one round; chained values must stay normal numbers. */
+  readonly least?: number;
   readonly most: number;
+  /** A larger error than this is a wrong answer. Default: F32_BOUND. */
+  readonly bound?: number;
+  /** For engines of language models; all others are for engines of single ops. */
+  readonly isModel?: boolean;
   inputs(): Record<string, Input>;
   /** Elements of the result of one application. */
   expected(inputs: Record<string, Input>): Expected;
 }
 
 const SAMPLES = 64;
+export const F32_BOUND = 1e-4;
+/** An f16 result is off by up to 5e-4 of itself, whatever it was summed in. */
+const F16_BOUND = 1e-3;
+/** Leaves room for activations that are rounded to 8 bits before the product, as several engines do. */
+const BLOCK_BOUND = 2e-2;
 export const EPS = 1e-5;
 export const FACTOR = 1.0009765625; // exact in f32, and no power of it within a round leaves f32
 export const LEARNING_RATE = 1e-3;
@@ -33,20 +43,6 @@ export const CONV = { L: 512, C: 2048, K: 4 };
 export const MLP = { B: 256, D: 512, F: 2048 };
 /** softplus of it is 1: the time step of every token, so that an op without a time step computes the same. */
 export const DT_RAW = Math.log(Math.E - 1);
-
-/** Uniform numbers of mean 0 and the given standard deviation; the seed is the input's own. */
-function random(seed: number, shape: readonly number[], deviation: number): Input {
-  const data = new Float32Array(shape.reduce((a, b) => a * b, 1));
-  const scale = (2 * Math.sqrt(3) * deviation) / 2 ** 32;
-  let state = Math.imul(seed + 1, 0x9e3779b9) >>> 0;
-  for (let i = 0; i < data.length; i++) {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let z = Math.imul(state ^ (state >>> 15), state | 1);
-    z ^= z + Math.imul(z ^ (z >>> 7), z | 61);
-    data[i] = (((z ^ (z >>> 14)) >>> 0) - 2 ** 31) * scale;
-  }
-  return { shape, data };
-}
 
 /** The decay of each SSD head's state per token: log of 0.8 to 0.99. */
 export function decays(): Float32Array {
@@ -63,10 +59,11 @@ function at(size: number, value: (index: number) => number): Expected {
   return { indices, values: indices.map(value) };
 }
 
-function product(M: number, K: number, N: number, name: string, krait_op: string): Case {
+function product(M: number, K: number, N: number, name: string, krait_op: string, isF16 = false): Case {
+  const rounded = (input: Input) => (isF16 ? { ...input, data: roundedToF16(input.data) } : input);
   return {
-    name, krait_op, most: 24,
-    inputs: () => ({ x: random(1, [M, K], 1), w: random(2, [K, N], 1 / Math.sqrt(K)) }),
+    name, krait_op, most: 24, bound: isF16 ? F16_BOUND : F32_BOUND,
+    inputs: () => ({ x: rounded(random(1, [M, K], 1)), w: rounded(random(2, [K, N], 1 / Math.sqrt(K))) }),
     expected: ({ x, w }) => at(M * N, (i) => {
       const [row, column] = [Math.floor(i / N), i % N];
       let sum = 0;
@@ -76,10 +73,30 @@ function product(M: number, K: number, N: number, name: string, krait_op: string
   };
 }
 
+/** One row by a matrix in blocks of 32; `w` is [out, in], already rounded, in whole numbers times a scale. */
+function blockMatvec(name: string, bits: 4 | 8): Case {
+  const size = 4096;
+  return {
+    name, krait_op: "linear", most: 24, bound: BLOCK_BOUND,
+    inputs: () => ({
+      x: random(1, [1, size], 1),
+      w: {
+        shape: [size, size],
+        data: fromBlocks(toBlocks(random(2, [size, size], 1 / Math.sqrt(size)).data, bits)),
+      },
+    }),
+    expected: ({ x, w }) => at(size, (n) => {
+      let sum = 0;
+      for (let k = 0; k < size; k++) sum += x!.data[k]! * w!.data[n * size + k]!;
+      return sum;
+    }),
+  };
+}
+
 const ROWS = { M: 1024, N: 4096 };
 
 const softmax: Case = {
-  name: "softmax_1024x4096", krait_op: "probabilities", most: 24,
+  name: "softmax_1024x4096", krait_op: "softmax", most: 24,
   inputs: () => ({ x: random(3, [ROWS.M, ROWS.N], 1) }),
   expected: ({ x }) => at(ROWS.M * ROWS.N, (i) => {
     const row = x!.data.subarray(i - (i % ROWS.N), i - (i % ROWS.N) + ROWS.N);
@@ -111,7 +128,7 @@ const attention: Case = {
     return at(L * H * D, (i) => {
       const [t, h] = [Math.floor(i / (H * D)), Math.floor(i / D) % H];
       let [sum, total] = [0, 0];
-      for (let s = 0; s <= t; s++) {
+      for (let s = 0; s < L; s++) {
         let score = 0;
         for (let d = 0; d < D; d++) {
           score += x!.data[(t * H + h) * D + d]! * k!.data[(s * H + h) * D + d]!;
@@ -213,10 +230,28 @@ const copy: Case = {
   expected: ({ x }) => at(COPY_SIZE, (i) => x!.data[i]! * FACTOR),
 };
 
+export const LLM = { prompt: 512, context: 16, check: 12 };
+
+/** A prompt of 512 tokens up to the first new token, or one new token after a short prompt. */
+function model(name: string, krait_op: string, least: number, most: number): Case {
+  return {
+    name, krait_op, least, most, bound: BLOCK_BOUND, isModel: true,
+    inputs: () => hybridWeights(DENSE),
+    /** Logits after a prompt of LLM.check tokens, less their mean. */
+    expected: (weights) => {
+      const logits = expectedLogits(DENSE, weights, prompt(LLM.check));
+      return at(logits.length, (i) => logits[i]!);
+    },
+  };
+}
+
 export const CASES: readonly Case[] = [
-  product(512, 512, 512, "matmul_f32_512", "matmul"), product(1024, 1024, 1024, "matmul_f32_1024", "matmul"),
-  product(1, 4096, 4096, "matvec_f32_4096", "linear"), softmax, layernorm, attention,
-  scan("ssd_512", 512, "ssd_scan", 16), scan("ssd_step", 1, "selective_state_update", 200), conv, mlp, copy,
+  ...[512, 1024].map((n) => product(n, n, n, `matmul_f32_${n}`, "matmul")),
+  ...[512, 1024].map((n) => product(n, n, n, `matmul_f16_${n}`, "matmul", true)),
+  product(1, 4096, 4096, "matvec_f32_4096", "linear"),
+  blockMatvec("matvec_q4_4096", 4), blockMatvec("matvec_q8_4096", 8), softmax, layernorm, attention,
+  scan("ssd_512", 512, "ssd_scan", 16), scan("ssd_step", 1, "selective_state_update", 200), conv, mlp,
+  model("llm_prefill", "Generator", 1, 4), model("llm_decode", "Generator", 32, 128), copy,
 ];
 
 /** Rows and columns of a matrix exchanged. */

@@ -13,6 +13,7 @@ interface Arr {
   sub(other: Arr | number): Arr;
   div(other: Arr): Arr;
   sum(): Arr;
+  astype(type: unknown): Arr;
   dispose(): void;
   data(): Promise<Float32Array>;
   blockUntilReady(): Promise<Arr>;
@@ -25,6 +26,8 @@ interface Jax {
   jit(f: Step): Step;
   grad(f: (...args: Arr[]) => Arr, options: { argnums: number[] }): (...args: Arr[]) => Arr[];
   readonly numpy: {
+    readonly float16: unknown;
+    readonly float32: unknown;
     array(data: Float32Array, options: { shape: readonly number[] }): Arr;
     matmul(a: Arr, b: Arr): Arr;
     mean(x: Arr, axis: number, options: { keepdims: boolean }): Arr;
@@ -84,7 +87,7 @@ function prepared(jax: Jax, chain: Chain): Prepared {
     async sample(indices) {
       const [first, ...others] = apply(1);
       for (const x of others) x.dispose();
-      const data = await first!.data();
+      const data = await first!.astype(jax.numpy.float32).data();
       return indices.map((i) => data[i]!);
     },
     dispose: () => [...chain.carried, ...chain.fixed].forEach((x) => x.dispose()),
@@ -100,6 +103,13 @@ function build(jax: Jax, wanted: Case, inputs: Record<string, Input>): Chain | n
   switch (wanted.name) {
     case "matmul_f32_512": case "matmul_f32_1024": case "matvec_f32_4096":
       return one("matmul", [put("w")], (x, w) => np.matmul(x, w!));
+    case "matmul_f16_512": case "matmul_f16_1024": {
+      const half = (name: string) => put(name).astype(np.float16);
+      return {
+        op: "matmul", carried: [half("x")], fixed: [half("w")],
+        step: (x, w) => [np.matmul(x!, w!)],
+      };
+    }
     case "softmax_1024x4096": return one("nn.softmax", [], (x) => nn.softmax(x, -1));
     case "layernorm_1024x4096":
       return one("composed", [put("w")], (x, w) => {
@@ -108,7 +118,7 @@ function build(jax: Jax, wanted: Case, inputs: Record<string, Input>): Chain | n
       });
     case "attention_512x8x64":
       return one("nn.dotProductAttention", [put("k"), put("v")], (x, k, v) =>
-        nn.dotProductAttention(x, k!, v!, { isCausal: true }));
+        nn.dotProductAttention(x, k!, v!, { isCausal: false }));
     case "mlp_train": {
       const loss = (w1: Arr, w2: Arr, x: Arr, target: Arr): Arr => {
         const h = np.maximum(np.matmul(x, w1), 0);

@@ -1,12 +1,16 @@
-import { type Device, ops, scope, Tape, type Tensor } from "../../src/index.ts";
 import {
-  type Case, type Input, ATTENTION, CASES, DT_RAW, EPS, FACTOR, LEARNING_RATE, MLP, SSD, decays, transposed,
+  type Device, evaluateIncremental, Generator, NemotronH, ops, scope, Tape, type Tensor,
+} from "../../src/index.ts";
+import {
+  type Case, type Input, ATTENTION, CASES, DT_RAW, EPS, FACTOR, LEARNING_RATE, LLM, MLP, SSD, decays,
+  transposed,
 } from "./cases.ts";
+import { DENSE, centred, prompt } from "./hybrid.ts";
 import type { Engine, Prepared } from "./runner.ts";
 
 const {
-  accumulate, add, attention, causal_conv1d, linear, matmul, probabilities, relu2, rms_norm, scale, selective_state_update,
-  ssd_scan,
+  accumulate, add, attention, causal_conv1d, linear, matmul, probabilities, relu2, rms_norm, scale,
+  selective_state_update, ssd_scan,
 } = ops;
 
 /** One application: the next link of the chain. The inputs it changes are put back by `reset`. */
@@ -18,6 +22,7 @@ interface Chain {
   /** Where the watched tensor keeps the element that the case numbers i; default: i. */
   place?(i: number): number;
   reset?(): void;
+  readonly note?: string;
 }
 
 type Inputs = Record<string, Input>;
@@ -26,6 +31,7 @@ export function kraitEngine(device: Device): Engine {
   return {
     version: "",
     async prepare(wanted) {
+      if (wanted.isModel) return preparedModel(device, wanted);
       const made: Tensor[] = [];
       const put = ({ data, shape }: Input) => {
         const tensor = device.tensor(data, shape);
@@ -49,7 +55,7 @@ function prepared(device: Device, chain: Chain, dispose: () => void): Prepared {
     return x;
   };
   return {
-    note: "",
+    note: chain.note ?? "",
     async run(n) {
       chain.reset?.();
       await device.finish();
@@ -71,6 +77,42 @@ function prepared(device: Device, chain: Chain, dispose: () => void): Prepared {
   };
 }
 
+/** Generation by the public API, with the same weights as the others. */
+function preparedModel(device: Device, wanted: Case): Prepared {
+  const weights = wanted.inputs();
+  const model = new NemotronH(DENSE, new Map(
+    Object.entries(weights).map(([name, { data, shape }]) => [name, device.tensor(data, shape)])));
+  const generator = new Generator(model, LLM.prompt + wanted.most);
+  const isPrefill = wanted.name === "llm_prefill";
+  const generate = async (length: number, maxTokens: number) => {
+    for await (const _ of generator.generate(prompt(length), { maxTokens })) {
+      /* tokens are only timed */
+    }
+    return generator.stats;
+  };
+  return {
+    note: "f32 weights",
+    async run(n) {
+      if (!isPrefill) return (await generate(LLM.context, n + 1)).decodeMs / n;
+      const start = performance.now();
+      for (let i = 0; i < n; i++) await generate(LLM.prompt, 1);
+      return (performance.now() - start) / n;
+    },
+    async sample(indices) {
+      const input_ids = Int32Array.from(prompt(LLM.check));
+      const pieces = [LLM.check - (isPrefill ? 0 : 1)];
+      const { logits } = await evaluateIncremental(
+        model, { batch: 1, seqlen: LLM.check, input_ids }, pieces);
+      const last = centred(Array.from(logits.subarray((LLM.check - 1) * DENSE.vocab_size)));
+      return indices.map((i) => last[i]!);
+    },
+    dispose() {
+      generator.dispose();
+      model.dispose();
+    },
+  };
+}
+
 function build(wanted: Case, inputs: Inputs, put: (input: Input) => Tensor): Chain {
   const input = (name: string) => inputs[name]!;
   const filled = (shape: number[], value: number | Float32Array): Tensor => {
@@ -82,6 +124,14 @@ function build(wanted: Case, inputs: Inputs, put: (input: Input) => Tensor): Cha
     case "matmul_f32_512": case "matmul_f32_1024": {
       const w = put(input("w"));
       return { start, step: (x) => matmul(x, w, {}) };
+    }
+    case "matmul_f16_512": case "matmul_f16_1024": {
+      const w = put(input("w"));
+      return { start, note: "stored as f32", step: (x) => matmul(x, w, {}) };
+    }
+    case "matvec_q4_4096": case "matvec_q8_4096": {
+      const w = put(input("w"));
+      return { start, note: "stored as f32", step: (x) => linear(x, w, null) };
     }
     case "matvec_f32_4096": {
       const w = put(transposed(input("w")));
@@ -97,7 +147,7 @@ function build(wanted: Case, inputs: Inputs, put: (input: Input) => Tensor): Cha
     }
     case "attention_512x8x64": {
       const [k, v] = [put(input("k")), put(input("v"))];
-      const options = { scale: 1 / Math.sqrt(ATTENTION.D), seq_idx: null };
+      const options = { scale: 1 / Math.sqrt(ATTENTION.D), seq_idx: null, causal: false };
       return { start, step: (x) => attention(x, k, v, options) };
     }
     case "ssd_512": case "ssd_step": {

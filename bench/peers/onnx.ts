@@ -17,17 +17,22 @@ export interface Graph {
   readonly inputs: Readonly<Record<string, readonly number[]>>;
   readonly outputs: readonly string[];
   readonly constants: Readonly<Record<string, {
-    readonly shape: readonly number[]; readonly data: Float32Array | BigInt64Array;
+    readonly shape: readonly number[];
+    /** Uint16Array: f16 numbers by their bits. */
+    readonly data: Float32Array | Uint16Array | Uint8Array | BigInt64Array;
   }>>;
 }
 
 const OPSET = 21;
-const FLOAT = 1;
+/** Numbers of element types; `to` of a Cast takes one. */
+export const FLOAT = 1;
+const UINT8 = 2;
 const INT64 = 7;
+export const FLOAT16 = 10;
 
 type Bytes = Uint8Array;
 
-/** The bytes of a model of f32 tensors. */
+/** The bytes of a model; its inputs and outputs are f32. */
 export function encodeModel(graph: Graph): Bytes {
   const opset = (domain: string, version: number) => message(text(1, domain), int(2, version));
   return message(
@@ -43,12 +48,18 @@ function encodeGraph({ nodes, inputs, outputs, constants }: Graph): Bytes {
     ...nodes.map((node) => field(1, encodeNode(node))),
     text(2, "bench"),
     ...Object.entries(constants).map(([name, { shape, data }]) => field(5, message(
-      ...shape.map((n) => int(1, n)), int(2, data instanceof Float32Array ? FLOAT : INT64), text(8, name),
+      ...shape.map((n) => int(1, n)), int(2, elementType(data)), text(8, name),
       field(9, new Uint8Array(data.buffer, data.byteOffset, data.byteLength)),
     ))),
     ...Object.entries(inputs).map(([name, shape]) => field(11, valueInfo(name, shape))),
     ...outputs.map((name) => field(12, valueInfo(name, null))),
   );
+}
+
+function elementType(data: Graph["constants"][string]["data"]): number {
+  if (data instanceof Float32Array) return FLOAT;
+  if (data instanceof Uint16Array) return FLOAT16;
+  return data instanceof Uint8Array ? UINT8 : INT64;
 }
 
 function valueInfo(name: string, shape: readonly number[] | null): Bytes {

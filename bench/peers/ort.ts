@@ -1,7 +1,12 @@
-/** onnxruntime-node: graphs that repeat the op, timed as the difference of two lengths. */
+/** ONNX Runtime: graphs that repeat the op, timed as the difference of two lengths. */
+import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
+import { fileURLToPath } from "node:url";
+import { f32ToF16 } from "../../src/tensor/dtype.ts";
+import { BLOCK, packedInOrder, toBlocks } from "./blocks.ts";
+import { offerWebGpu } from "./browser.ts";
 import { type Case, type Input, ATTENTION, CONV, EPS, FACTOR, SSD, decays } from "./cases.ts";
-import { type Graph, type Node, encodeModel } from "./onnx.ts";
+import { type Graph, type Node, FLOAT, FLOAT16, encodeModel } from "./onnx.ts";
 import { slope } from "./protocol.ts";
 import type { Engine, Prepared } from "./runner.ts";
 
@@ -15,23 +20,62 @@ interface Session {
 interface Ort {
   readonly InferenceSession: { create(model: Uint8Array, options: object): Promise<Session> };
   readonly Tensor: new (type: "float32", data: Float32Array, shape: readonly number[]) => OrtTensor;
+  /** Of the build for pages. */
+  readonly env: { readonly wasm: { wasmBinary?: Uint8Array; numThreads?: number } };
 }
 
 /** One link of the chain: from the tensors of the last link to those of the next, and what is sampled. */
 interface Links {
   readonly op: string;
   readonly carried: readonly string[];
-  readonly constants: Readonly<Record<string, Input>>;
+  readonly constants: Graph["constants"];
   readonly fixed?: Readonly<Record<string, Input>>;
   /** Nodes that read `carried` with the suffix `from` and write it (and `watched`) with the suffix `to`. */
   nodes(from: number, to: number): Node[];
   readonly watched?: string;
+  /** What is carried is f16. */
+  readonly isF16?: boolean;
 }
 
+/** The package for Node, native, on its WebGPU or its CPU provider. */
 export async function ortEngine(provider: "webgpu" | "cpu"): Promise<Engine> {
   const require = createRequire(import.meta.url);
-  const ort = require("onnxruntime-node") as Ort;
   const { version } = require("onnxruntime-node/package.json") as { version: string };
+  return engine(require("onnxruntime-node") as Ort, version, provider);
+}
+
+/** The package for pages, in WebAssembly, on its WebGPU or its CPU provider. */
+export async function ortWebEngine(provider: "webgpu" | "wasm", adapter: string): Promise<Engine> {
+  const dist = new URL("node_modules/onnxruntime-web/dist/", import.meta.url);
+  const open = async (module: string) => await import(new URL(module, dist).href) as Ort;
+  let ort: Ort;
+  if (provider === "webgpu") {
+    await offerWebGpu(adapter);
+    copySharedWrites();
+    ort = await open("ort.webgpu.mjs");
+    ort.env.wasm.wasmBinary = readFileSync(new URL("ort-wasm-simd-threaded.asyncify.wasm", dist));
+    ort.env.wasm.numThreads = 1;
+  } else {
+    ort = await open("ort.node.min.mjs");
+    ort.env.wasm.numThreads = 2;
+  }
+  const about = fileURLToPath(new URL("../package.json", dist));
+  const { version } = JSON.parse(readFileSync(about, "utf8")) as { version: string };
+  return engine(ort, version, provider);
+}
+
+/** Dawn takes no views of shared memory, which that of WebAssembly is. */
+function copySharedWrites(): void {
+  const { GPUQueue } = globalThis as unknown as { GPUQueue: { prototype: GPUQueue } };
+  const write = GPUQueue.prototype.writeBuffer as (this: GPUQueue, ...args: unknown[]) => undefined;
+  GPUQueue.prototype.writeBuffer = function (this: GPUQueue, buffer, offset, data, from = 0, size?) {
+    const view = data as Uint8Array;
+    if (!(view.buffer instanceof SharedArrayBuffer)) return write.call(this, buffer, offset, data, from, size);
+    return write.call(this, buffer, offset, view.slice(from, size === undefined ? undefined : from + size));
+  } as GPUQueue["writeBuffer"];
+}
+
+function engine(ort: Ort, version: string, provider: string): Engine {
   return {
     version,
     async prepare(wanted) {
@@ -60,17 +104,30 @@ async function prepared(
   const corner = (values: readonly number[]) =>
     ({ shape: [rank], data: BigInt64Array.from(values.map((value) => BigInt(value))) });
   const axes = Array.from({ length: rank }, (_, axis) => axis);
+  const start = (name: string): Node[] => {
+    const add = (to: string): Node => ({ op: "Add", inputs: [`${name}_first`, "zero"], outputs: [to] });
+    if (!links.isF16) return [add(`${name}0`)];
+    return [
+      add(`${name}_f32`),
+      { op: "Cast", attributes: { to: FLOAT16 }, inputs: [`${name}_f32`], outputs: [`${name}0`] },
+    ];
+  };
   const open = async (n: number, whole: boolean): Promise<Session> => {
     const nodes: Node[] = [
-      ...links.carried.map((name) =>
-        ({ op: "Add", inputs: [`${name}_first`, "zero"], outputs: [`${name}0`] })),
+      ...links.carried.flatMap(start),
       ...Array.from({ length: n }, (_, i) => links.nodes(i, i + 1)).flat(),
     ];
+    let last = `${watched}${n}`;
     if (!whole) {
-      nodes.push({ op: "Slice", inputs: [`${watched}${n}`, "from", "to", "axes"], outputs: ["corner"] });
+      nodes.push({ op: "Slice", inputs: [last, "from", "to", "axes"], outputs: ["corner"] });
+      last = "corner";
+    }
+    if (links.isF16) {
+      nodes.push({ op: "Cast", attributes: { to: FLOAT }, inputs: [last], outputs: ["last_f32"] });
+      last = "last_f32";
     }
     const model = encodeModel({
-      nodes, inputs: shapes, outputs: [whole ? `${watched}${n}` : "corner"],
+      nodes, inputs: shapes, outputs: [last],
       constants: whole ? constants : {
         ...constants, from: corner(axes.map(() => 0)), to: corner(axes.map(() => 1)), axes: corner(axes),
       },
@@ -78,7 +135,7 @@ async function prepared(
     const made = await ort.InferenceSession.create(model, {
       executionProviders: [provider], logSeverityLevel: 3,
       // A node that the GPU does not take must be an error, not silently the CPU's.
-      extra: { session: { disable_cpu_ep_fallback: provider === "cpu" ? "0" : "1" } },
+      extra: { session: { disable_cpu_ep_fallback: provider === "webgpu" ? "1" : "0" } },
     });
     await made.run(feeds);
     return made;
@@ -100,7 +157,7 @@ async function prepared(
     run: (n) => slope(n, time),
     async sample(indices) {
       const whole = await open(1, true);
-      const data = (await whole.run(feeds))[`${watched}1`]!.data;
+      const data = Object.values(await whole.run(feeds))[0]!.data;
       const values = indices.map((i) => data[i]!);
       await whole.release();
       return values;
@@ -122,6 +179,28 @@ function linksOf(wanted: Case, inputs: Record<string, Input>): Links | null {
   const flat = (input: Input, shape: readonly number[]): Input => ({ shape, data: input.data });
   switch (wanted.name) {
     case "matmul_f32_512": case "matmul_f32_1024": case "matvec_f32_4096": return one("MatMul", ["w"]);
+    case "matmul_f16_512": case "matmul_f16_1024": {
+      const { shape, data } = inputs["w"]!;
+      return {
+        ...one("MatMul", ["w"]), isF16: true,
+        constants: { w: { shape, data: Uint16Array.from(data, (value) => f32ToF16(value)) } },
+      };
+    }
+    case "matvec_q4_4096": case "matvec_q8_4096": {
+      const { shape: [N, K], data } = inputs["w"]!;
+      const bits = wanted.name.includes("q4") ? 4 : 8;
+      const blocks = toBlocks(data, bits);
+      const codes = bits === 4 ? packedInOrder(blocks) : Uint8Array.from(blocks.codes, (code) => code + 128);
+      // Level 4 lets it round the row to 8 bits, which is how it is fastest.
+      const attributes = { K: K!, N: N!, bits, block_size: BLOCK, accuracy_level: 4 };
+      return {
+        ...one("MatMulNBits", ["codes", "scales"], attributes, "com.microsoft"),
+        constants: {
+          codes: { shape: [N!, K! / BLOCK, (BLOCK * bits) / 8], data: codes },
+          scales: { shape: [blocks.scales.length], data: blocks.scales },
+        },
+      };
+    }
     case "softmax_1024x4096": return one("Softmax", [], { axis: -1 });
     case "layernorm_1024x4096":
       return one("SimplifiedLayerNormalization", ["w"], { axis: -1, epsilon: { float: EPS } });
@@ -129,7 +208,7 @@ function linksOf(wanted: Case, inputs: Record<string, Input>): Links | null {
       const { L, H, D } = ATTENTION;
       const shape = [1, L, H * D];
       for (const name of ["x", "k", "v"]) inputs[name] = flat(inputs[name]!, shape);
-      const attributes = { num_heads: H, unidirectional: 1, scale: { float: 1 / Math.sqrt(D) } };
+      const attributes = { num_heads: H, scale: { float: 1 / Math.sqrt(D) } };
       return {
         ...one("MultiHeadAttention", ["k", "v"], attributes, "com.microsoft"),
         constants: { k: inputs["k"]!, v: inputs["v"]! },

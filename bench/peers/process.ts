@@ -3,6 +3,7 @@ import { existsSync, readdirSync } from "node:fs";
 import { dirname, join } from "node:path";
 import type { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
+import type { Peer } from "./peers.ts";
 import { type Reply, type Request, formatRequest, lineSplitter, parseReply } from "./protocol.ts";
 
 const WORKER = fileURLToPath(new URL("worker.ts", import.meta.url));
@@ -45,16 +46,20 @@ export function environmentFor(adapter: string, software: SoftwareDriver | null)
 
 /** A peer in a process of its own, started by the first request and again after a crash. */
 export class PeerProcess {
-  readonly name: string;
+  readonly peer: Peer;
   readonly #adapter: string;
   readonly #env: NodeJS.ProcessEnv;
   #child: ChildProcess | null = null;
   #onReply: ((reply: Reply) => void) | null = null;
 
-  constructor(name: string, adapter: string, software: SoftwareDriver | null) {
-    this.name = name;
+  constructor(peer: Peer, adapter: string, software: SoftwareDriver | null) {
+    this.peer = peer;
     this.#adapter = adapter;
-    this.#env = environmentFor(adapter, software);
+    this.#env = { ...environmentFor(adapter, software), NODE_NO_WARNINGS: "1", ...peer.env };
+  }
+
+  get name(): string {
+    return this.peer.name;
   }
 
   /** The peer's answer; a crash or a silence of four minutes is an answer with an error. */
@@ -80,7 +85,10 @@ export class PeerProcess {
   }
 
   #start(): ChildProcess {
-    const child = spawn(process.execPath, [SOURCE, WORKER, this.name, this.#adapter], {
+    const { node, options = [] } = this.peer;
+    const own = node && fileURLToPath(new URL(node, import.meta.url));
+    const command = own && existsSync(own) ? own : process.execPath;
+    const child = spawn(command, [...options, SOURCE, WORKER, this.name, this.#adapter], {
       env: this.#env, stdio: ["pipe", "ignore", "pipe", "pipe"],
     });
     let complaint = "";

@@ -110,9 +110,9 @@ export async function slope(n: number, time: (links: number) => Promise<number>)
   throw new Error(`A chain of ${more + 1} links never took longer than one link.`);
 }
 
-/** How often a round repeats an op of `ms` so that it lasts about `target` milliseconds; 1 to `most`. */
-export function repetitions(ms: number, target: number, most: number): number {
-  return Math.min(most, Math.max(1, Math.round(target / Math.max(ms, 1e-3))));
+/** How often a round repeats an op of `ms` so that it lasts about `target` milliseconds; `least` to `most`. */
+export function repetitions(ms: number, target: number, most: number, least = 1): number {
+  return Math.min(most, Math.max(least, Math.round(target / Math.max(ms, 1e-3))));
 }
 
 const round = (x: number, digits: number) => Number(x.toPrecision(digits));
@@ -146,8 +146,35 @@ export interface PeerResult {
   /** Largest error of the sampled elements over the largest of them; null for no number. */
   readonly rel_err: number | null;
   readonly peer_rel_err: number | null;
+  /** Largest error of a right answer; `ok` and `peer_ok`: whether the answers are. */
+  readonly bound: number;
+  readonly ok: boolean;
+  readonly peer_ok: boolean;
+  /** "gpu": on the adapter that Krait used. */
+  readonly peer_kind: "gpu" | "cpu";
   readonly krait_op: string;
   readonly peer_op: string;
   readonly krait_version: string;
   readonly peer_version: string;
+  /** Of Krait's sources; null where they are no clone, and with a plus sign where they were changed. */
+  readonly commit: string | null;
+}
+
+/** What a case's lines come to: Krait beside the fastest peer on the same adapter whose answer was right. */
+export interface Summary {
+  readonly case: string;
+  readonly peer: string;
+  readonly ratio: number;
+}
+
+/** One line a case, in order; none for a case in which no peer on the adapter answered right. */
+export function summarise(
+  results: readonly Pick<PeerResult, "case" | "peer" | "ratio" | "peer_ok" | "peer_kind">[],
+): Summary[] {
+  const best = new Map<string, Summary>();
+  for (const { case: name, peer, ratio, peer_ok, peer_kind } of results) {
+    if (!peer_ok || peer_kind !== "gpu") continue;
+    if (ratio < (best.get(name)?.ratio ?? Infinity)) best.set(name, { case: name, peer, ratio });
+  }
+  return [...best.values()];
 }

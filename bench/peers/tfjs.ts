@@ -124,11 +124,9 @@ function build(tf: Tf, wanted: Case, inputs: Record<string, Input>): Chain | nul
       const { L, H, D } = ATTENTION;
       const heads = (x: Tensor) => tf.transpose(tf.reshape(x, [L, H, D]), [1, 0, 2]);
       const [k, v] = [heads(put("k")), heads(put("v"))];
-      const mask = tf.tensor(
-        Float32Array.from({ length: L * L }, (_, i) => (i % L > Math.floor(i / L) ? -1e9 : 0)), [1, L, L]);
       return one("composed, heads outermost", tf.reshape(put("x"), [1, L, H, D]), (x) => {
         const scores = tf.mul(tf.matMul(heads(x), k, false, true), 1 / Math.sqrt(D));
-        const y = tf.matMul(tf.softmax(tf.add(scores, mask)), v);
+        const y = tf.matMul(tf.softmax(scores), v);
         return tf.reshape(tf.transpose(y, [1, 0, 2]), [1, L, H, D]);
       });
     }

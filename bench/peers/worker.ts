@@ -2,20 +2,16 @@
 import { writeSync } from "node:fs";
 import { createInterface } from "node:readline";
 import { CASES } from "./cases.ts";
+import { PEERS } from "./peers.ts";
 import { type Reply, parseRequest } from "./protocol.ts";
 import type { Engine, Prepared } from "./runner.ts";
 
 const REPLIES = 3;
 
-async function open(peer: string, adapter: string): Promise<Engine> {
-  switch (peer) {
-    case "onnxruntime-webgpu": return (await import("./ort.ts")).ortEngine("webgpu");
-    case "onnxruntime-cpu": return (await import("./ort.ts")).ortEngine("cpu");
-    case "tfjs-webgpu": return (await import("./tfjs.ts")).tfjsEngine(adapter);
-    case "jax-js-webgpu": return (await import("./jax.ts")).jaxEngine(adapter);
-    case "gpu.js-webgpu": return (await import("./gpu_js.ts")).gpuJsEngine(adapter);
-    default: throw new Error(`There is no peer "${peer}".`);
-  }
+async function open(name: string, adapter: string): Promise<Engine> {
+  const peer = PEERS.find((other) => other.name === name);
+  if (!peer) throw new Error(`There is no peer "${name}".`);
+  return peer.open(adapter);
 }
 
 const [, , peer = "", adapter = ""] = process.argv;

@@ -1,10 +1,17 @@
 import { expect, test } from "vitest";
+import { fromBlocks, ggufBlocks, packedInOrder, roundedToF16, toBlocks } from "../../bench/peers/blocks.ts";
 import { CASES } from "../../bench/peers/cases.ts";
+import { encodeGguf } from "../../bench/peers/gguf.ts";
+import { DENSE, MOE, expectedLogits, hybridGguf, prompt, textOf } from "../../bench/peers/hybrid.ts";
 import { encodeModel } from "../../bench/peers/onnx.ts";
+import { PEERS } from "../../bench/peers/peers.ts";
 import {
   comparison, formatRequest, lineSplitter, parseReply, parseRequest, relativeError, repetitions, slope,
-  spread,
+  spread, summarise,
 } from "../../bench/peers/protocol.ts";
+import { random } from "../../bench/peers/random.ts";
+import { listParameters } from "../../src/models/checkpoint_names.ts";
+import type { NemotronHConfig } from "../../src/models/config.ts";
 
 test("every request is read back as it was written", () => {
   for (const request of [
@@ -57,6 +64,7 @@ test("repetitions fill a round and stay in their limits", () => {
   expect(repetitions(10, 100, 24)).toBe(10);
   expect(repetitions(1000, 100, 24)).toBe(1);
   expect(repetitions(0, 100, 24)).toBe(24);
+  expect(repetitions(20, 100, 128, 32)).toBe(32);
 });
 
 test("the slope leaves out what every run costs, and refuses a chain that costs nothing", async () => {
@@ -96,4 +104,155 @@ test("the expected elements are a product's", () => {
   const { indices, values } = wanted.expected({ x: eye, w: w! });
   expect(new Set(indices).size).toBe(indices.length);
   expect(values).toEqual(indices.map((i) => w!.data[i]));
+});
+
+test("the cases that reports count on, and every peer has cases", () => {
+  expect(CASES.map(({ name }) => name)).toEqual([
+    "matmul_f32_512", "matmul_f32_1024", "matmul_f16_512", "matmul_f16_1024", "matvec_f32_4096",
+    "matvec_q4_4096", "matvec_q8_4096", "softmax_1024x4096", "layernorm_1024x4096", "attention_512x8x64",
+    "ssd_512", "ssd_step", "conv_silu_512", "mlp_train", "llm_prefill", "llm_decode", "copy_16m",
+  ]);
+  expect(new Set(PEERS.map(({ name }) => name)).size).toBe(PEERS.length);
+});
+
+test("the summary leaves out wrong answers and other processors", () => {
+  const line = (name: string, peer: string, ratio: number, peer_ok = true, peer_kind: "gpu" | "cpu" = "gpu") =>
+    ({ case: name, peer, ratio, peer_ok, peer_kind });
+  expect(summarise([
+    line("a", "slow", 5), line("a", "wrong", 0.5, false), line("a", "fast", 2), line("b", "wrong", 3, false),
+    line("a", "native", 0.1, true, "cpu"), line("c", "one", 1),
+  ])).toEqual([{ case: "a", peer: "fast", ratio: 2 }, { case: "c", peer: "one", ratio: 1 }]);
+});
+
+test("blocks of 32 keep multiples of their scale, and round others to the nearest", () => {
+  const values = random(1, [320], 1).data;
+  for (const bits of [4, 8] as const) {
+    const once = fromBlocks(toBlocks(values, bits));
+    expect(fromBlocks(toBlocks(once, bits))).toEqual(once);
+    for (let b = 0; b < 10; b++) {
+      const part = [...values.subarray(32 * b, 32 * b + 32)];
+      const step = Math.max(...part.map(Math.abs)) / (bits === 4 ? 8 : 127);
+      // 7 is the last code upwards where the largest value is negative, so the far end is cut by a whole step.
+      const most = bits === 4 ? 1.001 * step : 0.51 * step;
+      part.forEach((x, i) => expect(Math.abs(once[32 * b + i]! - x)).toBeLessThan(most));
+    }
+  }
+  expect(fromBlocks(toBlocks(new Float32Array(32), 4)).every((x) => x === 0)).toBe(true);
+  expect(() => toBlocks(new Float32Array(33), 4)).toThrow("found 33");
+});
+
+test("the bytes of blocks", () => {
+  const values = Float32Array.from({ length: 32 }, (_, i) => (i % 16) - 8); // the scale is 1
+  const blocks = toBlocks(values, 4);
+  expect([...blocks.codes]).toEqual([...values]);
+  const ramp = Array.from({ length: 16 }, (_, i) => i);
+  expect([...ggufBlocks(blocks)]).toEqual([0x00, 0x3c, ...ramp.map((i) => i | (i << 4))]);
+  expect([...packedInOrder(blocks)]).toEqual(
+    Array.from({ length: 16 }, (_, i) => ((2 * i) % 16) | (((2 * i + 1) % 16) << 4)));
+  const wide = toBlocks(Float32Array.from({ length: 32 }, (_, i) => (i === 0 ? 127 : -i)), 8);
+  expect([...ggufBlocks(wide)].slice(0, 5)).toEqual([0x00, 0x3c, 127, 255, 254]);
+});
+
+test("f16 rounding: ties to even, and no value moves twice", () => {
+  const rounded = roundedToF16(Float32Array.of(1, 1 + 2 ** -11, 1 + 3 * 2 ** -11, 0.1));
+  expect([...rounded]).toEqual([1, 1, 1 + 2 ** -9, 0.0999755859375]);
+  expect(roundedToF16(rounded)).toEqual(rounded);
+});
+
+/** A reader of what the writer makes. */
+function readGguf(file: Uint8Array) {
+  const view = new DataView(file.buffer, file.byteOffset, file.byteLength);
+  let at = 4;
+  const u32 = () => view.getUint32((at += 4) - 4, true);
+  const u64 = () => Number(view.getBigUint64((at += 8) - 8, true));
+  const string = () => {
+    const size = u64();
+    at += size;
+    return new TextDecoder().decode(file.subarray(at - size, at));
+  };
+  const value = (type: number): unknown => {
+    switch (type) {
+      case 4: return u32();
+      case 5: return view.getInt32((at += 4) - 4, true);
+      case 6: return view.getFloat32((at += 4) - 4, true);
+      case 7: return file[at++] === 1;
+      case 8: return string();
+      case 9: {
+        const of = u32();
+        return Array.from({ length: u64() }, () => value(of));
+      }
+      default: throw new Error(`type ${type}`);
+    }
+  };
+  const version = u32();
+  const [tensorCount, settingCount] = [u64(), u64()];
+  const settings = Object.fromEntries(Array.from({ length: settingCount }, () => [string(), value(u32())]));
+  const tensors = Array.from({ length: tensorCount }, () => {
+    const name = string();
+    const shape = Array.from({ length: u32() }, u64);
+    return { name, shape, type: u32(), offset: u64() };
+  });
+  return { magic: new TextDecoder().decode(file.subarray(0, 4)), version, settings, tensors, start: at };
+}
+
+test("a GGUF file: settings of every type, tensors at multiples of 32", () => {
+  const file = encodeGguf(
+    { a: 7, b: "two", c: true, d: { float: 0.5 }, e: [1, -2], f: ["x", "yz"], g: Float32Array.of(-1) },
+    [
+      { name: "first", shape: [2, 3], data: Float32Array.of(1, 2, 3, 4, 5, 6) },
+      { name: "second", shape: [2, 32], data: toBlocks(new Float32Array(64).fill(8), 4) },
+      { name: "third", shape: [1], data: Float32Array.of(9) },
+    ]);
+  const read = readGguf(file);
+  expect(read.magic).toBe("GGUF");
+  expect(read.version).toBe(3);
+  expect(read.settings).toEqual({ a: 7, b: "two", c: true, d: 0.5, e: [1, -2], f: ["x", "yz"], g: [-1] });
+  expect(read.tensors).toEqual([
+    { name: "first", shape: [3, 2], type: 0, offset: 0 },
+    { name: "second", shape: [32, 2], type: 2, offset: 32 },
+    { name: "third", shape: [1], type: 0, offset: 96 },
+  ]);
+  const data = Math.ceil(read.start / 32) * 32;
+  expect(file.length).toBe(data + 128);
+  expect(new DataView(file.buffer).getFloat32(data + 20, true)).toBe(6);
+  expect(new DataView(file.buffer).getFloat32(data + 96, true)).toBe(9);
+});
+
+/** All parameters of a model, each filled with one number. */
+const filled = (config: NemotronHConfig) => Object.fromEntries(listParameters(config).map(
+  ({ name, shape }) => [name, { shape, data: new Float32Array(shape.reduce((a, b) => a * b, 1)).fill(0.5) }]));
+
+test("the small hybrid as a GGUF file holds every parameter once", () => {
+  const small = (config: NemotronHConfig): NemotronHConfig => ({
+    ...config, hidden_size: 64, vocab_size: 160, intermediate_size: 96, num_attention_heads: 2,
+    num_key_value_heads: 1, head_dim: 32, mamba_num_heads: 2, mamba_head_dim: 32, ssm_state_size: 16,
+    n_groups: 2, n_routed_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 32,
+    moe_shared_expert_intermediate_size: 32,
+  });
+  for (const [config, arch] of [[small(DENSE), "nemotron_h"], [small(MOE), "nemotron_h_moe"]] as const) {
+    const weights = filled(config);
+    const { settings, tensors } = readGguf(hybridGguf(config, weights));
+    expect(settings["general.architecture"]).toBe(arch);
+    expect(settings[`${arch}.ssm.inner_size`]).toBe(64);
+    expect((settings[`${arch}.attention.head_count_kv`] as number[]).map(Boolean))
+      .toEqual([...config.hybrid_override_pattern].map((letter) => letter === "*"));
+    const count = (shapes: readonly (readonly number[])[]) =>
+      shapes.reduce((sum, shape) => sum + shape.reduce((a, b) => a * b, 1), 0);
+    expect(count(tensors.map(({ shape }) => shape)))
+      .toBe(count(Object.values(weights).map(({ shape }) => shape)));
+    const pieces = settings["tokenizer.ggml.tokens"] as string[];
+    expect(new Set(pieces).size).toBe(160);
+    expect(textOf([140, 159])).toBe(pieces[140]! + pieces[159]!);
+    const ids = [140, 150, 141];
+    const logits = expectedLogits(config, weights, ids);
+    expect(logits).toHaveLength(160);
+    expect(Math.max(...logits.map(Math.abs))).toBeLessThan(1e-9); // equal rows of the head: equal logits
+  }
+});
+
+test("prompts stay in the vocabulary and begin alike", () => {
+  const ids = prompt(512);
+  expect(ids.every((id) => id >= 131 && id < DENSE.vocab_size)).toBe(true);
+  expect(prompt(12)).toEqual(ids.slice(0, 12));
+  expect(new Set(ids).size).toBeGreaterThan(400);
 });

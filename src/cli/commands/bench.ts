@@ -14,7 +14,7 @@ import { matmul } from "../../ops/matmul.ts";
 import { rms_norm } from "../../ops/rms_norm.ts";
 import { ssd_scan } from "../../ops/ssd_scan.ts";
 import { type Device, openDevice } from "../../tensor/device.ts";
-import { UsageError } from "../../tensor/errors.ts";
+import { KraitError, UsageError } from "../../tensor/errors.ts";
 import { scope } from "../../tensor/scope.ts";
 import type { Tensor } from "../../tensor/tensor.ts";
 import { byteTokenizer } from "../../text/byte_tokenizer.ts";
@@ -37,10 +37,13 @@ interface PeerResult {
   readonly ratio: number;
   readonly rel_err: number | null;
   readonly peer_rel_err: number | null;
+  readonly peer_ok: boolean;
+  readonly peer_kind: "gpu" | "cpu";
 }
 
 /** What bench/peers/main.ts exports. */
 export interface Peers {
+  summarise(results: readonly PeerResult[]): { case: string; peer: string; ratio: number }[];
   benchPeers(
     device: Device, runs: number, filter: readonly string[],
     report: (result: PeerResult) => void, complain: (line: string) => void, software: SoftwareDriver | null,
@@ -98,7 +101,7 @@ export const bench = defineCommand({
         throw new UsageError(`The suite must be one of ${SUITE_NAMES.join(", ")}, found "${name}".`);
       }
     }
-    const measurePeers = args.includes("peers") ? await loadPeers() : null;
+    const peers = args.includes("peers") ? await loadPeers() : null;
     const device = await openDevice(options.adapter ? { adapter: options.adapter } : {});
     const wanted: readonly string[] = args.length > 0 ? args : DEFAULT_SUITES;
     const results: Result[] = [];
@@ -128,13 +131,14 @@ export const bench = defineCommand({
       if (wanted.includes("kernels")) await kernels(device, options.runs, add);
       if (wanted.includes("train")) await training(device, options.config, options.data, options.runs, add);
       if (wanted.includes("generate")) await generation(device, options.config, options.runs, add);
-      await measurePeers?.(device, options.runs, options.case, (result) => {
+      await peers?.benchPeers(device, options.runs, options.case, (result) => {
         compared.push(result);
         record({ suite: "peers", ...result });
       }, (line) => void stderr.write(line), softwareDriver());
     } finally {
       device.destroy();
     }
+    if (peers && compared.length === 0) throw new KraitError("No peer could be compared with; stderr says why.");
     if (!options.json) {
       stdout.write(`${c.bold(`On ${device.info.name}, medians of ${options.runs} runs`)}\n`);
       const measured = results.map((r) => [
@@ -144,20 +148,25 @@ export const bench = defineCommand({
       if (measured.length > 0) stdout.write(`${table(measured)}\n`);
       const rows = compared.map((r) => [
         " peers", r.case, `${r.ms} ms`, r.peer, `${r.peer_ms} ms`, `${r.ratio}x`,
+        r.peer_ok ? "" : `wrong by ${r.peer_rel_err}`,
       ]);
       if (rows.length > 0) stdout.write(`${table(rows)}\n`);
+      const best = (peers?.summarise(compared) ?? []).map((s) => [` ${s.case}`, `${s.ratio}x`, s.peer]);
+      if (best.length > 0) {
+        stdout.write(`${c.bold("Against the fastest right answer on the adapter")}\n${table(best)}\n`);
+      }
     }
   },
 });
 
 /** The peers suite lives beside the sources and not in the package. */
-async function loadPeers(): Promise<Peers["benchPeers"]> {
+async function loadPeers(): Promise<Peers> {
   const module = packagePath("bench/peers/main.ts");
   if (!existsSync(module)) {
     throw new UsageError(
       "The suite peers needs a clone of the sources and: npm install --ignore-scripts --prefix bench/peers");
   }
-  return (await import(/* @vite-ignore */ pathToFileURL(module).href) as Peers).benchPeers;
+  return await import(/* @vite-ignore */ pathToFileURL(module).href) as Peers;
 }
 
 type Add = (
