@@ -7,13 +7,14 @@ import { info } from "./commands/info.ts";
 import { logits } from "./commands/logits.ts";
 import { quickstart } from "./commands/quickstart.ts";
 import { train } from "./commands/train.ts";
+import { tune } from "./commands/tune.ts";
 import { packagePath } from "./package.ts";
 
 const { version } =
   JSON.parse(readFileSync(packagePath("package.json"), "utf8")) as { version: string };
 
 process.exitCode = await runCli(
-  [doctor, info, train, generate, logits, bench, quickstart], process.argv.slice(2), {
+  [doctor, info, train, generate, logits, bench, tune, quickstart], process.argv.slice(2), {
     version,
     summary: "Trains and runs hybrid Mamba-2 / attention / mixture-of-experts language models on WebGPU.",
   });

@@ -68,6 +68,8 @@ export class Stream {
   /** Buffers of parameters ever created: constant in a steady state. */
   blocksCreated = 0;
   profiler: Profiler | null = null;
+  /** Drops whatever is recorded: ops go through their motions, and nothing is compiled or run. */
+  muted = false;
 
   readonly #device: GPUDevice;
   readonly #pool: BufferPool;
@@ -199,6 +201,7 @@ export class Stream {
   }
 
   #record(command: Command, touched: readonly PooledBuffer[]): void {
+    if (this.muted) return;
     this.#commands.push(command);
     if (this.#capture) {
       const { arena, outside } = this.#capture;

@@ -76,7 +76,7 @@ export function launch<K extends KernelName>(kernel: K, options: LaunchOptions<K
   checkAliases(kernel, views);
   const groups = fold(kernel, options.workgroups);
   for (const observer of launchObservers) observer(kernel, entry);
-  if (groups[0] === 0 || groups[1] === 0 || groups[2] === 0) return;
+  if (gpu.stream.muted || groups[0] === 0 || groups[1] === 0 || groups[2] === 0) return;
 
   const constants = (options.constants ?? {}) as Readonly<Record<string, number>>;
   const conditions = [...(options.conditions ?? [])].sort() as string[];

@@ -166,9 +166,10 @@ export class Choices {
   }
 }
 
+/** What a table says; of one that was read from a file, whatever in it is a table. */
 function entriesOf(table: ChoiceTable): [key: string, choice: string][] {
-  return Object.entries(table).flatMap(([tunable, classes]) =>
-    Object.entries(classes).map(([text, choice]): [string, string] => [`${tunable} ${text}`, choice]));
+  return Object.entries(table ?? {}).flatMap(([tunable, classes]) =>
+    Object.entries(classes ?? {}).map(([text, choice]): [string, string] => [`${tunable} ${text}`, choice]));
 }
 
 const choices = new WeakMap<Gpu, Choices>();

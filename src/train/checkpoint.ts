@@ -1,6 +1,7 @@
 /** What a training checkpoint holds beside the model, and how a run continues from it. */
 import { openSafetensors, safetensorsPieces } from "../io/safetensors.ts";
 import type { CheckpointContent, SavedCheckpoint } from "../io/checkpoint_files.ts";
+import type { ChoiceTable } from "../kernel/tuner.ts";
 import { modelFiles, readParameters, tensorEntry } from "../models/checkpoint.ts";
 import { FormatError } from "../tensor/errors.ts";
 import type { PackingState } from "./packing.ts";
@@ -16,12 +17,16 @@ export interface SavedRun {
   readonly packing: PackingState;
   /** Hash of the tokens and of their order. */
   readonly data: string;
+  /** Which kernels computed it, and on what adapter: to go on with the same bits. Older runs do not say. */
+  readonly kernels?: { readonly adapter: string; readonly choices: ChoiceTable };
 }
 
 export function savedRun(run: TrainingRun, recipe: Recipe): SavedRun {
+  const { device } = run.model;
   return {
     format: "krait-training-state", steps: run.trainer.steps, recipe,
     packing: run.packer.state, data: run.packer.fingerprint,
+    kernels: { adapter: device.info.id, choices: device.choices.table() },
   };
 }
 
@@ -74,5 +79,7 @@ export async function restoreRun(run: TrainingRun, checkpoint: SavedCheckpoint):
   await moments.close();
   run.packer.restore(state.packing);
   run.trainer.steps = state.steps;
+  const { device } = run.model;
+  if (state.kernels?.adapter === device.info.id) device.choices.pin(state.kernels.choices);
   return state;
 }

@@ -17,9 +17,10 @@ export interface Finished {
 /** Starts the command line in a process of its own. `onStdout` sees the output as it comes. */
 export function krait(
   args: readonly string[], onStdout?: (text: string, child: ChildProcess) => void,
+  env: Readonly<Record<string, string>> = {},
 ): Promise<Finished> {
   const child = spawn(process.execPath, [join(root, "src/cli/krait.mjs"), ...args], {
-    cwd: root, stdio: ["ignore", "pipe", "pipe"],
+    cwd: root, stdio: ["ignore", "pipe", "pipe"], env: { ...process.env, ...env },
   });
   let stdout = "";
   let stderr = "";

@@ -1,0 +1,49 @@
+import type { NemotronHConfig } from "../models/config.ts";
+import { NemotronH } from "../models/nemotron_h.ts";
+import { createParameters } from "../models/parameters.ts";
+import type { Device } from "../tensor/device.ts";
+import { makeRecipe, type Recipe, scheduleOf } from "../train/recipe.ts";
+import { Trainer } from "../train/trainer.ts";
+import { Generator } from "./engine.ts";
+
+export interface RehearsalOptions {
+  readonly recipe?: { readonly [key in keyof Recipe]?: Recipe[key] | undefined };
+  readonly promptTokens?: number;
+  /** Numbers of drafted tokens per pass to decode with. */
+  readonly drafts?: readonly number[];
+}
+
+/**
+ * Goes through a training step, a prompt and some decoding of a model without running any of it, so that
+ * the device knows which kernels would be chosen between, and for what (`device.choices`).
+ *
+ * @param device  is of no use for anything else afterwards
+ */
+export async function rehearse(
+  device: Device, config: NemotronHConfig, options: RehearsalOptions = {},
+): Promise<void> {
+  device.stream.muted = true;
+  const model = new NemotronH(config, createParameters(device, config, 0));
+  const recipe = makeRecipe(options.recipe ?? {});
+  const { batch, seqlen, accumulate } = recipe;
+  const trainer = new Trainer(model, {
+    ...recipe, schedule: scheduleOf(recipe), betas: [recipe.beta1, recipe.beta2],
+    mtp_depths: model.mtp ? recipe.mtp_depths : 0,
+  });
+  const zeros = () => new Int32Array(batch * seqlen);
+  const micro = {
+    batch, seqlen, ids: new Int32Array(batch * (seqlen + 1)), input_ids: zeros(), labels: zeros(), seq_idx: zeros(),
+    scored: batch * seqlen,
+  };
+  await trainer.step(Array.from({ length: accumulate }, () => micro));
+  trainer.dispose();
+  const prompt = new Array<number>(options.promptTokens ?? 256).fill(0);
+  for (const draft of options.drafts ?? (model.mtp ? [0, 2] : [0])) {
+    const generator = new Generator(model, prompt.length + 8 + draft);
+    for await (const _ of generator.generate(prompt, { maxTokens: 8, draft })) {
+      // tokens are not even computed
+    }
+    generator.dispose();
+  }
+  model.dispose();
+}
