@@ -1,7 +1,32 @@
 /** Numbers with fewer bits, as several engines store them: f16, and blocks of 32 with one f16 scale. */
-import { f16ToF32, f32ToF16 } from "../../src/tensor/dtype.ts";
 
 export const BLOCK = 32;
+
+const floats = new Float32Array(1);
+const words = new Uint32Array(floats.buffer);
+const bitsOf = (x: number): number => {
+  floats[0] = x;
+  return words[0]!;
+};
+
+/** The bits of the f16 nearest to an f32, ties to even; beyond 65504 infinity. */
+export function f32ToF16(x: number): number {
+  const size = Math.abs(x);
+  const sign = bitsOf(x) >>> 31 << 15;
+  if (!(size < 65520)) return sign | (Number.isNaN(x) ? 0x7e00 : 0x7c00);
+  // Adding this number leaves f64 no more digits than f16 has, so that the addition rounds.
+  const exponent = Math.max((bitsOf(size) >>> 23) - 127, -14);
+  const shift = 1.5 * 2 ** (exponent + 42);
+  const rounded = size + shift - shift;
+  const field = Math.max((bitsOf(rounded) >>> 23) - 127, -15);
+  return sign | (field < -14 ? rounded * 2 ** 24 : ((field + 15) << 10) | ((rounded * 2 ** (10 - field)) & 1023));
+}
+
+/** The value of f16 bits of a finite number. */
+export function f16ToF32(bits: number): number {
+  const [sign, field, fraction] = [bits & 0x8000 ? -1 : 1, (bits >>> 10) & 31, bits & 1023];
+  return sign * (field === 0 ? fraction * 2 ** -24 : (1024 + fraction) * 2 ** (field - 25));
+}
 
 /** The nearest f16 of every value, as f32. */
 export function roundedToF16(values: Float32Array): Float32Array {

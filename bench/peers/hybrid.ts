@@ -2,10 +2,8 @@
  * The small hybrid model that language-model engines are compared on: random weights of Nemotron-H geometry,
  * matrices rounded to 4-bit blocks, its GGUF file, and its float64 answer.
  */
-import { listParameters } from "../../src/models/checkpoint_names.ts";
-import { type NemotronHConfig, layerSpecs, parseConfig } from "../../src/models/config.ts";
+import { type NdArray, type NemotronHConfig, ndarray, parseConfig } from "../../src/index.ts";
 import * as reference from "../../src/reference/index.ts";
-import { type NdArray, ndarray } from "../../src/tensor/ndarray.ts";
 import { fromBlocks, toBlocks } from "./blocks.ts";
 import { type GgufTensor, type Setting, encodeGguf } from "./gguf.ts";
 import { type Input, random } from "./random.ts";
@@ -29,10 +27,46 @@ export function isMatrix(name: string): boolean {
   return /(?:_proj|embeddings\.weight|lm_head\.weight)/.test(name);
 }
 
-/** All parameters by their canonical names. */
+/** Names and shapes of all parameters; no layer has biases but the convolution. */
+export function parameterShapes(config: NemotronHConfig): [name: string, shape: number[]][] {
+  const { vocab_size: V, hidden_size: D, mamba_num_heads: H, n_routed_experts: E } = config;
+  const { moe_intermediate_size: F, moe_shared_expert_intermediate_size: S } = config;
+  const inner = H * config.mamba_head_dim;
+  const channels = inner + 2 * config.n_groups * config.ssm_state_size;
+  const [heads, kv] = [config.num_attention_heads, config.num_key_value_heads].map((n) => n * config.head_dim);
+  const ff = config.intermediate_size as number;
+  const mixers: Record<string, Record<string, number[]>> = {
+    M: {
+      "in_proj.weight": [inner + channels + H, D], "conv1d.weight": [channels, 1, config.conv_kernel],
+      "conv1d.bias": [channels], A_log: [H], D: [H], dt_bias: [H], "norm.weight": [inner],
+      "out_proj.weight": [D, inner],
+    },
+    "*": {
+      "q_proj.weight": [heads!, D], "k_proj.weight": [kv!, D], "v_proj.weight": [kv!, D],
+      "o_proj.weight": [D, heads!],
+    },
+    "-": { "up_proj.weight": [ff, D], "down_proj.weight": [D, ff] },
+    E: {
+      "gate.weight": [E, D], "gate.e_score_correction_bias": [E], "experts.up_proj": [E, F, D],
+      "experts.down_proj": [E, D, F], "shared_experts.up_proj.weight": [S, D],
+      "shared_experts.down_proj.weight": [D, S],
+    },
+  };
+  return [
+    ["backbone.embeddings.weight", [V, D]],
+    ...[...config.hybrid_override_pattern].flatMap((letter, i): [string, number[]][] => [
+      [`backbone.layers.${i}.norm.weight`, [D]],
+      ...Object.entries(mixers[letter]!).map(([name, shape]): [string, number[]] =>
+        [`backbone.layers.${i}.mixer.${name}`, shape]),
+    ]),
+    ["backbone.norm_f.weight", [D]], ["lm_head.weight", [V, D]],
+  ];
+}
+
+/** All parameters by the names of published checkpoints; the experts of a layer are one stacked tensor. */
 export function hybridWeights(config: NemotronHConfig): Weights {
   const layers = config.num_hidden_layers;
-  return Object.fromEntries(listParameters(config).map(({ name, shape }, seed): [string, Input] => {
+  return Object.fromEntries(parameterShapes(config).map(([name, shape], seed): [string, Input] => {
     const uniform = (low: number, high: number) =>
       random(seed, shape, 1).data.map((x) => low + ((high - low) * (x / Math.sqrt(3) + 1)) / 2);
     const near = (centre: number, deviation: number) => random(seed, shape, deviation).data.map((x) => centre + x);
@@ -79,12 +113,12 @@ export function expectedLogits(config: NemotronHConfig, weights: Weights, tokens
   const L = tokens.length;
   const ids = ndarray([1, L], Float64Array.from(tokens));
   let x = reference.embedding(ids, get("backbone.embeddings.weight"));
-  layerSpecs(config).forEach(({ kind }, i) => {
+  [...config.hybrid_override_pattern].forEach((letter, i) => {
     const of = (name: string) => get(`backbone.layers.${i}.mixer.${name}`);
     const normed = reference.rms_norm(x, get(`backbone.layers.${i}.norm.weight`), eps);
-    const y = kind === "mamba" ? mamba(config, normed, of)
-      : kind === "attention" ? attention(config, normed, of)
-        : kind === "mlp" ? mlp(normed, of, "up_proj.weight", "down_proj.weight")
+    const y = letter === "M" ? mamba(config, normed, of)
+      : letter === "*" ? attention(config, normed, of)
+        : letter === "-" ? mlp(normed, of, "up_proj.weight", "down_proj.weight")
           : experts(config, normed, of);
     x = ndarray(x.shape, x.data.map((value, at) => value + y.data[at]!));
   });
@@ -169,8 +203,8 @@ function experts(config: NemotronHConfig, x: NdArray, get: Get): NdArray {
 
 /** The model as a GGUF file that llama.cpp loads as `nemotron_h` or `nemotron_h_moe`. */
 export function hybridGguf(config: NemotronHConfig, weights: Weights): Uint8Array {
-  const specs = layerSpecs(config);
-  const isMoe = specs.some(({ kind }) => kind === "moe");
+  const letters = [...config.hybrid_override_pattern];
+  const isMoe = letters.includes("E");
   const inner = config.mamba_num_heads * config.mamba_head_dim;
   const tensors: GgufTensor[] = [];
   const add = (name: string, { shape, data }: Input, as = shape) => tensors.push({ name, shape: as, data });
@@ -179,11 +213,11 @@ export function hybridGguf(config: NemotronHConfig, weights: Weights): Uint8Arra
   matrix("token_embd.weight", weights["backbone.embeddings.weight"]!);
   add("output_norm.weight", weights["backbone.norm_f.weight"]!);
   matrix("output.weight", weights["lm_head.weight"]!);
-  specs.forEach(({ kind }, i) => {
+  letters.forEach((letter, i) => {
     const of = (name: string) => weights[`backbone.layers.${i}.mixer.${name}`]!;
     const at = `blk.${i}.`;
     add(`${at}attn_norm.weight`, weights[`backbone.layers.${i}.norm.weight`]!);
-    if (kind === "mamba") {
+    if (letter === "M") {
       const { mamba_num_heads: H, n_groups: G } = config;
       matrix(`${at}ssm_in.weight`, of("in_proj.weight"));
       const conv = of("conv1d.weight");
@@ -195,11 +229,11 @@ export function hybridGguf(config: NemotronHConfig, weights: Weights): Uint8Arra
       add(`${at}ssm_d`, of("D"), [H, 1]);
       add(`${at}ssm_norm.weight`, of("norm.weight"), [G, inner / G]);
       matrix(`${at}ssm_out.weight`, of("out_proj.weight"));
-    } else if (kind === "attention") {
+    } else if (letter === "*") {
       for (const [ours, theirs] of [["q", "q"], ["k", "k"], ["v", "v"], ["o", "output"]]) {
         matrix(`${at}attn_${theirs!}.weight`, of(`${ours!}_proj.weight`));
       }
-    } else if (kind === "mlp") {
+    } else if (letter === "-") {
       for (const side of ["up", "down"]) matrix(`${at}ffn_${side}.weight`, of(`${side}_proj.weight`));
     } else {
       add(`${at}ffn_gate_inp.weight`, of("gate.weight"));
@@ -214,15 +248,14 @@ export function hybridGguf(config: NemotronHConfig, weights: Weights): Uint8Arra
 }
 
 function settings(config: NemotronHConfig, arch: string, inner: number): Record<string, Setting> {
-  const specs = layerSpecs(config);
-  const per = (value: (spec: (typeof specs)[number]) => number) => specs.map(value);
+  const letters = [...config.hybrid_override_pattern];
   const own: Record<string, Setting> = {
     vocab_size: config.vocab_size, context_length: config.max_position_embeddings,
-    embedding_length: config.hidden_size, block_count: specs.length,
-    feed_forward_length: per((spec) =>
-      spec.kind === "mlp" ? spec.intermediate_size : spec.kind === "moe" ? spec.moe_intermediate_size : 0),
+    embedding_length: config.hidden_size, block_count: letters.length,
+    feed_forward_length: letters.map((letter) =>
+      letter === "-" ? config.intermediate_size as number : letter === "E" ? config.moe_intermediate_size : 0),
     "attention.head_count": config.num_attention_heads,
-    "attention.head_count_kv": per(({ kind }) => (kind === "attention" ? config.num_key_value_heads : 0)),
+    "attention.head_count_kv": letters.map((letter) => (letter === "*" ? config.num_key_value_heads : 0)),
     "attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
     "attention.layer_norm_epsilon": { float: config.layer_norm_epsilon },
     "attention.layer_norm_rms_epsilon": { float: config.layer_norm_epsilon },

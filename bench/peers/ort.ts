@@ -2,8 +2,7 @@
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { fileURLToPath } from "node:url";
-import { f32ToF16 } from "../../src/tensor/dtype.ts";
-import { BLOCK, packedInOrder, toBlocks } from "./blocks.ts";
+import { BLOCK, f32ToF16, packedInOrder, toBlocks } from "./blocks.ts";
 import { offerWebGpu } from "./browser.ts";
 import { type Case, type Input, ATTENTION, CONV, EPS, FACTOR, SSD, decays } from "./cases.ts";
 import { type Graph, type Node, FLOAT, FLOAT16, encodeModel } from "./onnx.ts";

@@ -1,8 +1,10 @@
 import { expect, test } from "vitest";
-import { fromBlocks, ggufBlocks, packedInOrder, roundedToF16, toBlocks } from "../../bench/peers/blocks.ts";
+import {
+  f16ToF32, f32ToF16, fromBlocks, ggufBlocks, packedInOrder, roundedToF16, toBlocks,
+} from "../../bench/peers/blocks.ts";
 import { CASES } from "../../bench/peers/cases.ts";
 import { encodeGguf } from "../../bench/peers/gguf.ts";
-import { DENSE, MOE, expectedLogits, hybridGguf, prompt, textOf } from "../../bench/peers/hybrid.ts";
+import { DENSE, MOE, expectedLogits, hybridGguf, parameterShapes, prompt, textOf } from "../../bench/peers/hybrid.ts";
 import { encodeModel } from "../../bench/peers/onnx.ts";
 import { PEERS } from "../../bench/peers/peers.ts";
 import {
@@ -12,6 +14,7 @@ import {
 import { random } from "../../bench/peers/random.ts";
 import { listParameters } from "../../src/models/checkpoint_names.ts";
 import type { NemotronHConfig } from "../../src/models/config.ts";
+import * as dtype from "../../src/tensor/dtype.ts";
 
 test("every request is read back as it was written", () => {
   for (const request of [
@@ -157,6 +160,30 @@ test("f16 rounding: ties to even, and no value moves twice", () => {
   const rounded = roundedToF16(Float32Array.of(1, 1 + 2 ** -11, 1 + 3 * 2 ** -11, 0.1));
   expect([...rounded]).toEqual([1, 1, 1 + 2 ** -9, 0.0999755859375]);
   expect(roundedToF16(rounded)).toEqual(rounded);
+});
+
+test("f16 bits are those of the engine's own conversion", () => {
+  for (let bits = 0; bits < 0x10000; bits++) {
+    const value = dtype.f16ToF32(bits);
+    if (!Number.isFinite(value)) continue;
+    expect(f16ToF32(bits)).toBe(value);
+    expect(f32ToF16(value)).toBe(bits);
+  }
+  for (const scale of [1e-9, 1e-7, 1e-5, 1, 300, 4e4]) {
+    for (const x of random(3, [200], scale).data) expect(f32ToF16(x)).toBe(dtype.f32ToF16(x));
+  }
+  for (const x of [0, -0, Infinity, -Infinity, 65519, 65520, 2 ** -25, 2 ** -24, 3 * 2 ** -26, NaN]) {
+    expect(f32ToF16(x)).toBe(dtype.f32ToF16(x));
+  }
+});
+
+test("the small hybrid's parameters are those of the engine", () => {
+  for (const config of [DENSE, MOE]) {
+    const shapes = (list: readonly (readonly [string, readonly number[]])[]) =>
+      Object.fromEntries(list);
+    expect(shapes(parameterShapes(config)))
+      .toEqual(shapes(listParameters(config).map(({ name, shape }) => [name, shape])));
+  }
 });
 
 /** A reader of what the writer makes. */
