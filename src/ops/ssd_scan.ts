@@ -4,6 +4,7 @@ import { bmm_chunk } from "./bmm_chunk.ts";
 import { chunk_cumsum } from "./chunk_cumsum.ts";
 import { chunk_scan } from "./chunk_scan.ts";
 import { chunk_state } from "./chunk_state.ts";
+import { canWalk, ssd_walk } from "./ssd_walk.ts";
 import { state_passing } from "./state_passing.ts";
 
 export interface SsdScanOptions {
@@ -30,7 +31,10 @@ export interface SsdScanOptions {
  * @returns       y (B, L, H, P) and final_state (B, H, P, N) f32
  *
  * Numerics  exponents and states in f32; exp only of values <= 0.
- * Cost      about B L H (Q (P + N G/H) + 4 P N) multiply-adds; nine launches.
+ * GPUs run it by chunks, which keep many invocations busy; software adapters, where loads and barriers are
+ * dear and invocations few, walk the tokens with the state in registers (ssd_walk).
+ *
+ * Cost      by chunks about B L H (Q (P + N G/H) + 4 P N) multiply-adds; nine launches.
  * Throws    ShapeError for shapes that do not fit.
  * Source    Dao & Gu 2024 (arXiv 2405.21060) section 6.
  * Tested    test/ops/ssd_scan.samples.ts against reference/ssd_scan.ts
@@ -40,6 +44,10 @@ export function ssd_scan(
   options: SsdScanOptions,
 ): [Tensor, Tensor] {
   const { chunk_size, dt_limit, initial_state, seq_idx } = options;
+  if (x.device.info.isSoftware && canWalk(x, B)) {
+    return ssd_walk(
+      x, dt_raw, A_log, B, C, D, dt_bias, initial_state, seq_idx, dt_limit) as [Tensor, Tensor];
+  }
   return scope(() => {
     const [dt, dA_cumsum] = chunk_cumsum(dt_raw, A_log, dt_bias, chunk_size, dt_limit) as [Tensor, Tensor];
     const states = chunk_state(B, x, dt, dA_cumsum, seq_idx);
