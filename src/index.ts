@@ -2,6 +2,7 @@
 export { chooseAdapter, type AdapterHandle, type AdapterInfo, type AdapterKind } from "./gpu/adapters.ts";
 export { AdapterError, DeviceLostError, GpuError, OutOfMemoryError, ShaderError } from "./gpu/errors.ts";
 export type { Profiler, ProfileEvent } from "./gpu/profiler.ts";
+export { BLOCK_LAYOUTS, BlockTensor, isBlockFormat, type BlockFormat } from "./tensor/blocks.ts";
 export { Device, listAdapters, openDevice, type DeviceOptions } from "./tensor/device.ts";
 export { ConfigError, DTypeError, FormatError, KraitError, ShapeError, UsageError } from "./tensor/errors.ts";
 export { ndarray, sizeOf, type NdArray } from "./tensor/ndarray.ts";

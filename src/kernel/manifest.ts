@@ -1582,6 +1582,113 @@ export const manifest = {
       clip: ["norm","params","scale"],
     },
   },
+  "quant/block_matvec": {
+    bindings: {
+      x: { binding: 0, access: "read" },
+      codes: { binding: 1, access: "read" },
+      scales: { binding: 2, access: "read" },
+      y: { binding: 3, access: "read_write" },
+      bias: { binding: 4, access: "read" },
+      offsets: { binding: 5, access: "read" },
+    },
+    params: {
+      m: "u32",
+      n: "u32",
+      k: "u32",
+      experts: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["bias","grouped","q4","rows8","subgroups"],
+    entries: {
+      block_matvec: ["bias","codes","offsets","params","scales","x","y"],
+      block_matvec_quad: ["bias","codes","offsets","params","scales","x","y"],
+    },
+  },
+  "quant/block_quad": {
+    bindings: {
+      x: { binding: 0, access: "read" },
+      codes: { binding: 1, access: "read" },
+      scales: { binding: 2, access: "read" },
+      y: { binding: 3, access: "read_write" },
+      bias: { binding: 4, access: "read" },
+      tiles: { binding: 5, access: "read" },
+    },
+    params: {
+      m: "u32",
+      n: "u32",
+      k: "u32",
+      row_tiles: "u32",
+      group: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["bias","grouped","q4","subgroups"],
+    entries: {
+      block_quad: ["bias","codes","params","scales","tiles","x","y"],
+    },
+  },
+  "quant/block_tile": {
+    bindings: {
+      x: { binding: 0, access: "read" },
+      codes: { binding: 1, access: "read" },
+      scales: { binding: 2, access: "read" },
+      y: { binding: 3, access: "read_write" },
+      bias: { binding: 4, access: "read" },
+      tiles: { binding: 5, access: "read" },
+    },
+    params: {
+      m: "u32",
+      n: "u32",
+      k: "u32",
+      row_tiles: "u32",
+    },
+    overrides: {
+    },
+    conditions: ["bias","grouped","q4"],
+    entries: {
+      block_tile: ["bias","codes","params","scales","tiles","x","y"],
+    },
+  },
+  "quant/dequantize": {
+    bindings: {
+      codes: { binding: 0, access: "read" },
+      scales: { binding: 1, access: "read" },
+      values: { binding: 2, access: "read_write" },
+      ids: { binding: 3, access: "read" },
+    },
+    params: {
+      rows: "u32",
+      blocks: "u32",
+      limit: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["gather","q4"],
+    entries: {
+      dequantize: ["codes","ids","params","scales","values"],
+    },
+  },
+  "quant/quantize": {
+    bindings: {
+      values: { binding: 0, access: "read" },
+      codes: { binding: 1, access: "read_write" },
+      scales: { binding: 2, access: "read_write" },
+    },
+    params: {
+      count: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["q4"],
+    entries: {
+      quantize: ["codes","params","scales","values"],
+    },
+  },
   "sample/argmax": {
     bindings: {
       logits: { binding: 0, access: "read" },

@@ -1,20 +1,14 @@
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import { orBlocks } from "./block_linear.ts";
 import { defineOp } from "./op.ts";
+import { embedding_blocks } from "./quantize.ts";
 
 const WG = 64;
 const LANES = 32; // as in embedding_backward.wgsl
 
-/**
- * y[t] = weight[ids[t]]; an id outside the table gives zeros and no gradient.
- *
- * @param ids     i32 [...]
- * @param weight  f32 [V, D]
- * @returns f32 [..., D]
- * @throws ShapeError when weight is not a matrix
- */
-export const embedding = defineOp({
+const dense = defineOp({
   name: "embedding",
   forward(ctx, ids: Tensor, weight: Tensor): Tensor {
     check(weight.shape.length === 2, "embedding", "weight", "[V, D]", weight);
@@ -52,3 +46,14 @@ export const embedding = defineOp({
 function vectors(D: number): { cols: number; conditions: "vec4"[] } {
   return D % 4 === 0 ? { cols: D / 4, conditions: ["vec4"] } : { cols: D, conditions: [] };
 }
+
+/**
+ * y[t] = weight[ids[t]]; an id outside the table gives zeros and no gradient.
+ *
+ * @param ids     i32 [...]
+ * @param weight  f32 [V, D], or block-quantised (`quantize`): then without a gradient
+ * @returns f32 [..., D]
+ * @throws ShapeError when weight is not a matrix
+ */
+export const embedding = orBlocks(
+  dense, (ids, { codes, scales, format }) => embedding_blocks(ids, codes, scales, format));

@@ -1,5 +1,6 @@
 import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import { grouped_linear_blocks, orBlocks } from "./block_linear.ts";
 import { groupedTiles, product, productKernel, type ProductKernel, tileRows, vectorProduct } from "./gemm.ts";
 import { defineOp } from "./op.ts";
 
@@ -25,12 +26,12 @@ const FEW_ROWS = 8;
  * The offsets are read on the GPU only. The gradient of an expert without rows is exactly zero.
  *
  * @param x        f32 [S, K], rows sorted by expert
- * @param weight   f32 [E, N, K]
+ * @param weight   f32 [E, N, K], or block-quantised (`quantize`): then without a gradient
  * @param offsets  u32 [E + 1], ascending from 0 to S
  * @returns f32 [S, N]
  * @throws ShapeError when the widths or the number of experts differ
  */
-export const grouped_linear = defineOp({
+export const grouped_linear = orBlocks(defineOp({
   name,
   forward(ctx, x: Tensor, weight: Tensor, offsets: Tensor, options: GroupedLinearOptions = {}): Tensor {
     check(x.shape.length === 2, name, "x", "[S, K]", x);
@@ -75,4 +76,4 @@ export const grouped_linear = defineOp({
     }
     return [dx, dweight];
   },
-});
+}), (x, { codes, scales, format }, offsets) => grouped_linear_blocks(x, codes, scales, offsets, { format }));

@@ -1,6 +1,7 @@
 import { check } from "../tensor/check.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import { linear_blocks, orBlocks } from "./block_linear.ts";
 import { product, sumRows, vectorKernel, vectorProduct } from "./gemm.ts";
 import { defineOp } from "./op.ts";
 
@@ -8,12 +9,12 @@ import { defineOp } from "./op.ts";
  * y = x W^T + bias.
  *
  * @param x       f32 [..., K]
- * @param weight  f32 [N, K]
+ * @param weight  f32 [N, K], or block-quantised (`quantize`): then without a gradient
  * @param bias    f32 [N], or null
  * @returns f32 [..., N]
  * @throws ShapeError when the widths differ
  */
-export const linear = defineOp({
+export const linear = orBlocks(defineOp({
   name: "linear",
   forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | null): Tensor {
     check(x.shape.length >= 1, "linear", "x", "[..., K]", x);
@@ -56,4 +57,4 @@ export const linear = defineOp({
     if (dbias) sumRows(dy, rows, N, dbias);
     return [dx, dweight, dbias];
   },
-});
+}), (x, { codes, scales, format }, bias) => linear_blocks(x, codes, scales, bias, { format }));

@@ -1,5 +1,6 @@
 export * from "./adamw.ts";
 export * from "./attention.ts";
+export * from "./block_linear.ts";
 export * from "./bmm_chunk.ts";
 export * from "./cast.ts";
 export * from "./causal_conv1d.ts";
@@ -16,6 +17,7 @@ export * from "./linear.ts";
 export * from "./linear_cross_entropy.ts";
 export * from "./matmul.ts";
 export * from "./moe.ts";
+export * from "./quantize.ts";
 export * from "./rms_norm.ts";
 export * from "./router.ts";
 export * from "./sample.ts";

@@ -56,6 +56,8 @@ const MATMUL = {
 
 /** For what may be an element of an array, whose rows the interpreter cannot set. */
 const COPY = ["var sum = acc;", "var sum = mat4x4f(acc[0], acc[1], acc[2], acc[3]);"] as const;
+/** Scales as whole numbers instead of packed halves. */
+const HALVES = [["unpack2x16float(pair)", "vec2f(f32(pair & 0xffffu), f32(pair >> 16u))"]] as const;
 /** Three queries over 35 keys: two tiles of keys, of which the second holds what masks hide. */
 const TILED = {
   params: { batch: 1, seqlen: 3, kv_seqlen: 35, nheads: 1, nkv_heads: 1, reach: 32, scale: 0.35 },
@@ -157,6 +159,20 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     bind: { partial: normal(11), norm: 1 }, params: { count: 11, first: 0, max_norm: 1 },
     constants: { WG: 16, EACH: 2 }, workgroups: [1],
   },
+  "quant/block_matvec:block_matvec": {
+    bind: {
+      x: normal(2 * 64), codes: integers(6 * 16, 2 ** 31), scales: integers(6, 2 ** 14), y: 12, bias: normal(6),
+      offsets: 1,
+    },
+    params: { m: 2, n: 6, k: 64, experts: 0 }, constants: { WG: 16 }, conditions: ["bias"], workgroups: [2], rewrite: HALVES,
+  },
+  "quant/block_tile:block_tile": {
+    bind: {
+      x: normal(3 * 32), codes: integers(6 * 8, 2 ** 31), scales: integers(3, 2 ** 14), y: 18, bias: normal(6),
+      tiles: 1,
+    },
+    params: { m: 3, n: 6, k: 32, row_tiles: 1 }, conditions: ["bias"], workgroups: [1], rewrite: HALVES,
+  },
   "sample/argmax:argmax": { bind: { logits, token: 2 }, ...sampled },
   "sample/draw:draw": {
     bind: { logits, settings, cuts, counter: u32(1, 2, 3, 4), token: 2 }, ...sampled,
@@ -226,7 +242,7 @@ describe("no races", () => {
 });
 
 /** Left out: a barrier between atomic accesses, which are no data race without it, and what is slow. */
-const KEPT_WHOLE = /^moe\/expert_bias:|^matmul\/matmul_tile:|^attention\/attention_tile/;
+const KEPT_WHOLE = /^moe\/expert_bias:|^matmul\/matmul_tile:|^quant\/block_tile:|^attention\/attention_tile/;
 
 describe("a removed barrier is reported", () => {
   for (const name of Object.keys(LAUNCHES).filter((each) => !KEPT_WHOLE.test(each))) {

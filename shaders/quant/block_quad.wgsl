@@ -1,0 +1,154 @@
+// y = x W^T (+ bias) for many rows x and a block-quantised W, for adapters that are emulated on a CPU.
+//
+// x f32 [M, K], W [N, K] as codes and scales (lib/blocks.wgsl), y f32 [M, N]; K is a multiple of 32. A quad
+// (four invocations) computes 16 rows x 16 columns of y in registers, as in matmul_quad.wgsl: invocation q
+// owns four columns, loads one row of x of every group of four, and sees the rows of its neighbours by quad
+// swaps in the order q ^ 0 .. q ^ 3. The codes of a whole block of W are loaded at a time and decoded four k
+// at a time, so that W costs one vector load where f32 costs eight. WG / 4 tiles per workgroup.
+//
+// `grouped`: row tile i is (expert, first row, end row, 0) = tiles[4 i ..]. Accumulation: f32, one
+// accumulator per element, k ascending.
+
+import package::lib::index::workgroup_index;
+import package::lib::blocks::{raw, half_at, STEP, OFFSET, WORDS};
+
+struct Params { m: u32, n: u32, k: u32, row_tiles: u32, group: u32 }  // group: 4, the rows of a group
+
+@group(0) @binding(0) var<storage, read> x: array<vec4f>;
+@group(0) @binding(1) var<storage, read> codes: array<vec4u>;
+@group(0) @binding(2) var<storage, read> scales: array<u32>;
+@group(0) @binding(3) var<storage, read_write> y: array<f32>;
+@group(0) @binding(4) var<storage, read> bias: array<f32>;
+@group(0) @binding(5) var<storage, read> tiles: array<u32>;
+@group(1) @binding(0) var<uniform> params: Params;
+
+override WG: u32 = 32;
+const VECTORS: u32 = WORDS / 4u;              // vectors of codes per block
+
+// The codes of one block in four columns.
+@if(q4) struct Codes { a: vec4u, b: vec4u, c: vec4u, d: vec4u }
+@else struct Codes {
+  a: vec4u, b: vec4u, c: vec4u, d: vec4u, a_last: vec4u, b_last: vec4u, c_last: vec4u, d_last: vec4u,
+}
+
+fn load_codes(at: vec4u) -> Codes {
+  let i = at * VECTORS;
+  @if(q4) return Codes(codes[i.x], codes[i.y], codes[i.z], codes[i.w]);
+  @else return Codes(codes[i.x], codes[i.y], codes[i.z], codes[i.w],
+    codes[i.x + 1u], codes[i.y + 1u], codes[i.z + 1u], codes[i.w + 1u]);
+}
+
+// Component i of a vector. Indexing would send the vector through memory.
+fn pick(v: vec4u, i: u32) -> u32 {
+  return select(select(v.x, v.y, i == 1u), select(v.z, v.w, i == 3u), i >= 2u);
+}
+
+// Four columns at the four k number `step` of the block; column j of the result is k number j.
+fn columns_at(c: Codes, step: u32, scale: vec4f) -> mat4x4f {
+  @if(q4) {
+    let shift = step % 2u * 4u;
+    let i = step / 2u;
+    let words = vec4u(pick(c.a, i), pick(c.b, i), pick(c.c, i), pick(c.d, i)) >> vec4u(shift);
+    return decoded(words, scale);
+  }
+  @else {
+    let i = step % 4u;
+    if (step < 4u) { return decoded(vec4u(pick(c.a, i), pick(c.b, i), pick(c.c, i), pick(c.d, i)), scale); }
+    return decoded(
+      vec4u(pick(c.a_last, i), pick(c.b_last, i), pick(c.c_last, i), pick(c.d_last, i)), scale);
+  }
+}
+
+fn decoded(words: vec4u, scale: vec4f) -> mat4x4f {
+  return transpose(mat4x4f(decoded_row(words.x, scale.x), decoded_row(words.y, scale.y),
+    decoded_row(words.z, scale.z), decoded_row(words.w, scale.w)));
+}
+
+fn decoded_row(word: u32, scale: f32) -> vec4f {
+  return fma(raw(word), STEP * scale, OFFSET * -scale);
+}
+
+// Quads enter and leave loops as a whole, which the uniformity analysis cannot see.
+@if(subgroups) @diagnostic(off, subgroup_uniformity)
+fn load_rows(at: u32) -> mat4x4f {
+  let v = x[at];
+  return mat4x4f(v, quadSwapX(v), quadSwapY(v), quadSwapDiagonal(v));
+}
+
+fn multiply_add(s: mat4x4f, u: mat4x4f, w: mat4x4f) -> mat4x4f {
+  return mat4x4f(add_row(s[0], u[0], w), add_row(s[1], u[1], w),
+    add_row(s[2], u[2], w), add_row(s[3], u[3], w));
+}
+
+fn add_row(s: vec4f, u: vec4f, w: mat4x4f) -> vec4f {
+  return fma(vec4f(u.w), w[3], fma(vec4f(u.z), w[2], fma(vec4f(u.y), w[1], fma(vec4f(u.x), w[0], s))));
+}
+
+fn column_of(s: mat4x4f, j: u32) -> vec4f {
+  return select(select(s[0], s[1], j == 1u), select(s[2], s[3], j == 3u), j >= 2u);
+}
+
+fn put(value: vec4f, row: u32, column: u32, count: u32) {
+  let at = row * params.n + column;
+  for (var i = 0u; i < count; i++) { y[at + i] = value[i]; }
+}
+
+@if(subgroups) @compute @workgroup_size(WG)
+fn block_quad(
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
+  @builtin(num_workgroups) nwg: vec3u,
+) {
+  let tile = workgroup_index(wid, nwg) * (WG / 4u) + lane / 4u;
+  let column_tiles = (params.n + 15u) / 16u;
+  let row_tile = tile / column_tiles;
+  if (row_tile >= params.row_tiles) { return; }
+  let q = lane % 4u;
+  let plain = vec4u(0u, 1u, 2u, 3u);
+  let column = tile % column_tiles * 16u + q * 4u;
+  @if(grouped) let row = tiles[row_tile * 4u + 1u];
+  @else let row = row_tile * 16u;
+  @if(grouped) let row_end = tiles[row_tile * 4u + 2u];
+  @else let row_end = params.m;
+  @if(grouped) let expert = tiles[row_tile * 4u];
+  @else let expert = 0u;
+  if (row >= row_end) { return; }
+
+  // Rows and columns past the edge read the last one again; they are not stored.
+  let vectors = params.k / 4u;
+  let rows = min(row + q + plain * 4u, vec4u(row_end - 1u)) * vectors;
+  let blocks = params.k / 32u;
+  let columns = (expert * params.n + min(column + plain, vec4u(params.n - 1u))) * blocks;
+  var s0 = mat4x4f();
+  var s1 = mat4x4f();
+  var s2 = mat4x4f();
+  var s3 = mat4x4f();
+  for (var b = 0u; b < blocks; b++) {
+    let at = columns + b;
+    let c = load_codes(at);
+    let scale = vec4f(half_at(scales[at.x / 2u], at.x), half_at(scales[at.y / 2u], at.y),
+      half_at(scales[at.z / 2u], at.z), half_at(scales[at.w / 2u], at.w));
+    // The bound is a uniform so that compilers do not unroll the loop.
+    for (var step = 0u; step < params.group * 2u; step++) {
+      let k = b * 8u + step;
+      let w = columns_at(c, step, scale);
+      s0 = multiply_add(s0, load_rows(rows.x + k), w);
+      s1 = multiply_add(s1, load_rows(rows.y + k), w);
+      s2 = multiply_add(s2, load_rows(rows.z + k), w);
+      s3 = multiply_add(s3, load_rows(rows.w + k), w);
+    }
+  }
+
+  if (column >= params.n) { return; }
+  let count = min(4u, params.n - column);
+  var added = vec4f();
+  @if(bias) let i = min(column + plain, vec4u(params.n - 1u));
+  @if(bias) added = vec4f(bias[i.x], bias[i.y], bias[i.z], bias[i.w]);
+  for (var i = 0u; i < params.group; i++) {
+    let left = row_end - min(row + i, row_end);
+    let first = row + i;
+    if (left > 0u) { put(column_of(s0, i ^ q) + added, first, column, count); }
+    if (left > 4u) { put(column_of(s1, i ^ q) + added, first + 4u, column, count); }
+    if (left > 8u) { put(column_of(s2, i ^ q) + added, first + 8u, column, count); }
+    if (left > 12u) { put(column_of(s3, i ^ q) + added, first + 12u, column, count); }
+  }
+}

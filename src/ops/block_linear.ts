@@ -1,0 +1,180 @@
+import { launch } from "../kernel/launch.ts";
+import { type BlockFormat, BlockTensor } from "../tensor/blocks.ts";
+import { check } from "../tensor/check.ts";
+import { sizeOf } from "../tensor/ndarray.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { groupedTiles, product, productKernel, sumRows, tileRows } from "./gemm.ts";
+import { defineOp, type Op } from "./op.ts";
+import { dequantize_blocks, valueShape } from "./quantize.ts";
+
+/** Kernels of products with block-quantised weights; those with `quad` are for software adapters. */
+export type BlockKernel = "block_matvec_quad" | "block_matvec" | "block_quad" | "block_tile";
+
+export interface BlockOptions {
+  readonly format: BlockFormat;
+  /** Which kernel computes it; default: the one that suits the adapter and the shape. */
+  readonly kernel?: BlockKernel;
+}
+
+interface Saved {
+  readonly codes: Tensor;
+  readonly scales: Tensor;
+  readonly shape: readonly number[];
+  readonly format: BlockFormat;
+  readonly offsets: Tensor | null;
+}
+
+/** Up to so many rows a product reads the weights once per row: decoding. */
+const FEW_ROWS = { software: 2, hardware: 4, grouped: 8 } as const;
+/** From so many outputs on an invocation of block_matvec_quad takes eight rows of q4 weights. */
+const ROWS8_FROM = 512;
+
+/**
+ * y = x W^T + bias with W given by codes and scales. The gradient flows to x and bias.
+ *
+ * @param x       f32 [..., K]
+ * @param codes   u32 [N, K * bits / 32]
+ * @param scales  f16 [N, K / block]
+ * @param bias    f32 [N], or null
+ * @returns f32 [..., N]
+ * @throws ShapeError when the widths differ
+ */
+export const linear_blocks = defineOp({
+  name: "linear_blocks",
+  halves: [2],
+  forward(
+    ctx, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | null, { format, kernel }: BlockOptions,
+  ): Tensor {
+    const weight = valueShape("linear", codes, scales, format);
+    const K = x.shape.at(-1) ?? 0;
+    check(weight.length === 2 && weight[1] === K && x.shape.length > 0, "linear", "weight", `[N, ${K}]`, weight);
+    const N = weight[0]!;
+    if (bias) check(bias.shape.length === 1 && bias.shape[0] === N, "linear", "bias", `[${N}]`, bias);
+    const y = x.device.empty([...x.shape.slice(0, -1), N]);
+    ctx.save({ codes, scales, shape: x.shape, format, offsets: null });
+    record(kernel ?? kernelFor(x, sizeOf(x.shape.slice(0, -1))), x, codes, scales, bias, y, format, null);
+    return y;
+  },
+  backward({ codes, scales, shape, format }: Saved, [dy], needs) {
+    if (!dy) return [];
+    const dx = needs[0] ? dy.device.empty(shape) : null;
+    const [N, K] = [dy.shape.at(-1)!, shape.at(-1)!];
+    const m = sizeOf(shape.slice(0, -1));
+    if (dx) {
+      const weight = dequantize_blocks(codes, scales, format);
+      product({
+        m, n: K, k: N, a: { tensor: dy, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1 },
+        c: { tensor: dx, row: K },
+      });
+    }
+    const dbias = needs[3] ? dy.device.empty([N]) : null;
+    if (dbias) sumRows(dy, m, N, dbias);
+    return [dx, null, null, dbias];
+  },
+});
+
+/**
+ * y[s] = W[e] x[s] for the rows offsets[e] <= s < offsets[e + 1] of every expert e, with W given by codes
+ * and scales. The gradient flows to x.
+ *
+ * @param x        f32 [S, K], rows sorted by expert
+ * @param codes    u32 [E, N, K * bits / 32]
+ * @param scales   f16 [E, N, K / block]
+ * @param offsets  u32 [E + 1], ascending from 0 to S
+ * @returns f32 [S, N]
+ * @throws ShapeError when the widths or the number of experts differ
+ */
+export const grouped_linear_blocks = defineOp({
+  name: "grouped_linear_blocks",
+  halves: [2],
+  forward(
+    ctx, x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, { format, kernel }: BlockOptions,
+  ): Tensor {
+    const weight = valueShape("grouped_linear", codes, scales, format);
+    check(x.shape.length === 2, "grouped_linear", "x", "[S, K]", x);
+    const [S, K] = x.shape as [number, number];
+    check(weight.length === 3 && weight[2] === K, "grouped_linear", "weight", `[E, N, ${K}]`, weight);
+    const [E, N] = weight as [number, number, number];
+    check(
+      offsets.shape.length === 1 && offsets.size === E + 1, "grouped_linear", "offsets", `[${E + 1}]`, offsets);
+    const y = x.device.empty([S, N]);
+    ctx.save({ codes, scales, shape: x.shape, format, offsets });
+    record(kernel ?? kernelFor(x, S, true), x, codes, scales, null, y, format, offsets);
+    return y;
+  },
+  backward({ codes, scales, shape, format, offsets }: Saved, [dy], needs) {
+    if (!dy || !needs[0]) return [];
+    const dx = dy.device.empty(shape);
+    const [S, K] = shape as [number, number];
+    const N = dy.shape[1]!;
+    const kernel = productKernel(dy);
+    product({
+      m: S, n: K, k: N, a: { tensor: dy, row: N, col: 1 },
+      b: { tensor: dequantize_blocks(codes, scales, format), row: K, col: 1, batch: N * K },
+      c: { tensor: dx, row: K }, tiles: groupedTiles(offsets!, S, tileRows(kernel)), kernel,
+    });
+    return [dx];
+  },
+});
+
+function kernelFor({ device }: Tensor, rows: number, grouped = false): BlockKernel {
+  const quads = device.info.isSoftware && device.hasSubgroups;
+  const few = grouped ? FEW_ROWS.grouped : quads ? FEW_ROWS.software : FEW_ROWS.hardware;
+  if (rows <= few) return quads ? "block_matvec_quad" : "block_matvec";
+  return quads ? "block_quad" : "block_tile";
+}
+
+function record(
+  kernel: BlockKernel, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | null, y: Tensor,
+  format: BlockFormat, offsets: Tensor | null,
+): void {
+  const [n, k] = [y.shape.at(-1)!, x.shape.at(-1)!];
+  const m = y.size / Math.max(n, 1);
+  const [q4, withBias, grouped] = [
+    format === "q4" ? ["q4" as const] : [], bias ? ["bias" as const] : [],
+    offsets ? ["grouped" as const] : [],
+  ];
+  const bind = { x, codes, scales, y, bias: bias ?? scales };
+  if (kernel === "block_matvec_quad" || kernel === "block_matvec") {
+    const quads = kernel === "block_matvec_quad";
+    const rows8 = quads && format === "q4" && n >= ROWS8_FROM;
+    const pieces = quads ? Math.ceil(n / (rows8 ? 8 : 4) / 4) * 4 : Math.ceil(n / 16);
+    return launch("quant/block_matvec", {
+      entry: kernel, bind: { ...bind, offsets: offsets ?? codes },
+      params: { m, n, k, experts: offsets ? codes.shape[0]! : 0 },
+      conditions: [
+        ...q4, ...withBias, ...grouped, ...(rows8 ? ["rows8" as const] : []),
+        ...(quads ? ["subgroups" as const] : []),
+      ],
+      workgroups: [quads ? Math.ceil((m * pieces) / 16) : m * pieces],
+    });
+  }
+  const quads = kernel === "block_quad";
+  const tile = quads ? 16 : 64;
+  const tiles = offsets ? groupedTiles(offsets, m, tile) : null;
+  const row_tiles = tiles ? tiles.shape[0]! : Math.ceil(m / tile);
+  const conditions = [...q4, ...withBias, ...grouped];
+  const count = row_tiles * Math.ceil(n / tile);
+  const params = { m, n, k, row_tiles };
+  if (!quads) {
+    return launch("quant/block_tile", {
+      bind: { ...bind, tiles: tiles ?? codes }, params, conditions, workgroups: [count],
+    });
+  }
+  launch("quant/block_quad", {
+    bind: { ...bind, tiles: tiles ?? codes }, params: { ...params, group: 4 },
+    conditions: ["subgroups", ...conditions], workgroups: [Math.ceil(count / 8)],
+  });
+}
+
+/** Makes a product that takes a dense weight take block-quantised ones too. */
+export function orBlocks<W extends unknown[]>(
+  dense: Op<[x: Tensor, weight: Tensor, ...rest: W], Tensor>,
+  blocks: (x: Tensor, weight: BlockTensor, ...rest: W) => Tensor,
+): Op<[x: Tensor, weight: Tensor | BlockTensor, ...rest: W], Tensor> {
+  const call = (x: Tensor, weight: Tensor | BlockTensor, ...rest: W): Tensor =>
+    weight instanceof BlockTensor ? blocks(x, weight, ...rest) : dense(x, weight, ...rest);
+  return Object.assign(call, {
+    opName: dense.opName, mutates: dense.mutates, differentiable: dense.differentiable,
+  });
+}

@@ -1,0 +1,39 @@
+import type { NdArray } from "../tensor/ndarray.ts";
+import { grouped_linear, grouped_linear_vjp } from "./grouped_linear.ts";
+import { linear, linear_vjp } from "./linear.ts";
+import { dequantize_blocks } from "./quantize.ts";
+
+interface Options {
+  readonly format: "q8" | "q4";
+}
+
+/** y = x W^T + bias with the W that codes and scales stand for. */
+export function linear_blocks(
+  x: NdArray, codes: NdArray, scales: NdArray, bias: NdArray | null, { format }: Options,
+): NdArray {
+  return linear(x, dequantize_blocks(codes, scales, format), bias);
+}
+
+/** dx = dy W; the weights have no gradient. */
+export function linear_blocks_vjp(
+  grads: readonly (NdArray | null)[], x: NdArray, codes: NdArray, scales: NdArray, bias: NdArray | null,
+  { format }: Options,
+): (NdArray | null)[] {
+  const [dx, , dbias] = linear_vjp(grads, x, dequantize_blocks(codes, scales, format), bias);
+  return [dx!, null, null, dbias!];
+}
+
+/** y[s] = W[e] x[s] for the rows of every expert e. */
+export function grouped_linear_blocks(
+  x: NdArray, codes: NdArray, scales: NdArray, offsets: NdArray, { format }: Options,
+): NdArray {
+  return grouped_linear(x, dequantize_blocks(codes, scales, format), offsets);
+}
+
+/** dx[s] = W[e]^T dy[s]. */
+export function grouped_linear_blocks_vjp(
+  grads: readonly (NdArray | null)[], x: NdArray, codes: NdArray, scales: NdArray, offsets: NdArray,
+  { format }: Options,
+): (NdArray | null)[] {
+  return [grouped_linear_vjp(grads, x, dequantize_blocks(codes, scales, format), offsets)[0]!, null, null, null];
+}

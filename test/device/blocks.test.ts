@@ -1,0 +1,79 @@
+import { describe, expect, test } from "vitest";
+import { Tape } from "../../src/autograd/tape.ts";
+import { embedding } from "../../src/ops/embedding.ts";
+import { grouped_linear } from "../../src/ops/grouped_linear.ts";
+import { linear } from "../../src/ops/linear.ts";
+import { dequantize, quantize } from "../../src/ops/quantize.ts";
+import { scope } from "../../src/tensor/scope.ts";
+import type { Tensor } from "../../src/tensor/tensor.ts";
+import { onEveryAdapter } from "../support/devices.ts";
+
+const wave = (count: number, step: number) => Float32Array.from({ length: count }, (_, i) => Math.sin(i * step));
+
+await onEveryAdapter((device) => {
+  describe("block tensors", () => {
+    test("products and rows read a quantised weight like the values it stands for", async () => {
+      const before = device.pool.liveBytes;
+      for (const format of ["q8", "q4"] as const) {
+        const results = scope(() => {
+          const weight = quantize(device.tensor(wave(3 * 20 * 64, 0.37), [60, 64]), format);
+          const values = dequantize(weight);
+          const x = device.tensor(wave(9 * 64, 0.11), [9, 64]);
+          const ids = device.tensor(Int32Array.of(3, 59, 0), [3]);
+          const stack = quantize(values.reshape([3, 20, 64]), format);
+          const offsets = device.tensor(Uint32Array.of(0, 4, 4, 9), [4]);
+          return [
+            linear(x, weight, null), linear(x, values, null), embedding(ids, weight), embedding(ids, values),
+            grouped_linear(x, stack, offsets), grouped_linear(x, dequantize(stack), offsets),
+          ];
+        });
+        const read: Tensor["read"] extends () => Promise<infer T> ? T[] : never = [];
+        for (const result of results) read.push(await result.read());
+        for (let i = 0; i < read.length; i += 2) {
+          read[i]!.forEach((value, j) => expect(value).toBeCloseTo(read[i + 1]![j]!, 4));
+        }
+        results.forEach((result) => result.dispose());
+      }
+      expect(device.pool.liveBytes).toBe(before);
+    });
+
+    test("takes 4.5 or 8.5 bits per value, and gives them back", () => {
+      const before = device.pool.liveBytes;
+      const values = device.tensor(wave(64 * 1024, 0.01), [64, 1024]);
+      for (const [format, bits] of [["q8", 8.5], ["q4", 4.5]] as const) {
+        const weight = quantize(values, format);
+        expect(weight.size).toBe(values.size);
+        expect(weight.byteLength).toBe((values.size * bits) / 8);
+        weight.retain().release();
+        weight.dispose();
+      }
+      values.dispose();
+      expect(device.pool.liveBytes).toBe(before);
+    });
+
+    test("gradients flow to x through a quantised weight", async () => {
+      const weight = quantize(device.tensor(wave(8 * 32, 0.7), [8, 32]), "q8");
+      const x = device.tensor(wave(3 * 32, 0.2), [3, 32]);
+      x.requiresGrad = true;
+      const tape = new Tape();
+      const y = tape.run(() => linear(x, weight, null));
+      const dy = device.tensor(wave(24, 0.9), [3, 8]);
+      const gradient = tape.backward([y], [dy]).get(x.key)!;
+      const found = await gradient.read();
+      const [w, g] = [await dequantize(weight).read(), await dy.read()];
+      for (let i = 0; i < 3 * 32; i++) {
+        let sum = 0;
+        for (let n = 0; n < 8; n++) sum += g[Math.floor(i / 32) * 8 + n]! * w[n * 32 + (i % 32)]!;
+        expect(found[i]).toBeCloseTo(sum, 5);
+      }
+    });
+
+    test("a width that is not whole blocks is refused by name and leaves nothing behind", () => {
+      const values = device.tensor(wave(4 * 40, 1), [4, 40]);
+      const before = device.pool.liveBytes;
+      expect(() => quantize(values, "q4")).toThrow(/quantize.*multiple of 32, the block of q4.*\[4, 40\]/);
+      expect(device.pool.liveBytes).toBe(before);
+      values.dispose();
+    });
+  });
+});

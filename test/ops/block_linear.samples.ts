@@ -1,0 +1,82 @@
+import { grouped_linear_blocks, linear_blocks } from "../../src/ops/block_linear.ts";
+import * as ref from "../../src/reference/block_linear.ts";
+import { blocks } from "./quantize.samples.ts";
+import { type Draw, opSamples, type Sample } from "./suite.ts";
+
+const FORMATS = ["q8", "q4"] as const;
+
+/** x of the given shape times a quantised [N, K]. */
+function linear(name: string, shape: number[], N: number, bias: boolean, kernel?: string): Sample[] {
+  const K = shape.at(-1)!;
+  return FORMATS.map((format) => ({
+    name: `${format}, ${name}`, reduction: Math.max(K, N),
+    args: (r: Draw) => [
+      r.normal(shape), ...blocks(r, [N, K], format), bias ? r.normal([N]) : null,
+      { format, ...(kernel ? { kernel } : {}) },
+    ],
+  }));
+}
+
+/** Rows per expert, with the widths N and K. */
+function grouped(name: string, counts: number[], [N, K]: [number, number], kernel?: string): Sample[] {
+  const offsets = counts.reduce<number[]>((ends, count) => [...ends, ends.at(-1)! + count], [0]);
+  return FORMATS.map((format) => ({
+    name: `${format}, ${name}`, reduction: Math.max(N, K),
+    args: (r: Draw) => [
+      r.normal([offsets.at(-1)!, K]), ...blocks(r, [counts.length, N, K], format),
+      r.of([offsets.length], offsets, "u32"), { format, ...(kernel ? { kernel } : {}) },
+    ],
+  }));
+}
+
+const uneven = [5, 0, 17, 1, 0, 40];
+
+export default [
+  opSamples({
+    op: linear_blocks, reference: ref.linear_blocks, vjp: ref.linear_blocks_vjp,
+    samples: [
+      ...linear("one row", [1, 96], 40, true),
+      ...linear("one row, odd outputs", [1, 1, 32], 19, false),
+      ...linear("one row, many outputs", [1, 64], 517, true),
+      ...linear("two rows", [2, 96], 37, true),
+      ...linear("a vector", [64], 5, false),
+      ...linear("many rows", [2, 19, 96], 36, true),
+      ...linear("many rows, odd outputs", [33, 64], 35, true),
+      ...linear("five rows", [5, 160], 16, false),
+      ...linear("matvec", [3, 1120], 37, true, "block_matvec"),
+      ...linear("workgroup tile", [67, 96], 69, true, "block_tile"),
+      ...linear("no rows", [0, 64], 8, true),
+      ...linear("no inputs", [5, 0], 8, true),
+    ],
+    errors: [
+      {
+        name: "weight of the wrong width", message: /linear.*weight.*\[N, 64\].*\[8, 32\]/,
+        args: (r) => [r.normal([2, 64]), ...blocks(r, [8, 32], "q8"), null, { format: "q8" }],
+      },
+      {
+        name: "bias of the wrong width", message: /linear.*bias.*\[8\].*\[4\]/,
+        args: (r) => [r.normal([2, 32]), ...blocks(r, [8, 32], "q4"), r.normal([4]), { format: "q4" }],
+      },
+    ],
+  }),
+  opSamples({
+    op: grouped_linear_blocks, reference: ref.grouped_linear_blocks, vjp: ref.grouped_linear_blocks_vjp,
+    samples: [
+      ...grouped("experts without rows", uneven, [20, 64]),
+      ...grouped("odd outputs", uneven, [19, 32]),
+      ...grouped("one row each", Array.from({ length: 8 }, () => 1), [16, 96]),
+      ...grouped("few rows", [1, 0, 2, 0, 3], [18, 32]),
+      ...grouped("matvec", [1, 0, 2, 0, 3], [18, 64], "block_matvec"),
+      ...grouped("workgroup tile", [5, 0, 70, 1], [70, 32], "block_tile"),
+      ...grouped("no rows", [0, 0, 0], [8, 32]),
+    ],
+    errors: [
+      {
+        name: "offsets for another number of experts", message: /grouped_linear.*offsets.*\[3\].*\[4\]/,
+        args: (r) => [
+          r.normal([2, 32]), ...blocks(r, [2, 3, 32], "q8"), r.of([4], [0, 1, 2, 2], "u32"), { format: "q8" },
+        ],
+      },
+    ],
+  }),
+];
