@@ -1,6 +1,7 @@
 /** The cases of `krait bench peers`: inputs, the same in every process, and some float64 answers. */
+import type { NemotronHConfig } from "../../src/index.ts";
 import { fromBlocks, roundedToF16, toBlocks } from "./blocks.ts";
-import { DENSE, expectedLogits, hybridWeights, prompt } from "./hybrid.ts";
+import { DENSE, MOE, expectedLogits, hybridWeights, prompt } from "./hybrid.ts";
 import { type Input, random } from "./random.ts";
 
 export type { Input };
@@ -21,8 +22,8 @@ export interface Case {
   readonly most: number;
   /** A larger error than this is a wrong answer. Default: F32_BOUND. */
   readonly bound?: number;
-  /** For engines of language models; all others are for engines of single ops. */
-  readonly isModel?: boolean;
+  /** What engines of language models run; cases without one are for engines of single ops. */
+  readonly model?: NemotronHConfig;
   inputs(): Record<string, Input>;
   /** Elements of the result of one application. */
   expected(inputs: Record<string, Input>): Expected;
@@ -233,13 +234,15 @@ const copy: Case = {
 export const LLM = { prompt: 512, context: 16, check: 12 };
 
 /** A prompt of 512 tokens up to the first new token, or one new token after a short prompt. */
-function model(name: string, krait_op: string, least: number, most: number): Case {
+function languageModel(name: string, config: NemotronHConfig): Case {
+  const isPrefill = name.endsWith("prefill");
   return {
-    name, krait_op, least, most, bound: BLOCK_BOUND, isModel: true,
-    inputs: () => hybridWeights(DENSE),
+    name, krait_op: "Generator", least: isPrefill ? 1 : 32, most: isPrefill ? 4 : 128, bound: BLOCK_BOUND,
+    model: config,
+    inputs: () => hybridWeights(config),
     /** Logits after a prompt of LLM.check tokens, less their mean. */
     expected: (weights) => {
-      const logits = expectedLogits(DENSE, weights, prompt(LLM.check));
+      const logits = expectedLogits(config, weights, prompt(LLM.check));
       return at(logits.length, (i) => logits[i]!);
     },
   };
@@ -251,7 +254,9 @@ export const CASES: readonly Case[] = [
   product(1, 4096, 4096, "matvec_f32_4096", "linear"),
   blockMatvec("matvec_q4_4096", 4), blockMatvec("matvec_q8_4096", 8), softmax, layernorm, attention,
   scan("ssd_512", 512, "ssd_scan", 16), scan("ssd_step", 1, "selective_state_update", 200), conv, mlp,
-  model("llm_prefill", "Generator", 1, 4), model("llm_decode", "Generator", 32, 128), copy,
+  languageModel("llm_prefill", DENSE), languageModel("llm_decode", DENSE), copy,
+  // The same with a mixture of experts.
+  languageModel("llm_moe_prefill", MOE), languageModel("llm_moe_decode", MOE),
 ];
 
 /** Rows and columns of a matrix exchanged. */

@@ -86,9 +86,12 @@ export function hybridWeights(config: NemotronHConfig): Weights {
   }));
 }
 
-/** Three special pieces, and the bytes that a tokenizer falls back to: valid text even one by one. */
+/**
+ * Three special pieces, and the bytes that a tokenizer falls back to. They are not marked as bytes below: then
+ * a tokenizer finds them by their names all the same, but each alone is shown as valid text.
+ */
 const SPECIAL = ["<unk>", "<s>", "</s>", ...Array.from(
-  { length: 128 }, (_, i) => `<0x${i.toString(16).toUpperCase().padStart(2, "0")}>`)];
+  { length: 256 }, (_, i) => `<0x${i.toString(16).toUpperCase().padStart(2, "0")}>`)];
 /** The character that piece 0 would be: every other piece is one character of a large alphabet. */
 const FIRST_CHARACTER = 0x4e00;
 
@@ -277,7 +280,7 @@ function settings(config: NemotronHConfig, arch: string, inner: number): Record<
     ...Object.fromEntries(Object.entries(own).map(([key, value]) => [`${arch}.${key}`, value])),
     "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces,
     "tokenizer.ggml.scores": Float32Array.from(pieces, (_, i) => -i),
-    "tokenizer.ggml.token_type": pieces.map((_, i) => (i === 0 ? 2 : i < 3 ? 3 : i < SPECIAL.length ? 6 : 1)),
+    "tokenizer.ggml.token_type": pieces.map((_, i) => (i === 0 ? 2 : i < 3 ? 3 : 1)),
     "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
     "tokenizer.ggml.add_bos_token": false, "tokenizer.ggml.add_space_prefix": false,
   };

@@ -1,11 +1,11 @@
 import {
-  type Device, evaluateIncremental, Generator, NemotronH, ops, scope, Tape, type Tensor,
+  type Device, evaluateIncremental, Generator, NemotronH, type NemotronHConfig, ops, scope, Tape, type Tensor,
 } from "../../src/index.ts";
 import {
   type Case, type Input, ATTENTION, CASES, DT_RAW, EPS, FACTOR, LEARNING_RATE, LLM, MLP, SSD, decays,
   transposed,
 } from "./cases.ts";
-import { DENSE, centred, prompt } from "./hybrid.ts";
+import { centred, prompt } from "./hybrid.ts";
 import type { Engine, Prepared } from "./runner.ts";
 
 const {
@@ -31,7 +31,7 @@ export function kraitEngine(device: Device): Engine {
   return {
     version: "",
     async prepare(wanted) {
-      if (wanted.isModel) return preparedModel(device, wanted);
+      if (wanted.model) return preparedModel(device, wanted, wanted.model);
       const made: Tensor[] = [];
       const put = ({ data, shape }: Input) => {
         const tensor = device.tensor(data, shape);
@@ -78,12 +78,12 @@ function prepared(device: Device, chain: Chain, dispose: () => void): Prepared {
 }
 
 /** Generation by the public API, with the same weights as the others. */
-function preparedModel(device: Device, wanted: Case): Prepared {
+function preparedModel(device: Device, wanted: Case, config: NemotronHConfig): Prepared {
   const weights = wanted.inputs();
-  const model = new NemotronH(DENSE, new Map(
+  const model = new NemotronH(config, new Map(
     Object.entries(weights).map(([name, { data, shape }]) => [name, device.tensor(data, shape)])));
   const generator = new Generator(model, LLM.prompt + wanted.most);
-  const isPrefill = wanted.name === "llm_prefill";
+  const isPrefill = wanted.name.endsWith("prefill");
   const generate = async (length: number, maxTokens: number) => {
     for await (const _ of generator.generate(prompt(length), { maxTokens })) {
       /* tokens are only timed */
@@ -103,7 +103,7 @@ function preparedModel(device: Device, wanted: Case): Prepared {
       const pieces = [LLM.check - (isPrefill ? 0 : 1)];
       const { logits } = await evaluateIncremental(
         model, { batch: 1, seqlen: LLM.check, input_ids }, pieces);
-      const last = centred(Array.from(logits.subarray((LLM.check - 1) * DENSE.vocab_size)));
+      const last = centred(Array.from(logits.subarray((LLM.check - 1) * config.vocab_size)));
       return indices.map((i) => last[i]!);
     },
     dispose() {

@@ -3,7 +3,7 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { LLM } from "./cases.ts";
-import { DENSE, centred, hybridGguf, prompt } from "./hybrid.ts";
+import { centred, hybridGguf, prompt } from "./hybrid.ts";
 import type { Engine } from "./runner.ts";
 
 type Ids = readonly number[];
@@ -34,11 +34,12 @@ export async function llamaEngine(gpu: "vulkan" | null): Promise<Engine> {
   return {
     version,
     async prepare(wanted) {
+      const config = wanted.model!;
       const folder = mkdtempSync(join(tmpdir(), "krait-bench-"));
       const modelPath = join(folder, "model.gguf");
       let model: Model;
       try {
-        writeFileSync(modelPath, hybridGguf(DENSE, wanted.inputs()));
+        writeFileSync(modelPath, hybridGguf(config, wanted.inputs()));
         model = await llama.loadModel({
           modelPath, gpuLayers: gpu ? "max" : 0, ignoreMemorySafetyChecks: true, useMmap: false,
         });
@@ -62,7 +63,7 @@ export async function llamaEngine(gpu: "vulkan" | null): Promise<Engine> {
       return {
         note: "Q4_0, f16 cache",
         async run(n) {
-          const isPrefill = wanted.name === "llm_prefill";
+          const isPrefill = wanted.name.endsWith("prefill");
           const tokens = isPrefill ? null : await begin(LLM.context);
           const start = performance.now();
           for (let i = 0; i < n; i++) {
@@ -78,7 +79,7 @@ export async function llamaEngine(gpu: "vulkan" | null): Promise<Engine> {
           const ids = prompt(LLM.check);
           const input = ids.map((id, i) => (i < ids.length - 1 ? id : [id, { generateNext: { logits: true } }]));
           const { logits } = (await sequence.controlledEvaluate(input)).at(-1)!.next;
-          const all = centred(Array.from({ length: DENSE.vocab_size }, (_, i) => logits.get(i) ?? NaN));
+          const all = centred(Array.from({ length: config.vocab_size }, (_, i) => logits.get(i) ?? NaN));
           return indices.map((i) => all[i]!);
         },
         dispose: () => sequence.clearHistory(),

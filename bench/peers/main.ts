@@ -13,6 +13,8 @@ import type { Prepared } from "./runner.ts";
 export { summarise } from "./protocol.ts";
 
 const ROUND_MS = 100;
+/** An application this long is not repeated to be warm. */
+const LONG_MS = 5_000;
 /** Between two engines, so that spinning threads of the one before have come to rest. */
 const PAUSE_MS = 30;
 /** A peer that has had this long in a case and been timed three times is left out of the rounds to come. */
@@ -51,7 +53,7 @@ export async function benchPeers(
 }
 
 function isFor(peer: { readonly isModel?: boolean }, wanted: Case): boolean {
-  return (peer.isModel ?? false) === (wanted.isModel ?? false);
+  return (peer.isModel ?? false) === (wanted.model !== undefined);
 }
 
 interface Contender {
@@ -62,6 +64,8 @@ interface Contender {
   readonly repeat: number;
   readonly times: number[];
   readonly ours: number[];
+  /** Milliseconds that its timed rounds took. */
+  spent: number;
 }
 
 async function benchCase(
@@ -97,7 +101,7 @@ async function benchCase(
       const sampled = await ask(peer, { verb: "sample", indices: expected.indices });
       const [version, what] = JSON.parse(note) as [string, string];
       return {
-        peer, version, note: what, times: [], ours: [],
+        peer, version, note: what, times: [], ours: [], spent: 0,
         error: relativeError(sampled.numbers, expected.values, expected.base),
         repeat: await warmUp((n) => timed(peer, n), wanted),
       };
@@ -109,14 +113,15 @@ async function benchCase(
     const ours = await krait.run(repeat);
     for (const contender of contenders) {
       const { times, repeat: links } = contender;
-      const spent = times.reduce((sum, ms) => sum + ms * links, 0);
-      if (times.length >= 3 && spent > PATIENCE_MS) continue;
+      if (times.length >= 3 && contender.spent > PATIENCE_MS) continue;
       await pause();
+      const start = performance.now();
       const ms = await orComplain(contender.peer, () => timed(contender.peer, links));
       if (ms === null) {
         contenders = contenders.filter((other) => other !== contender);
         continue;
       }
+      contender.spent += performance.now() - start;
       times.push(ms);
       contender.ours.push(ours);
     }
@@ -139,8 +144,10 @@ async function benchCase(
 
 /** Runs the op until it is compiled and a round's repetitions are known. */
 async function warmUp(run: (n: number) => Promise<number>, { least = 1, most }: Case): Promise<number> {
-  await run(least);
   let repeat = least;
+  const start = performance.now();
+  await run(repeat);
+  if (performance.now() - start > LONG_MS) return repeat;
   for (let i = 0; i < 2; i++) {
     const ms = await run(repeat);
     if (ms * repeat > 10 * ROUND_MS) return repeat;

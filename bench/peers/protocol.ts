@@ -95,15 +95,18 @@ export function relativeError(
   return error / size;
 }
 
+const LONG_LINK_MS = 1000;
+
 /**
  * Milliseconds per link from the times of a chain of one link and of a longer one, which leaves out what
  * every run costs. `time` measures a chain of so many links. Throws Error when the longer one is never
  * slower.
  */
 export async function slope(n: number, time: (links: number) => Promise<number>): Promise<number> {
-  const more = Math.max(3, n); // fewer drown in the noise of the difference
+  let more = n;
   for (let attempt = 0; attempt < 3; attempt++) {
     const one = await time(1);
+    more = one > LONG_LINK_MS ? n : Math.max(3, n); // fewer short ones drown in the noise of the difference
     const difference = await time(more + 1) - one;
     if (difference > 0) return difference / more;
   }

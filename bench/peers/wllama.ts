@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { Worker as Thread } from "node:worker_threads";
 import { LLM } from "./cases.ts";
-import { DENSE, centred, hybridGguf, prompt, textOf } from "./hybrid.ts";
+import { centred, hybridGguf, prompt, textOf } from "./hybrid.ts";
 import type { Engine } from "./runner.ts";
 
 interface Completion {
@@ -71,12 +71,13 @@ export async function wllamaEngine(device: "webgpu" | "cpu"): Promise<Engine> {
   return {
     version,
     async prepare(wanted) {
+      const config = wanted.model!;
       const said: string[] = [];
       const log = (...parts: unknown[]) => void said.push(parts.join(" "));
       const llama = new Wllama(
         { default: "http://localhost/wllama.wasm" },
         { logger: { debug: log, log, warn: log, error: log }, cacheManager: {}, modelManager: {} });
-      await llama.loadModel([new Blob([hybridGguf(DENSE, wanted.inputs()) as Uint8Array<ArrayBuffer>])], {
+      await llama.loadModel([new Blob([hybridGguf(config, wanted.inputs()) as Uint8Array<ArrayBuffer>])], {
         n_ctx: 1024, n_batch: LLM.prompt, n_ubatch: LLM.prompt, n_threads: 1, n_parallel: 1, warmup: false,
         n_gpu_layers: device === "webgpu" ? 99 : 0, log_level: 2,
       });
@@ -91,7 +92,7 @@ export async function wllamaEngine(device: "webgpu" | "cpu"): Promise<Engine> {
       return {
         note: "Q4_0, f16 cache; by its own clock",
         async run(n) {
-          if (wanted.name === "llm_decode") {
+          if (wanted.name.endsWith("decode")) {
             const { timings } = await complete(LLM.context, n + 1);
             return timings.predicted_ms / (timings.predicted_n - 1);
           }
@@ -100,9 +101,9 @@ export async function wllamaEngine(device: "webgpu" | "cpu"): Promise<Engine> {
           return ms / n;
         },
         async sample(indices) {
-          const { choices: [{ logprobs }] } = await complete(LLM.check, 1, { logprobs: DENSE.vocab_size });
+          const { choices: [{ logprobs }] } = await complete(LLM.check, 1, { logprobs: config.vocab_size });
           const found = new Map(logprobs.content[0]!.top_logprobs.map(({ id, logprob }) => [id, logprob]));
-          const all = centred(Array.from({ length: DENSE.vocab_size }, (_, i) => found.get(i) ?? NaN));
+          const all = centred(Array.from({ length: config.vocab_size }, (_, i) => found.get(i) ?? NaN));
           return indices.map((i) => all[i]!);
         },
         dispose: () => llama.exit(),

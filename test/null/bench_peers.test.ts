@@ -73,6 +73,12 @@ test("repetitions fill a round and stay in their limits", () => {
 test("the slope leaves out what every run costs, and refuses a chain that costs nothing", async () => {
   expect(await slope(5, async (links) => 40 + 3 * links)).toBe(3);
   expect(await slope(1, async (links) => 40 + 3 * links)).toBe(3);
+  const chains: number[] = [];
+  await slope(1, async (links) => {
+    chains.push(links);
+    return 2000 * links;
+  });
+  expect(chains).toEqual([1, 2]); // long links need no long chain
   await expect(slope(5, async () => 40)).rejects.toThrow("never took longer");
 });
 
@@ -114,6 +120,7 @@ test("the cases that reports count on, and every peer has cases", () => {
     "matmul_f32_512", "matmul_f32_1024", "matmul_f16_512", "matmul_f16_1024", "matvec_f32_4096",
     "matvec_q4_4096", "matvec_q8_4096", "softmax_1024x4096", "layernorm_1024x4096", "attention_512x8x64",
     "ssd_512", "ssd_step", "conv_silu_512", "mlp_train", "llm_prefill", "llm_decode", "copy_16m",
+    "llm_moe_prefill", "llm_moe_decode",
   ]);
   expect(new Set(PEERS.map(({ name }) => name)).size).toBe(PEERS.length);
 });
@@ -251,7 +258,7 @@ const filled = (config: NemotronHConfig) => Object.fromEntries(listParameters(co
 
 test("the small hybrid as a GGUF file holds every parameter once", () => {
   const small = (config: NemotronHConfig): NemotronHConfig => ({
-    ...config, hidden_size: 64, vocab_size: 160, intermediate_size: 96, num_attention_heads: 2,
+    ...config, hidden_size: 64, vocab_size: 288, intermediate_size: 96, num_attention_heads: 2,
     num_key_value_heads: 1, head_dim: 32, mamba_num_heads: 2, mamba_head_dim: 32, ssm_state_size: 16,
     n_groups: 2, n_routed_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 32,
     moe_shared_expert_intermediate_size: 32,
@@ -268,18 +275,18 @@ test("the small hybrid as a GGUF file holds every parameter once", () => {
     expect(count(tensors.map(({ shape }) => shape)))
       .toBe(count(Object.values(weights).map(({ shape }) => shape)));
     const pieces = settings["tokenizer.ggml.tokens"] as string[];
-    expect(new Set(pieces).size).toBe(160);
-    expect(textOf([140, 159])).toBe(pieces[140]! + pieces[159]!);
-    const ids = [140, 150, 141];
+    expect(new Set(pieces).size).toBe(288);
+    expect(textOf([260, 287])).toBe(pieces[260]! + pieces[287]!);
+    const ids = [260, 270, 261];
     const logits = expectedLogits(config, weights, ids);
-    expect(logits).toHaveLength(160);
+    expect(logits).toHaveLength(288);
     expect(Math.max(...logits.map(Math.abs))).toBeLessThan(1e-9); // equal rows of the head: equal logits
   }
 });
 
 test("prompts stay in the vocabulary and begin alike", () => {
   const ids = prompt(512);
-  expect(ids.every((id) => id >= 131 && id < DENSE.vocab_size)).toBe(true);
+  expect(ids.every((id) => id >= 259 && id < DENSE.vocab_size)).toBe(true);
   expect(prompt(12)).toEqual(ids.slice(0, 12));
   expect(new Set(ids).size).toBeGreaterThan(400);
 });
