@@ -1,6 +1,7 @@
 /** Krait's public API. */
 export { chooseAdapter, type AdapterHandle, type AdapterInfo, type AdapterKind } from "./gpu/adapters.ts";
 export { AdapterError, DeviceLostError, GpuError, OutOfMemoryError, ShaderError } from "./gpu/errors.ts";
+export type { GraphMemory } from "./gpu/pool.ts";
 export type { Profiler, ProfileEvent } from "./gpu/profiler.ts";
 export { BLOCK_LAYOUTS, BlockTensor, isBlockFormat, type BlockFormat } from "./tensor/blocks.ts";
 export { Device, listAdapters, openDevice, type DeviceOptions } from "./tensor/device.ts";

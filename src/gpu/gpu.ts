@@ -165,15 +165,15 @@ export class Gpu {
 
   /** Records `step` without running it; `replay` runs it, as often as wanted, on the same buffers. */
   capture<T>(step: () => T): { graph: Graph; result: T } {
-    const arena = this.stream.beginCapture();
+    this.stream.beginCapture();
     let result: T;
     try {
       result = step();
     } catch (error) {
-      this.stream.disposeGraph(this.stream.endCapture(arena));
+      this.stream.dropCapture();
       throw error;
     }
-    return { graph: this.stream.endCapture(arena), result };
+    return { graph: this.stream.endCapture(), result };
   }
 
   replay(graph: Graph): void {

@@ -1,5 +1,5 @@
 import { GpuError } from "./errors.ts";
-import type { Arena, BufferPool, PooledBuffer } from "./pool.ts";
+import type { Arena, BufferPool, GraphMemory, PooledBuffer } from "./pool.ts";
 import type { Profiler } from "./profiler.ts";
 
 const UNIFORM_STRIDE = 256; // the default minUniformBufferOffsetAlignment
@@ -28,8 +28,10 @@ const NO_OFFSET: readonly [number] = [0];
 
 type Command =
   | {
-    kind: "dispatch"; pipeline: PipelineHandle; group: GPUBindGroup; uniforms: UniformBlock | null;
-    offset: readonly [number]; workgroups: readonly [number, number, number];
+    kind: "dispatch"; pipeline: PipelineHandle; uniforms: UniformBlock | null; offset: readonly [number];
+    workgroups: readonly [number, number, number];
+    /** Null during a capture, whose buffers do not exist yet. */
+    group: GPUBindGroup | null;
   }
   | { kind: "copy"; from: PooledBuffer; fromOffset: number; to: PooledBuffer; toOffset: number; size: number }
   | { kind: "clear"; buffer: PooledBuffer; offset: number; size: number }
@@ -41,14 +43,18 @@ export class Graph {
   readonly retained: readonly PooledBuffer[];
   readonly arena: Arena;
   readonly blocks: UniformBlock[];
+  /** What its own tensors take; parameters, inputs and caches are others'. */
+  readonly memory: GraphMemory;
   disposed = false;
   constructor(
     commands: readonly Command[], retained: readonly PooledBuffer[], arena: Arena, blocks: UniformBlock[],
+    memory: GraphMemory,
   ) {
     this.commands = commands;
     this.retained = retained;
     this.arena = arena;
     this.blocks = blocks;
+    this.memory = memory;
   }
   /** Launches in one replay. */
   get launches(): number {
@@ -79,10 +85,13 @@ export class Stream {
   #commands: Command[] = [];
   #blocks: UniformBlock[] = [];
   /**
-   * The running capture: its arena, and by id the buffers from outside that it uses,
-   * retained at their first use.
+   * The running capture: its arena, the buffers from outside that it uses, retained at their first use, and
+   * what makes the bind group of each dispatch.
    */
-  #capture: { arena: Arena; outside: Map<number, PooledBuffer> } | null = null;
+  #capture: {
+    arena: Arena; outside: Set<PooledBuffer>;
+    unbound: { command: Command & { kind: "dispatch" }; bind: () => GPUBindGroup }[];
+  } | null = null;
   /** Batches that wait for a pipeline, in order; null when everything recorded has been submitted. */
   #waiting: Promise<void> | null = null;
 
@@ -100,9 +109,14 @@ export class Stream {
     return this.#capture !== null;
   }
 
-  /** Records one dispatch. `uniforms` are the bytes of the kernel's parameter struct, at most 256. */
+  /**
+   * Records one dispatch.
+   *
+   * @param bind      makes the bind group of the buffers, now or when a capture ends
+   * @param uniforms  bytes of the kernel's parameter struct, at most 256
+   */
   dispatch(
-    pipeline: PipelineHandle, group: GPUBindGroup, uniforms: Uint8Array | null,
+    pipeline: PipelineHandle, bind: () => GPUBindGroup, uniforms: Uint8Array | null,
     workgroups: readonly [number, number, number], touched: readonly PooledBuffer[],
   ): void {
     let block: UniformBlock | null = null;
@@ -120,7 +134,11 @@ export class Stream {
         block.bytes.fill(0, offset[0], offset[0] + UNIFORM_STRIDE).set(uniforms, offset[0]);
       }
     }
-    this.#record({ kind: "dispatch", pipeline, group, uniforms: block, offset, workgroups }, touched);
+    const command = {
+      kind: "dispatch" as const, pipeline, group: this.#capture ? null : bind(), uniforms: block, offset, workgroups,
+    };
+    this.#capture?.unbound.push({ command, bind });
+    this.#record(command, touched);
   }
 
   copy(from: PooledBuffer, fromOffset: number, to: PooledBuffer, toOffset: number, size: number): void {
@@ -159,22 +177,40 @@ export class Stream {
   }
 
   /** Starts recording a step for replay instead of running it. */
-  beginCapture(): Arena {
+  beginCapture(): void {
     this.flush();
-    const arena = this.#pool.openArena();
-    this.#capture = { arena, outside: new Map() };
-    return arena;
+    const arena = this.#pool.openArena(() => this.#commands.length);
+    this.#capture = { arena, outside: new Set(), unbound: [] };
   }
 
-  endCapture(arena: Arena): Graph {
-    const { outside } = this.#capture!;
+  /** Ends a capture. @throws OutOfMemoryError when its memory does not fit; the capture is then undone. */
+  endCapture(): Graph {
+    return this.#endCapture(true);
+  }
+
+  /** Ends a capture and drops what it recorded. */
+  dropCapture(): void {
+    this.disposeGraph(this.#endCapture(false));
+  }
+
+  #endCapture(use: boolean): Graph {
+    const { arena, outside, unbound } = this.#capture!;
+    const [commands, blocks] = [this.#commands, this.#blocks];
     this.#capture = null;
-    this.#pool.closeArena(arena);
-    const graph = new Graph(this.#commands, [...outside.values()], arena, this.#blocks);
     this.#commands = [];
     this.#blocks = [];
-    for (const block of graph.blocks) this.#upload(block);
-    return graph;
+    const retained = [...outside];
+    try {
+      const memory = this.#pool.closeArena(arena, use);
+      if (use) for (const { command, bind } of unbound) command.group = bind();
+      for (const block of blocks) this.#upload(block);
+      return new Graph(commands, retained, arena, blocks, memory);
+    } catch (error) {
+      for (const buffer of retained) this.#pool.release(buffer);
+      this.#pool.destroyArena(arena);
+      this.#recycle(blocks);
+      throw error;
+    }
   }
 
   /** Runs a captured step again, in order with whatever else is recorded. */
@@ -206,10 +242,10 @@ export class Stream {
     if (this.#capture) {
       const { arena, outside } = this.#capture;
       for (const buffer of touched) {
-        if (buffer.arena === arena || outside.has(buffer.id)) continue;
+        if (buffer.arena === arena || outside.has(buffer)) continue;
         // Now, not at the end: a tensor freed in between would leave its buffer to whoever asks next.
         this.#pool.retain(buffer);
-        outside.set(buffer.id, buffer);
+        outside.add(buffer);
       }
     } else if (this.#commands.length >= COMMANDS_PER_SUBMIT) {
       this.flush();
@@ -275,7 +311,7 @@ export class Stream {
             pass ??= open().beginComputePass();
           }
           if (pipeline !== command.pipeline.pipeline) pass.setPipeline(pipeline = command.pipeline.pipeline!);
-          if (group !== command.group) pass.setBindGroup(0, group = command.group);
+          if (group !== command.group) pass.setBindGroup(0, group = command.group!);
           if (command.uniforms && (uniforms !== command.uniforms || offset !== command.offset[0])) {
             pass.setBindGroup(1, command.uniforms.group, command.offset);
             uniforms = command.uniforms;

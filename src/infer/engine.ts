@@ -2,6 +2,7 @@
  * Text generation with constant-memory recurrent decode: the prompt in chunks, then one captured step per
  * token; or, with the model's own MTP head, several drafted tokens that one pass verifies.
  */
+import type { GraphMemory } from "../gpu/pool.ts";
 import type { Graph } from "../gpu/stream.ts";
 import { disposeCache, type ModelCache, type NemotronH, stepContext } from "../models/nemotron_h.ts";
 import { argmax, sample } from "../ops/sample.ts";
@@ -111,6 +112,11 @@ export class Generator {
     } finally {
       speculation?.dispose();
     }
+  }
+
+  /** Memory of a plain decode step beside weights and caches; null before the first. */
+  get memory(): GraphMemory | null {
+    return this.#decode?.graph.memory ?? null;
   }
 
   dispose(): void {

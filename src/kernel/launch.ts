@@ -93,11 +93,12 @@ export function launch<K extends KernelName>(kernel: K, options: LaunchOptions<K
     }
     return { kernel, entry, bindings: views, usesParams, constants, conditions };
   });
-  const group = gpu.bindGroup(pipeline.layoutKey, pipeline.layout, views);
+  const device = gpu;
+  const makeGroup = () => device.bindGroup(pipeline.layoutKey, pipeline.layout, views);
   const uniforms = usesParams
     ? pack(kernel, shape, options.params as Record<string, number> | undefined)
     : null;
-  gpu.stream.dispatch(pipeline, group, uniforms, groups, views.map(({ view }) => view.storage));
+  gpu.stream.dispatch(pipeline, makeGroup, uniforms, groups, views.map(({ view }) => view.storage));
 }
 
 function onlyEntry(kernel: string, shape: KernelShape): string {

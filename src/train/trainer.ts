@@ -1,5 +1,6 @@
 /** The training step: forward, backward, clipping and update, captured once and replayed. */
 import { Tape, type GradientMap } from "../autograd/tape.ts";
+import type { GraphMemory } from "../gpu/pool.ts";
 import type { Graph } from "../gpu/stream.ts";
 import { MoE } from "../nn/moe.ts";
 import type { Loss, NemotronH, TrainingBatch } from "../models/nemotron_h.ts";
@@ -121,6 +122,11 @@ export class Trainer {
       step, total, loss, aux_loss, grad_norm, lr, mtp_loss: scalars.slice(4),
       max_violation: await this.#maxViolation(captured.loads),
     };
+  }
+
+  /** Memory of a micro-batch's activations and gradients; null before the first step. */
+  get memory(): GraphMemory | null {
+    return this.#captured?.micro.memory ?? null;
   }
 
   /** Mean cross entropy of the next token over batches, each weighed by its scored positions. Nats. */

@@ -39,6 +39,11 @@ await onEveryAdapter((device) => {
       const before = counts();
       for (let i = 0; i < 15; i++) await tokens.next();
       expect(counts()).toEqual(before);
+      if (draft === 0) {
+        const { peak, live, total } = generator.memory!;
+        expect(peak).toBeLessThan(1.25 * live);
+        expect(total).toBeGreaterThan(live);
+      }
       await tokens.return(undefined);
       generator.dispose();
       const { token_ms, host_ms, share } = await decodeOverhead(model, 16, draft);

@@ -1,6 +1,7 @@
 import { describe, expect, test } from "vitest";
-import { GpuError } from "../../src/gpu/errors.ts";
+import { GpuError, OutOfMemoryError } from "../../src/gpu/errors.ts";
 import { accumulate, add, relu2, scale } from "../../src/ops/elementwise.ts";
+import { embedding } from "../../src/ops/embedding.ts";
 import type { Device } from "../../src/tensor/device.ts";
 import { scope } from "../../src/tensor/scope.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
@@ -127,7 +128,7 @@ await onEveryAdapter((device, open) => {
       const x = device.tensor(new Float32Array(SIZE).fill(1), [SIZE]);
       const make = (factor: number) => device.capture(() => scope(() => scale(add(x, x), factor)));
       const [one, two] = [make(2), make(3)];
-      const ids = [one, two].map(({ graph }) => graph.arena.buffers.map(({ id }) => id));
+      const ids = [one, two].map(({ graph }) => graph.arena.physicals.map(({ id }) => id));
       expect(ids[0]!.filter((id) => ids[1]!.includes(id))).toEqual([]);
       const outside = scope(() => [0, 1, 2, 3].map(() => add(x, x)));
       expect(outside.filter(({ storage }) => ids.flat().includes(storage.id))).toEqual([]);
@@ -135,6 +136,60 @@ await onEveryAdapter((device, open) => {
       expect((await read([one.result, two.result])).map((values) => values[0])).toEqual([4, 6]);
       for (const { graph } of [one, two]) device.stream.disposeGraph(graph);
       freeAll([...outside, x, one.result, two.result]); // a result may be let go before or after its graph
+    });
+
+    test("tensors of a graph share memory where their lives allow it, and nowhere else", async () => {
+      const draw = new Draw(3);
+      const zero = device.zeros([656], "i32");
+      for (let program = 0; program < 6; program++) {
+        const x = device.tensor(new Float32Array(64).fill(1), [64]);
+        const steps = Array.from({ length: 80 }, () => ({
+          from: draw.next(), size: 16 + 16 * Math.floor(40 * draw.next()), drop: draw.next(), factor: 1 + draw.next() / 9,
+        }));
+        const run = () => {
+          const alive: { tensor: Tensor; value: number }[] = [];
+          for (const { from, size, drop, factor } of steps) {
+            const source = alive[Math.floor(from * alive.length)];
+            const tensor = scope(() => {
+              const first = (source?.tensor ?? x).reshape([-1, 1]);
+              return scale(embedding(zero.prefix([size]), first), factor);
+            });
+            alive.push({ tensor, value: (source?.value ?? 1) * factor });
+            if (drop < 0.7) alive.splice(Math.floor(drop * alive.length), 1)[0]!.tensor.dispose();
+          }
+          return alive;
+        };
+        const { graph, result } = device.capture(run);
+        for (let i = 0; i < 2; i++) device.replay(graph);
+        for (const { tensor, value } of result) {
+          const values = Array.from(await tensor.read());
+          expect(Math.max(...values.map((found) => Math.abs(found / value - 1)))).toBeLessThan(1e-5);
+        }
+        const { peak, live, total, buffers, tensors } = graph.memory;
+        expect(tensors).toBe(160);
+        expect(buffers).toBeLessThan(tensors);
+        expect(peak).toBeGreaterThanOrEqual(live);
+        expect(peak).toBeLessThan(1.4 * live); // sizes at random are harder than those of a model
+        expect(total).toBeGreaterThan(live);
+        for (const { tensor } of result) tensor.dispose();
+        device.stream.disposeGraph(graph);
+        x.dispose();
+      }
+      zero.dispose();
+    });
+
+    test("a capture whose memory does not fit is undone", () => {
+      const { pool } = device;
+      pool.trim();
+      const { liveBytes, heldBytes } = pool;
+      pool.ceilingBytes = heldBytes + 1000;
+      const capture = () => device.capture(() => scope(() => [device.zeros([100]), device.zeros([200])]));
+      expect(capture).toThrow(OutOfMemoryError);
+      pool.ceilingBytes = Infinity;
+      expect(pool).toMatchObject({ liveBytes, heldBytes });
+      const { graph, result } = capture();
+      freeAll(result);
+      device.stream.disposeGraph(graph);
     });
 
     test("disposing of a graph gives its memory back, and it cannot be replayed", async () => {

@@ -191,12 +191,18 @@ describe("a small model with experts and two prediction depths", () => {
       await evaluation();
       const { liveBytes, heldBytes, created } = device.pool;
       const groups = device.bindGroupsCreated;
+      const others = [device.stagingCreated, device.stream.blocksCreated];
       for (let i = 0; i < 5; i++) {
         await step();
         await evaluation();
       }
       expect(device.pool).toMatchObject({ liveBytes, heldBytes, created });
       expect(device.bindGroupsCreated).toBe(groups);
+      expect([device.stagingCreated, device.stream.blocksCreated]).toEqual(others);
+      const { peak, live, total, tensors } = trainer.memory!;
+      expect(peak).toBeLessThan(1.25 * live);
+      expect(total).toBeGreaterThan(2 * live);
+      expect(tensors).toBeGreaterThan(100);
       dispose();
       expect(device.pool.liveBytes).toBe(before);
     }
