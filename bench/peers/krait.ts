@@ -153,20 +153,23 @@ function build(wanted: Case, inputs: Inputs, put: (input: Input) => Tensor): Cha
     case "ssd_512": case "ssd_step": {
       const { H, P, N } = SSD;
       const L = start.shape[1]!;
-      const [b, c] = [put(input("b")), put(input("c"))];
       const A_log = filled([H], decays().map((g) => Math.log(-g)));
       const [D, dt_bias, dt] = [filled([H], 0), filled([H], 0), filled([1, L, H], DT_RAW)];
       const dt_limit = [0, Infinity] as const;
       if (L > 1) {
+        const [b, c] = [put(input("b")), put(input("c"))];
         const options = { chunk_size: 64, dt_limit, initial_state: null, seq_idx: null };
         return { start, step: (x) => ssd_scan(x, dt, A_log, b, c, D, dt_bias, options)[0] };
       }
       const state = put(input("state"));
-      const [x1, b1, c1, dt1] =
-        [start.reshape([1, H, P]), b.reshape([1, 1, N]), c.reshape([1, 1, N]), dt.reshape([1, H])];
+      const xBC = put({
+        shape: [1, H * P + 2 * N],
+        data: Float32Array.from(["x", "b", "c"].flatMap((name) => [...input(name).data])),
+      });
+      const dt1 = dt.reshape([1, H]);
       return {
         start, reset: () => state.write(input("state").data),
-        step: () => selective_state_update(state, x1, dt1, A_log, b1, c1, D, dt_bias, dt_limit),
+        step: () => selective_state_update(state, xBC, dt1, A_log, D, dt_bias, dt_limit),
       };
     }
     case "conv_silu_512": {

@@ -854,13 +854,12 @@ export const manifest = {
   "mamba2/selective_state_update": {
     bindings: {
       state: { binding: 0, access: "read_write" },
-      x: { binding: 1, access: "read" },
-      dt: { binding: 2, access: "read" },
-      dA: { binding: 3, access: "read" },
-      B: { binding: 4, access: "read" },
-      C: { binding: 5, access: "read" },
-      D: { binding: 6, access: "read" },
-      y: { binding: 7, access: "read_write" },
+      xBC: { binding: 1, access: "read" },
+      dt_raw: { binding: 2, access: "read" },
+      A_log: { binding: 3, access: "read" },
+      dt_bias: { binding: 4, access: "read" },
+      D: { binding: 5, access: "read" },
+      y: { binding: 6, access: "read_write" },
     },
     params: {
       nheads: "u32",
@@ -868,13 +867,15 @@ export const manifest = {
       ngroups: "u32",
       dstate: "u32",
       total: "u32",
+      lo: "f32",
+      hi: "f32",
     },
     overrides: {
       WG: "u32",
     },
-    conditions: ["vec4"],
+    conditions: ["rows8","subgroups","vec4"],
     entries: {
-      selective_state_update: ["B","C","D","dA","dt","params","state","x","y"],
+      selective_state_update: ["A_log","D","dt_bias","dt_raw","params","state","xBC","y"],
     },
   },
   "mamba2/ssd_steps": {

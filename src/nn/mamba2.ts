@@ -146,12 +146,8 @@ export class Mamba2 {
   }
 
   #decode(xBC: Tensor, dt: Tensor, cache: Mamba2Cache): Tensor {
-    const { nheads: H, headdim: P, dstate: N, ngroups: G, dt_limit } = this.sizes;
-    const batch = xBC.shape[0]!;
     const conv = causal_conv1d_update(cache.conv_state, xBC, this.#convWeight, this.conv_bias);
-    const [x, B, C] = split_columns(conv, [H * P, G * N, G * N]) as [Tensor, Tensor, Tensor];
     return selective_state_update(
-      cache.ssm_state, x.reshape([batch, H, P]), dt, this.A_log,
-      B.reshape([batch, G, N]), C.reshape([batch, G, N]), this.D, this.dt_bias, dt_limit);
+      cache.ssm_state, conv, dt, this.A_log, this.D, this.dt_bias, this.sizes.dt_limit);
   }
 }

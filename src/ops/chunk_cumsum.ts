@@ -1,10 +1,8 @@
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { checkChunkSize, checkShape, groups, sumRows } from "./chunking.ts";
+import { checkChunkSize, checkShape, groups, LARGEST, sumRows } from "./chunking.ts";
 import { defineOp } from "./op.ts";
-
-const LARGEST = 3.4028234663852886e38; // stands for no upper limit: shaders need not know infinities
 
 /**
  * dt = clamp(softplus(dt_raw + dt_bias), lo, hi) and a_i = sum_{m<=i} dt_m A by chunks, A = -exp(A_log).

@@ -6,6 +6,8 @@ import type { Tensor } from "../tensor/tensor.ts";
 /** Invocations per workgroup of the kernels of this family. */
 export const WG = 64;
 const SLICE = 64;
+/** Stands for no upper limit: shaders need not know infinities. */
+export const LARGEST = 3.4028234663852886e38;
 
 /** Workgroups for `total` invocations. */
 export const groups = (total: number): [number] => [Math.ceil(total / WG)];

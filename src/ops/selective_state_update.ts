@@ -1,19 +1,19 @@
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { chunk_cumsum } from "./chunk_cumsum.ts";
-import { checkShape, groups, quads } from "./chunking.ts";
+import { checkShape, LARGEST } from "./chunking.ts";
 import { defineOp } from "./op.ts";
+
+const WG = 32;
 
 /**
  * One decode step of the scan: S <- exp(dt A) S + dt x (outer) B, y = S C + D x.
  *
  * @param state    (B, H, P, N) f32; changed
- * @param x        (B, H, P) f32
+ * @param xBC      (B, H P + 2 G N) f32: x, B and C after each other, as `causal_conv1d_update` gives them;
+ *                 head h reads group floor(h / (H/G))
  * @param dt_raw   (B, H) f32; dt = clamp(softplus(dt_raw + dt_bias), lo, hi)
  * @param A_log    (H) f32; A = -exp(A_log)
- * @param B        (B, G, N) f32; head h reads group floor(h / (H/G))
- * @param C        (B, G, N) f32
  * @param D        (H) f32
  * @param dt_bias  (H) f32
  * @param dt_limit [lo, hi], hi up to Infinity
@@ -27,26 +27,36 @@ export const selective_state_update = defineOp({
   name: "selective_state_update",
   mutates: [0],
   forward(
-    _ctx, state: Tensor, x: Tensor, dt_raw: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor,
-    dt_bias: Tensor, dt_limit: readonly [number, number],
+    _ctx, state: Tensor, xBC: Tensor, dt_raw: Tensor, A_log: Tensor, D: Tensor, dt_bias: Tensor,
+    dt_limit: readonly [number, number],
   ) {
     const op = "selective_state_update";
     check(state.shape.length === 4, op, "state", "[batch, nheads, headdim, dstate]", state);
     const [batch, nheads, headdim, dstate] = state.shape as [number, number, number, number];
-    checkShape(op, "x", x, [batch, nheads, headdim]);
+    const ngroups = ((xBC.shape[1] ?? 0) - nheads * headdim) / (2 * dstate);
+    const expected = `[${batch}, ${nheads * headdim} + 2 ngroups ${dstate}] with ngroups dividing ${nheads}`;
+    const fits = xBC.shape.length === 2 && xBC.shape[0] === batch && ngroups > 0 && nheads % ngroups === 0;
+    check(fits, op, "xBC", expected, xBC);
     checkShape(op, "dt_raw", dt_raw, [batch, nheads]);
-    const ngroups = B.shape[1] ?? 1;
-    const groupsFit = nheads % ngroups === 0;
-    check(groupsFit, op, "B", `[${batch}, ngroups, ${dstate}] with ngroups dividing ${nheads}`, B);
-    checkShape(op, "B", B, [batch, ngroups, dstate]);
-    checkShape(op, "C", C, B.shape);
+    checkShape(op, "A_log", A_log, [nheads]);
     checkShape(op, "D", D, [nheads]);
-    const steps = dt_raw.reshape([batch, 1, nheads]);
-    const [dt, dA] = chunk_cumsum(steps, A_log, dt_bias, 1, dt_limit) as [Tensor, Tensor];
-    const y = x.device.empty(x.shape);
+    checkShape(op, "dt_bias", dt_bias, [nheads]);
+    const { device } = state;
+    const vec4 = dstate % 4 === 0 && (nheads * headdim) % 4 === 0;
+    const quad = device.hasSubgroups;
+    const rows8 = vec4 && quad && device.info.isSoftware && headdim % 8 === 0;
+    const y = device.empty([batch, nheads, headdim]);
+    const total = (batch * nheads * headdim) / (rows8 ? 8 : 1);
     launch("mamba2/selective_state_update", {
-      bind: { state, x, dt, dA, B, C, D, y }, params: { nheads, headdim, ngroups, dstate, total: x.size },
-      conditions: quads(dstate), workgroups: groups(x.size),
+      bind: { state, xBC, dt_raw, A_log, dt_bias, D, y },
+      params: {
+        nheads, headdim, ngroups, dstate, total, lo: dt_limit[0], hi: Math.min(dt_limit[1], LARGEST),
+      },
+      conditions: [
+        ...(vec4 ? ["vec4" as const] : []), ...(quad ? ["subgroups" as const] : []),
+        ...(rows8 ? ["rows8" as const] : []),
+      ],
+      workgroups: [Math.ceil((total * (quad ? 4 : 1)) / WG)],
     });
     return y;
   },

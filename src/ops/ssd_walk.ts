@@ -1,10 +1,9 @@
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { checkGroups, checkSeqIdx, checkShape, documents, groups, sumRows } from "./chunking.ts";
+import { checkGroups, checkSeqIdx, checkShape, documents, groups, LARGEST, sumRows } from "./chunking.ts";
 import { defineOp } from "./op.ts";
 
-const LARGEST = 3.4028234663852886e38; // stands for no upper limit: shaders need not know infinities
 const WG = 32; // eight quads
 /** Tokens between states that the backward pass keeps; four times CHUNK of the kernels. */
 const CHUNK = 64;

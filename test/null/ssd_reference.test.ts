@@ -106,8 +106,12 @@ describe("chunked form and recurrence agree", () => {
         return ndarray([batch, ...rest], [0, 1].flatMap(row));
       };
       const [x, dt_raw, A_log, B, C, D, dt_bias] = seven;
-      const step = [at(x), at(dt_raw), A_log, at(B), at(C), D, dt_bias] as const;
-      expectEqual(selective_state_update(state, ...step, options.dt_limit), at(y));
+      const rows = Array.from({ length: batch }, (_, b) => [x, B, C].flatMap((array) => {
+        const width = array.data.length / (batch * L);
+        return [...array.data.subarray((b * L + t) * width, (b * L + t + 1) * width)];
+      }));
+      const xBC = ndarray([batch, rows[0]!.length], rows.flat());
+      expectEqual(selective_state_update(state, xBC, at(dt_raw), A_log, D, dt_bias, options.dt_limit), at(y));
     }
     expectEqual(state, final_state);
   });

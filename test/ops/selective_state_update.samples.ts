@@ -9,8 +9,8 @@ function args(
   r: Draw, B: number, H: number, P: number, G: number, N: number, limit = [0, Infinity],
 ): unknown[] {
   return [
-    r.normal([B, H, P, N]), r.normal([B, H, P]), r.normal([B, H]), r.uniform([H], -1, 2), r.normal([B, G, N]),
-    r.normal([B, G, N]), r.normal([H]), r.uniform([H], -3, 0), limit,
+    r.normal([B, H, P, N]), r.normal([B, H * P + 2 * G * N]), r.normal([B, H]), r.uniform([H], -1, 2),
+    r.normal([H]), r.uniform([H], -3, 0), limit,
   ];
 }
 
@@ -23,14 +23,16 @@ export default opSamples({
     { name: "odd sizes", args: (r) => args(r, 3, 6, 5, 3, 7) },
     { name: "batch of one", args: (r) => args(r, 1, 2, 3, 1, 4) },
     { name: "a wide state", args: (r) => args(r, 1, 2, 64, 1, 128), reduction: 128 },
+    { name: "eight rows at a time, a state of six quads", args: (r) => args(r, 2, 2, 16, 2, 24) },
+    { name: "quads of the state, not of the rows", args: (r) => args(r, 1, 2, 3, 1, 8) },
     { name: "clamped", args: (r) => args(r, 2, 4, 4, 1, 4, [0.1, 0.3]) },
     { name: "no rows", args: (r) => args(r, 0, 2, 4, 1, 4) },
   ],
   errors: [
     {
-      name: "C of another size",
-      args: (r) => args(r, 1, 2, 3, 1, 4).with(5, r.normal([1, 1, 3])),
-      message: /selective_state_update: C must be \[1, 1, 4\], found \[1, 1, 3\]/,
+      name: "groups that do not divide the heads",
+      args: (r) => args(r, 1, 2, 3, 1, 4).with(1, r.normal([1, 6 + 2 * 3 * 4])),
+      message: /selective_state_update: xBC must be \[1, 6 \+ 2 ngroups 4\] with .* 2, found \[1, 30\]/,
     },
   ],
 });
