@@ -9,8 +9,8 @@ import { centred, prompt } from "./hybrid.ts";
 import type { Engine, Prepared } from "./runner.ts";
 
 const {
-  accumulate, add, attention, causal_conv1d, linear, matmul, probabilities, relu2, rms_norm, scale,
-  selective_state_update, ssd_scan,
+  accumulate, add, attention, causal_conv1d, dequantize, linear, matmul, probabilities, quantize, relu2,
+  rms_norm, scale, selective_state_update, ssd_scan,
 } = ops;
 
 /** One application: the next link of the chain. The inputs it changes are put back by `reset`. */
@@ -23,6 +23,8 @@ interface Chain {
   place?(i: number): number;
   reset?(): void;
   readonly note?: string;
+  readonly rounded?: NonNullable<Prepared["rounded"]>;
+  dispose?(): void;
 }
 
 type Inputs = Record<string, Input>;
@@ -39,7 +41,10 @@ export function kraitEngine(device: Device): Engine {
         return tensor;
       };
       const chain = build(wanted, wanted.inputs(), put);
-      return prepared(device, chain, () => made.forEach((tensor) => tensor.dispose()));
+      return prepared(device, chain, () => {
+        chain.dispose?.();
+        for (const tensor of made) tensor.dispose();
+      });
     },
   };
 }
@@ -55,7 +60,7 @@ function prepared(device: Device, chain: Chain, dispose: () => void): Prepared {
     return x;
   };
   return {
-    note: chain.note ?? "",
+    note: chain.note ?? "", ...(chain.rounded ? { rounded: chain.rounded } : {}),
     async run(n) {
       chain.reset?.();
       await device.finish();
@@ -130,8 +135,17 @@ function build(wanted: Case, inputs: Inputs, put: (input: Input) => Tensor): Cha
       return { start, note: "stored as f32", step: (x) => matmul(x, w, {}) };
     }
     case "matvec_q4_4096": case "matvec_q8_4096": {
-      const w = put(input("w"));
-      return { start, note: "stored as f32", step: (x) => linear(x, w, null) };
+      const w = quantize(put(input("w")), wanted.name.includes("q4") ? "q4" : "q8");
+      return {
+        start, note: `weights in ${w.format} blocks`, step: (x) => linear(x, w, null),
+        async rounded() {
+          const values = dequantize(w);
+          const data = await values.read() as Float32Array;
+          values.dispose();
+          return { w: { shape: w.shape, data } };
+        },
+        dispose: () => w.dispose(),
+      };
     }
     case "matvec_f32_4096": {
       const w = put(transposed(input("w")));
