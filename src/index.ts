@@ -15,7 +15,9 @@ export { Tape, type GradientMap } from "./autograd/tape.ts";
 export { parseConfig, serialiseConfig, type NemotronHConfig } from "./models/config.ts";
 export { preset, presetNames } from "./models/presets.ts";
 export { countParameters, layerStrip, memoryToRun, memoryToTrain, stateBytes } from "./models/accounting.ts";
-export { createParameters } from "./models/parameters.ts";
+export {
+  createParameters, createWeights, uploadWeights, WEIGHT_FORMATS, type WeightFormat,
+} from "./models/parameters.ts";
 export { loadModel, modelFiles, parameterEntries } from "./models/checkpoint.ts";
 export { NemotronH, type Loss, type ModelCache, type TrainingBatch } from "./models/nemotron_h.ts";
 export { evaluate, evaluateIncremental, type EvaluateInputs, type Outputs } from "./models/evaluate.ts";

@@ -1,5 +1,6 @@
 import {
   type Device, evaluateIncremental, Generator, NemotronH, type NemotronHConfig, ops, scope, Tape, type Tensor,
+  uploadWeights,
 } from "../../src/index.ts";
 import {
   type Case, type Input, ATTENTION, CASES, DT_RAW, EPS, FACTOR, LEARNING_RATE, LLM, MLP, SSD, decays,
@@ -84,9 +85,8 @@ function prepared(device: Device, chain: Chain, dispose: () => void): Prepared {
 
 /** Generation by the public API, with the same weights as the others. */
 function preparedModel(device: Device, wanted: Case, config: NemotronHConfig): Prepared {
-  const weights = wanted.inputs();
-  const model = new NemotronH(config, new Map(
-    Object.entries(weights).map(([name, { data, shape }]) => [name, device.tensor(data, shape)])));
+  const values = new Map(Object.entries(wanted.inputs()).map(([name, { data }]) => [name, data]));
+  const model = new NemotronH(config, uploadWeights(device, config, values, "q4"));
   const generator = new Generator(model, LLM.prompt + wanted.most);
   const isPrefill = wanted.name.endsWith("prefill");
   const generate = async (length: number, maxTokens: number) => {
@@ -96,7 +96,7 @@ function preparedModel(device: Device, wanted: Case, config: NemotronHConfig): P
     return generator.stats;
   };
   return {
-    note: "f32 weights",
+    note: "q4 weights, q8 tables",
     async run(n) {
       if (!isPrefill) return (await generate(LLM.context, n + 1)).decodeMs / n;
       const start = performance.now();

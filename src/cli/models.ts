@@ -5,6 +5,7 @@ import { openFolder } from "../io/files.node.ts";
 import { loadModel } from "../models/checkpoint.ts";
 import { type NemotronHConfig, parseConfig } from "../models/config.ts";
 import type { NemotronH } from "../models/nemotron_h.ts";
+import type { WeightFormat } from "../models/parameters.ts";
 import { preset, presetNames } from "../models/presets.ts";
 import type { Device } from "../tensor/device.ts";
 import { FormatError, UsageError } from "../tensor/errors.ts";
@@ -78,9 +79,12 @@ export function findTokenizer(path: string | null, vocabSize: number): FoundToke
 
 /** Loads a checkpoint folder onto a device. */
 export async function openModel(
-  device: Device, path: string, options: { dt_min_clamp?: boolean; trainable?: boolean } = {},
+  device: Device, path: string,
+  options: { dt_min_clamp?: boolean; trainable?: boolean; weights?: WeightFormat } = {},
 ): Promise<{ model: NemotronH; folder: string }> {
   const folder = modelFolder(path);
   const config = findConfig(folder, options.dt_min_clamp ? { dt_min_clamp: true } : {});
-  return { model: await loadModel(device, config, openFolder(folder), options.trainable ?? false), folder };
+  const model = await loadModel(
+    device, config, openFolder(folder), options.trainable ?? false, options.weights ?? "f32");
+  return { model, folder };
 }

@@ -2,15 +2,17 @@
 import type { Folder } from "../io/files.ts";
 import { readWeightF32 } from "../io/quantized.ts";
 import { openTensors, safetensorsPieces, type TensorEntry, type TensorReader } from "../io/safetensors.ts";
+import type { Weight } from "../nn/weights.ts";
 import type { Device } from "../tensor/device.ts";
+import { UsageError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { unscoped } from "../tensor/scope.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { Tensor } from "../tensor/tensor.ts";
 import { listParameters, type Parameter, resolveTensors, tensorsOf } from "./checkpoint_names.ts";
 import { type NemotronHConfig, serialiseConfig } from "./config.ts";
 import type { HostArray, Outputs } from "./evaluate.ts";
 import { NemotronH } from "./nemotron_h.ts";
-import { checkFits } from "./parameters.ts";
+import { checkFits, storeParameter, type WeightFormat } from "./parameters.ts";
 
 /**
  * Finds every parameter in a checkpoint and hands it over, one after the other.
@@ -36,21 +38,25 @@ export async function readParameters(
 
 /**
  * Loads a checkpoint folder (model.safetensors, or shards with an index) onto a device.
- * @param trainable parameters require gradients
+ * @param trainable parameters require gradients; then `weights` must be f32
+ * @param weights the format of matrices on the device
  * @throws FormatError for a checkpoint that does not fit the config;
  *   OutOfMemoryError when it does not fit the device.
  */
 export async function loadModel(
-  device: Device, config: NemotronHConfig, folder: Folder, trainable = false,
+  device: Device, config: NemotronHConfig, folder: Folder, trainable = false, weights: WeightFormat = "f32",
 ): Promise<NemotronH> {
-  checkFits(device, config);
+  if (trainable && weights !== "f32") {
+    throw new UsageError(`Weights that are trained must be f32, found ${weights}.`);
+  }
+  checkFits(device, config, weights);
   const reader = await openTensors(folder);
-  const parameters = new Map<string, Tensor>();
+  const parameters = new Map<string, Weight>();
   try {
     await readParameters(config, reader, async (name, values, parameter) => {
       const data = await values();
-      const tensor = unscoped(() => device.tensor(data, parameter.shape));
-      tensor.requiresGrad = trainable && parameter.trainable;
+      const tensor = unscoped(() => storeParameter(device, parameter, data, weights));
+      if (tensor instanceof Tensor) tensor.requiresGrad = trainable && parameter.trainable;
       parameters.set(name, tensor);
     }, folder.name);
     return new NemotronH(config, parameters);
@@ -67,8 +73,15 @@ export function tensorEntry(name: string, tensor: Tensor): TensorEntry {
   return { name, dtype: "F32", shape: tensor.shape, bytes: async () => bytesOf(await tensor.read()) };
 }
 
-/** The model's parameters under their published names, one tensor per expert. */
+/**
+ * The model's parameters under their published names, one tensor per expert.
+ * @throws UsageError for a model with quantised weights.
+ */
 export function parameterEntries(model: NemotronH): TensorEntry[] {
+  const [quantised] = model.quantised;
+  if (quantised) {
+    throw new UsageError(`A checkpoint holds f32 weights, but ${quantised[0]} is ${quantised[1].format}.`);
+  }
   return listParameters(model.config).flatMap((parameter) => {
     const tensor = model.parameters.get(parameter.name)!;
     if (parameter.kind !== "expert") return [tensorEntry(parameter.name, tensor)];

@@ -5,6 +5,7 @@
 import { Tape } from "../autograd/tape.ts";
 import type { Routing } from "../nn/context.ts";
 import { linear_cross_entropy } from "../ops/linear_cross_entropy.ts";
+import { denseWeight } from "../ops/quantize.ts";
 import { FormatError } from "../tensor/errors.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
@@ -63,7 +64,7 @@ export async function evaluate(
     const routing: Routing[] = [];
     const context = { seq_idx, step: null, routing };
     const loss = (h: Tensor, depth: number) =>
-      linear_cross_entropy(h.reshape([B * L, D]), model.lm_head,
+      linear_cross_entropy(h.reshape([B * L, D]), denseWeight(model.lm_head),
         device.tensor(shifted(labels!, inputs, documents, depth), [B * L]), {});
     const minimised = tape.run(() => {
       const h = model.hidden(upload(input_ids), context, null, (x, i) => {

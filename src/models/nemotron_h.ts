@@ -17,13 +17,15 @@ import { Mamba2, type Mamba2Cache } from "../nn/mamba2.ts";
 import { MLP } from "../nn/mlp.ts";
 import { MoE } from "../nn/moe.ts";
 import { MTP } from "../nn/mtp.ts";
-import { Weights } from "../nn/weights.ts";
+import { type Weight, Weights } from "../nn/weights.ts";
 import { add, scale } from "../ops/elementwise.ts";
 import { embedding } from "../ops/embedding.ts";
 import { linear } from "../ops/linear.ts";
 import { linear_cross_entropy } from "../ops/linear_cross_entropy.ts";
+import { denseWeight } from "../ops/quantize.ts";
 import { rms_norm } from "../ops/rms_norm.ts";
 import { router_aux_loss } from "../ops/router.ts";
+import { BlockTensor } from "../tensor/blocks.ts";
 import type { Device } from "../tensor/device.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
@@ -77,28 +79,32 @@ export interface Loss {
 export class NemotronH {
   readonly config: NemotronHConfig;
   readonly device: Device;
-  /** By checkpoint name; the experts of a layer are one stacked tensor. */
+  /** Dense parameters by checkpoint name; the experts of a layer are one stacked tensor. */
   readonly parameters: ReadonlyMap<string, Tensor>;
-  readonly embeddings: Tensor;
+  /** Block-quantised parameters by checkpoint name. They are not trained. */
+  readonly quantised: ReadonlyMap<string, BlockTensor>;
+  readonly embeddings: Weight;
   readonly blocks: readonly Block[];
   readonly norm_f: Tensor;
-  readonly lm_head: Tensor;
+  readonly lm_head: Weight;
   readonly mtp: MTP | null;
 
   /** @throws ConfigError when a parameter is missing or has another shape than the config says. */
-  constructor(config: NemotronHConfig, parameters: ReadonlyMap<string, Tensor>) {
+  constructor(config: NemotronHConfig, parameters: ReadonlyMap<string, Weight>) {
     const { vocab_size: V, hidden_size: D, layer_norm_epsilon: eps } = config;
     const weights = new Weights(parameters);
     const backbone = weights.at("backbone");
     this.config = config;
-    this.parameters = parameters;
-    this.embeddings = backbone.take("embeddings.weight", [V, D]);
+    const all = [...parameters];
+    this.parameters = new Map(all.filter((entry): entry is [string, Tensor] => !(entry[1] instanceof BlockTensor)));
+    this.quantised = new Map(all.filter((entry): entry is [string, BlockTensor] => entry[1] instanceof BlockTensor));
+    this.embeddings = backbone.takeWeight("embeddings.weight", [V, D]);
     this.device = this.embeddings.device;
     const build = (specs: readonly LayerSpec[], at: Weights) => specs.map((spec, i) =>
       new Block(D, eps, createMixer(config, spec, at.at(i).at("mixer")), at.at(i)));
     this.blocks = build(layerSpecs(config), backbone.at("layers"));
     this.norm_f = backbone.take("norm_f.weight", [D]);
-    this.lm_head = weights.take("lm_head.weight", [V, D]);
+    this.lm_head = weights.takeWeight("lm_head.weight", [V, D]);
     const mtp = weights.at("mtp").at("layers");
     const specs = mtpSpecs(config);
     this.mtp = specs.length > 0 ? new MTP(D, eps, build(specs, mtp), mtp) : null;
@@ -160,7 +166,7 @@ export class NemotronH {
       seq_idx: batch.seq_idx, step: null, routing, recompute: options.recompute === true,
     };
     const crossEntropy = (h: Tensor, targets: Tensor) =>
-      linear_cross_entropy(h.reshape([B * L, D]), this.lm_head, targets.reshape([B * L]), {});
+      linear_cross_entropy(h.reshape([B * L, D]), denseWeight(this.lm_head), targets.reshape([B * L]), {});
 
     let h = this.hidden(batch.input_ids, context);
     const main = crossEntropy(h, batch.targets);
@@ -194,7 +200,7 @@ export class NemotronH {
 
   /** Frees the parameters. */
   dispose(): void {
-    for (const parameter of this.parameters.values()) parameter.dispose();
+    for (const parameter of [...this.parameters.values(), ...this.quantised.values()]) parameter.dispose();
   }
 }
 

@@ -3,19 +3,27 @@
  * so that a seed means the same weights everywhere.
  */
 import { OutOfMemoryError } from "../gpu/errors.ts";
+import type { Weight } from "../nn/weights.ts";
+import { quantize } from "../ops/quantize.ts";
+import { BLOCK_LAYOUTS, type BlockFormat, codeWords } from "../tensor/blocks.ts";
 import type { Device } from "../tensor/device.ts";
+import { ConfigError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { fillNormal, fillUniform, type RandomKey } from "../tensor/philox.ts";
-import { unscoped } from "../tensor/scope.ts";
+import { scope, unscoped } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { type Parameter, listParameters } from "./checkpoint_names.ts";
+import { type Parameter, type ParameterKind, listParameters } from "./checkpoint_names.ts";
 import type { NemotronHConfig } from "./config.ts";
+
+/** How a model that only runs holds its matrices. */
+export const WEIGHT_FORMATS = ["f32", "q8", "q4"] as const;
+export type WeightFormat = (typeof WEIGHT_FORMATS)[number];
 
 /**
  * Checks that every parameter can be bound on the device, before anything is drawn or read.
  * @throws OutOfMemoryError naming the first parameter that is too large.
  */
-export function checkFits(device: Device, config: NemotronHConfig): void {
+export function checkFits(device: Device, config: NemotronHConfig, weights: WeightFormat = "f32"): void {
   const { maxBufferSize, maxStorageBufferBindingSize } = device.gpuDevice.limits;
   const most = Math.min(maxBufferSize, maxStorageBufferBindingSize);
   const list = listParameters(config);
@@ -26,10 +34,13 @@ export function checkFits(device: Device, config: NemotronHConfig): void {
       `The model is larger than the device: ${name} [${shape.join(", ")}] takes ${bytes} bytes in f32, but ` +
       `${device.info.id} binds at most ${most}.`, bytes, most);
   }
-  const total = list.reduce((sum, { shape }) => sum + 4 * sizeOf(shape), 0);
+  const total = list.reduce((sum, parameter) => {
+    const format = formatOf(parameter, weights);
+    return sum + (format ? 4 * codeWords(sizeOf(parameter.shape), format) : 4 * sizeOf(parameter.shape));
+  }, 0);
   if (total > device.pool.ceilingBytes) {
     throw new OutOfMemoryError(
-      `The model is larger than the device: its parameters take ${total} bytes in f32, but the memory pool ` +
+      `The model is larger than the device: its parameters take ${total} bytes in ${weights}, but the memory pool ` +
       `may hold at most ${device.pool.ceilingBytes}.`, total, device.pool.ceilingBytes);
   }
 }
@@ -51,6 +62,59 @@ export function createParameters(device: Device, config: NemotronHConfig, seed: 
     return [parameter.name, tensor];
   })));
 }
+
+/** The same draws for a model that only runs, with its matrices in a format: see `storeParameter`. */
+export function createWeights(
+  device: Device, config: NemotronHConfig, seed: number, weights: WeightFormat,
+): Map<string, Weight> {
+  checkFits(device, config, weights);
+  return unscoped(() => new Map(listParameters(config).map((parameter, i) => [
+    parameter.name,
+    storeParameter(
+      device, parameter, initialValues(config, parameter, { seed, stream: i, step: 0 }), weights),
+  ])));
+}
+
+/**
+ * Given values for every parameter, by canonical name, for a model that only runs: see `storeParameter`.
+ * @throws ConfigError when one is missing.
+ */
+export function uploadWeights(
+  device: Device, config: NemotronHConfig, values: ReadonlyMap<string, Float32Array>, weights: WeightFormat,
+): Map<string, Weight> {
+  checkFits(device, config, weights);
+  return unscoped(() => new Map(listParameters(config).map((parameter) => {
+    const given = values.get(parameter.name);
+    if (!given) throw new ConfigError(`The model needs a parameter ${parameter.name}, but no values were given.`);
+    return [parameter.name, storeParameter(device, parameter, given, weights)];
+  })));
+}
+
+/**
+ * Puts a parameter on the device in a format. Matrices of products and tables are quantised; norms, biases,
+ * convolutions, the state space and the router, and matrices whose rows are not whole blocks, stay f32. The
+ * f32 values of a quantised matrix are on the device only until it is made.
+ */
+export function storeParameter(
+  device: Device, parameter: Parameter, values: Float32Array, weights: WeightFormat,
+): Weight {
+  const format = formatOf(parameter, weights);
+  if (!format) return device.tensor(values, parameter.shape);
+  return scope(() => quantize(device.tensor(values, parameter.shape), format));
+}
+
+/** The block format of a parameter; null for one that stays f32. */
+function formatOf({ kind, shape }: Parameter, weights: WeightFormat): BlockFormat | null {
+  if (weights === "f32" || !QUANTISED.has(kind)) return null;
+  if (shape.at(-1)! % BLOCK_LAYOUTS[weights].block !== 0) return null;
+  // Tables of tokens lose more by four bits than they save.
+  return kind === "embedding" || kind === "head" ? "q8" : weights;
+}
+
+const QUANTISED: ReadonlySet<ParameterKind> = new Set([
+  "embedding", "head", "expert", "mamba_linear", "attention_linear", "mlp_linear", "shared_linear", "latent_linear",
+  "mtp_linear",
+]);
 
 function initialValues(
   config: NemotronHConfig, { name, kind, shape }: Parameter, key: RandomKey,

@@ -4,7 +4,7 @@ import { linear } from "../ops/linear.ts";
 import type { Device } from "../tensor/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
-import type { Weights } from "./weights.ts";
+import type { Weight, Weights } from "./weights.ts";
 
 export interface AttentionSizes {
   readonly hidden: number;
@@ -24,19 +24,19 @@ export interface KVCache {
 /** Grouped-query causal attention without positional encoding. */
 export class Attention {
   readonly sizes: AttentionSizes;
-  readonly q_proj: Tensor;
-  readonly k_proj: Tensor;
-  readonly v_proj: Tensor;
-  readonly o_proj: Tensor;
+  readonly q_proj: Weight;
+  readonly k_proj: Weight;
+  readonly v_proj: Weight;
+  readonly o_proj: Weight;
   readonly biases: { q: Tensor; k: Tensor; v: Tensor; o: Tensor } | null;
 
   constructor(sizes: AttentionSizes, w: Weights) {
     const { hidden: D, num_attention_heads: Hq, num_key_value_heads: Hkv, head_dim: Dh } = sizes;
     this.sizes = sizes;
-    this.q_proj = w.take("q_proj.weight", [Hq * Dh, D]);
-    this.k_proj = w.take("k_proj.weight", [Hkv * Dh, D]);
-    this.v_proj = w.take("v_proj.weight", [Hkv * Dh, D]);
-    this.o_proj = w.take("o_proj.weight", [D, Hq * Dh]);
+    this.q_proj = w.takeWeight("q_proj.weight", [Hq * Dh, D]);
+    this.k_proj = w.takeWeight("k_proj.weight", [Hkv * Dh, D]);
+    this.v_proj = w.takeWeight("v_proj.weight", [Hkv * Dh, D]);
+    this.o_proj = w.takeWeight("o_proj.weight", [D, Hq * Dh]);
     this.biases = sizes.bias
       ? {
         q: w.take("q_proj.bias", [Hq * Dh]), k: w.take("k_proj.bias", [Hkv * Dh]),

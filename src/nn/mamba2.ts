@@ -8,7 +8,7 @@ import type { Device } from "../tensor/device.ts";
 import { promote } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
-import type { Weights } from "./weights.ts";
+import type { Weight, Weights } from "./weights.ts";
 
 export interface Mamba2Sizes {
   readonly hidden: number;
@@ -42,7 +42,7 @@ export interface Mamba2Cache {
  */
 export class Mamba2 {
   readonly sizes: Mamba2Sizes;
-  readonly in_proj: Tensor;
+  readonly in_proj: Weight;
   readonly in_proj_bias: Tensor | null;
   /** (conv channels, 1, window) */
   readonly conv1d: Tensor;
@@ -51,7 +51,7 @@ export class Mamba2 {
   readonly D: Tensor;
   readonly dt_bias: Tensor;
   readonly norm: Tensor;
-  readonly out_proj: Tensor;
+  readonly out_proj: Weight;
   readonly out_proj_bias: Tensor | null;
 
   constructor(sizes: Mamba2Sizes, w: Weights) {
@@ -59,7 +59,7 @@ export class Mamba2 {
     const d_inner = H * P;
     const conv_dim = d_inner + 2 * G * N;
     this.sizes = sizes;
-    this.in_proj = w.take("in_proj.weight", [d_inner + conv_dim + H, hidden]);
+    this.in_proj = w.takeWeight("in_proj.weight", [d_inner + conv_dim + H, hidden]);
     this.in_proj_bias = sizes.proj_bias ? w.take("in_proj.bias", [d_inner + conv_dim + H]) : null;
     this.conv1d = w.take("conv1d.weight", [conv_dim, 1, W]);
     this.conv_bias = sizes.conv_bias ? w.take("conv1d.bias", [conv_dim]) : null;
@@ -67,7 +67,7 @@ export class Mamba2 {
     this.D = w.take("D", [H]);
     this.dt_bias = w.take("dt_bias", [H]);
     this.norm = w.take("norm.weight", [d_inner]);
-    this.out_proj = w.take("out_proj.weight", [hidden, d_inner]);
+    this.out_proj = w.takeWeight("out_proj.weight", [hidden, d_inner]);
     this.out_proj_bias = sizes.proj_bias ? w.take("out_proj.bias", [hidden]) : null;
   }
 

@@ -1,19 +1,19 @@
 import { relu2 } from "../ops/elementwise.ts";
 import { linear } from "../ops/linear.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import type { Weights } from "./weights.ts";
+import type { Weight, Weights } from "./weights.ts";
 
 /** down(relu(up(x))^2): squared ReLU without a gate. Spec: Nemotron-H report, section 2. */
 export class MLP {
-  readonly up: Tensor;
+  readonly up: Weight;
   readonly up_bias: Tensor | null;
-  readonly down: Tensor;
+  readonly down: Weight;
   readonly down_bias: Tensor | null;
 
   constructor(hidden: number, width: number, bias: boolean, w: Weights) {
-    this.up = w.take("up_proj.weight", [width, hidden]);
+    this.up = w.takeWeight("up_proj.weight", [width, hidden]);
     this.up_bias = bias ? w.take("up_proj.bias", [width]) : null;
-    this.down = w.take("down_proj.weight", [hidden, width]);
+    this.down = w.takeWeight("down_proj.weight", [hidden, width]);
     this.down_bias = bias ? w.take("down_proj.bias", [hidden]) : null;
   }
 

@@ -7,7 +7,7 @@ import { promote } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
 import { MLP } from "./mlp.ts";
-import type { Weights } from "./weights.ts";
+import type { Weight, Weights } from "./weights.ts";
 
 export interface MoESizes {
   readonly hidden: number;
@@ -38,9 +38,9 @@ export class MoE {
   /** Chooses experts but does not weigh them; moved by load balancing, not by the loss. */
   readonly correction_bias: Tensor;
   /** (experts, width, inner width) */
-  readonly up: Tensor;
-  readonly down: Tensor;
-  readonly latent: { fc1: Tensor; fc1_bias: Tensor | null; fc2: Tensor; fc2_bias: Tensor | null } | null;
+  readonly up: Weight;
+  readonly down: Weight;
+  readonly latent: { fc1: Weight; fc1_bias: Tensor | null; fc2: Weight; fc2_bias: Tensor | null } | null;
   readonly shared: MLP | null;
 
   constructor(sizes: MoESizes, w: Weights) {
@@ -50,12 +50,12 @@ export class MoE {
     this.path = w.path;
     this.gate = w.take("gate.weight", [E, hidden]);
     this.correction_bias = w.take("gate.e_score_correction_bias", [E]);
-    this.up = w.take("experts.up_proj", [E, F, X]);
-    this.down = w.take("experts.down_proj", [E, X, F]);
+    this.up = w.takeWeight("experts.up_proj", [E, F, X]);
+    this.down = w.takeWeight("experts.down_proj", [E, X, F]);
     const bias = (name: string, width: number) => sizes.bias ? w.take(`${name}.bias`, [width]) : null;
     this.latent = moe_latent_size === null ? null : {
-      fc1: w.take("fc1_latent_proj.weight", [X, hidden]), fc1_bias: bias("fc1_latent_proj", X),
-      fc2: w.take("fc2_latent_proj.weight", [hidden, X]), fc2_bias: bias("fc2_latent_proj", hidden),
+      fc1: w.takeWeight("fc1_latent_proj.weight", [X, hidden]), fc1_bias: bias("fc1_latent_proj", X),
+      fc2: w.takeWeight("fc2_latent_proj.weight", [hidden, X]), fc2_bias: bias("fc2_latent_proj", hidden),
     };
     this.shared = sizes.shared_size > 0
       ? new MLP(hidden, sizes.shared_size, sizes.bias, w.at("shared_experts"))

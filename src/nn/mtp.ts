@@ -3,7 +3,7 @@ import { linear } from "../ops/linear.ts";
 import { rms_norm } from "../ops/rms_norm.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { Block } from "./block.ts";
-import type { Weights } from "./weights.ts";
+import type { Weight, Weights } from "./weights.ts";
 
 /**
  * Multi-token prediction: from the hidden state of position t and the embedding of the token at t+1 a hidden
@@ -12,7 +12,7 @@ import type { Weights } from "./weights.ts";
 export class MTP {
   readonly enorm: Tensor;
   readonly hnorm: Tensor;
-  readonly eh_proj: Tensor;
+  readonly eh_proj: Weight;
   readonly final_layernorm: Tensor;
   readonly blocks: readonly Block[];
   readonly eps: number;
@@ -23,7 +23,7 @@ export class MTP {
     this.blocks = blocks;
     this.enorm = w.at(0).take("enorm.weight", [hidden]);
     this.hnorm = w.at(0).take("hnorm.weight", [hidden]);
-    this.eh_proj = w.at(0).take("eh_proj.weight", [hidden, 2 * hidden]);
+    this.eh_proj = w.at(0).takeWeight("eh_proj.weight", [hidden, 2 * hidden]);
     this.final_layernorm = w.at(blocks.length - 1).take("final_layernorm.weight", [hidden]);
   }
 

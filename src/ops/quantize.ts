@@ -2,7 +2,7 @@ import { launch } from "../kernel/launch.ts";
 import { BLOCK_LAYOUTS, type BlockFormat, BlockTensor, codeWords } from "../tensor/blocks.ts";
 import { check } from "../tensor/check.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
-import { unscoped } from "../tensor/scope.ts";
+import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { defineOp, noGrad } from "./op.ts";
 
@@ -105,11 +105,18 @@ function decode(
  * @throws ShapeError when K is not a multiple of the block
  */
 export function quantize(values: Tensor, format: BlockFormat): BlockTensor {
-  const [codes, scales] = unscoped(() => noGrad(() => quantize_blocks(values, format))) as [Tensor, Tensor];
-  return new BlockTensor(values.shape, format, codes, scales);
+  return scope(() => {
+    const [codes, scales] = noGrad(() => quantize_blocks(values, format)) as [Tensor, Tensor];
+    return new BlockTensor(values.shape, format, codes.retain(), scales.retain());
+  });
 }
 
 /** The values of a block tensor: f32 of the same shape. */
 export function dequantize(blocks: BlockTensor): Tensor {
   return dequantize_blocks(blocks.codes, blocks.scales, blocks.format);
+}
+
+/** The same weight as a dense tensor, for ops that need one. */
+export function denseWeight(weight: Tensor | BlockTensor): Tensor {
+  return weight instanceof BlockTensor ? dequantize(weight) : weight;
 }

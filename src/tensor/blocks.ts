@@ -48,7 +48,7 @@ export class BlockTensor {
   readonly requiresGrad = false;
   #refs = 1;
 
-  /** Internal: use `quantize`. Takes over one reference to each part, which no scope may hold. */
+  /** Internal: use `quantize`. Takes over one reference to each part, beside any that a scope holds. */
   constructor(shape: readonly number[], format: BlockFormat, codes: Tensor, scales: Tensor) {
     this.shape = [...shape];
     this.format = format;

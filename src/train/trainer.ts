@@ -7,7 +7,7 @@ import type { Loss, NemotronH, TrainingBatch } from "../models/nemotron_h.ts";
 import { accumulate, scale } from "../ops/elementwise.ts";
 import { expert_load, update_expert_bias } from "../ops/moe.ts";
 import type { Device } from "../tensor/device.ts";
-import { KraitError } from "../tensor/errors.ts";
+import { KraitError, UsageError } from "../tensor/errors.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { AdamW, type AdamWOptions } from "./optimizer.ts";
@@ -77,7 +77,12 @@ export class Trainer {
   #captured: Captured | null = null;
   #evaluation: { graph: Graph; loss: Tensor } | null = null;
 
+  /** @throws UsageError for a model with quantised weights. */
   constructor(model: NemotronH, options: TrainerOptions) {
+    const [quantised] = model.quantised;
+    if (quantised) {
+      throw new UsageError(`Only f32 weights can be trained, but ${quantised[0]} is ${quantised[1].format}.`);
+    }
     this.model = model;
     this.options = options;
     this.#device = model.device;

@@ -5,7 +5,7 @@ import { Tape } from "../../autograd/tape.ts";
 import { type SoftwareDriver, softwareDriver } from "../../gpu/fallback.node.ts";
 import { median, sortedTimes } from "../../gpu/measure.ts";
 import { Generator } from "../../infer/engine.ts";
-import { createParameters } from "../../models/parameters.ts";
+import { createParameters, createWeights, WEIGHT_FORMATS, type WeightFormat } from "../../models/parameters.ts";
 import { NemotronH } from "../../models/nemotron_h.ts";
 import { attention } from "../../ops/attention.ts";
 import { scale } from "../../ops/elementwise.ts";
@@ -81,6 +81,10 @@ export const bench = defineCommand({
       type: "string", value: "PATH", multiple: true,
       help: "Text for the train suite; default: this package's README.",
     },
+    weights: {
+      type: "string", choices: WEIGHT_FORMATS, default: "f32",
+      help: "How the generate suite holds matrices.",
+    },
     runs: { type: "integer", min: 1, default: 7, help: "Timed runs per case; the median counts." },
     adapter: {
       type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
@@ -130,7 +134,7 @@ export const bench = defineCommand({
     try {
       if (wanted.includes("kernels")) await kernels(device, options.runs, add);
       if (wanted.includes("train")) await training(device, options.config, options.data, options.runs, add);
-      if (wanted.includes("generate")) await generation(device, options.config, options.runs, add);
+      if (wanted.includes("generate")) await generation(device, options.config, options.weights, options.runs, add);
       await peers?.benchPeers(device, options.runs, options.case, (result) => {
         compared.push(result);
         record({ suite: "peers", ...result });
@@ -240,10 +244,13 @@ async function training(
   model.dispose();
 }
 
-async function generation(device: Device, name: string, runs: number, add: Add): Promise<void> {
+async function generation(
+  device: Device, name: string, weights: WeightFormat, runs: number, add: Add,
+): Promise<void> {
   const config = findConfig(name);
-  const model = new NemotronH(config, createParameters(device, config, 0));
+  const model = new NemotronH(config, createWeights(device, config, 0, weights));
   const prompt = Array.from({ length: 256 }, (_, i) => (7 * i) % Math.min(256, config.vocab_size));
+  const suffix = weights === "f32" ? "" : `_${weights}`;
   const newTokens = 32;
   for (const draft of config.num_nextn_predict_layers > 0 ? [0, 2] : [0]) {
     const generator = new Generator(model, prompt.length + newTokens + draft);
@@ -258,9 +265,9 @@ async function generation(device: Device, name: string, runs: number, add: Add):
       decode.push(generator.stats.decodeMs);
     }
     const sort = (times: number[]) => times.sort((a, b) => a - b);
-    if (draft === 0) add("generate", `prefill_${prompt.length}`, prompt.length, "tokens/s", sort(prefill));
+    if (draft === 0) add("generate", `prefill_${prompt.length}${suffix}`, prompt.length, "tokens/s", sort(prefill));
     add(
-      "generate", draft === 0 ? "decode" : `decode_draft_${draft}`, newTokens - 1, "tokens/s", sort(decode));
+      "generate", `${draft === 0 ? "decode" : `decode_draft_${draft}`}${suffix}`, newTokens - 1, "tokens/s", sort(decode));
     generator.dispose();
   }
   model.dispose();

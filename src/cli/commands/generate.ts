@@ -1,6 +1,7 @@
 import { Generator } from "../../infer/engine.ts";
 import { generateText, type TextRun } from "../../infer/text.ts";
 import { openDevice } from "../../tensor/device.ts";
+import { WEIGHT_FORMATS } from "../../models/parameters.ts";
 import { UsageError } from "../../tensor/errors.ts";
 import { defineCommand } from "../args.ts";
 import { findTokenizer, openModel } from "../models.ts";
@@ -36,6 +37,11 @@ export const generate = defineCommand({
       type: "integer", min: 0, max: 16, default: 0,
       help: "Tokens that the model's own MTP head drafts per pass; 0: none.",
     },
+    weights: {
+      type: "string", choices: WEIGHT_FORMATS, default: "f32",
+      help: "How matrices lie in memory: f32, or in blocks of 32 values of 8 or 4 bits with a scale (tables of tokens " +
+        "never below 8).",
+    },
     adapter: {
       type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
     },
@@ -43,6 +49,7 @@ export const generate = defineCommand({
   },
   examples: [
     'krait generate --model runs/first --prompt "export function "',
+    'krait generate --model runs/first --prompt "Once" --weights q4',
     'krait generate --model runs/first --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 7 --draft 3',
   ],
   async run({ options, stdout, stderr, env, signal }) {
@@ -51,7 +58,8 @@ export const generate = defineCommand({
     }
     const device = await openDevice(options.adapter ? { adapter: options.adapter } : {});
     try {
-      const { model, folder } = await openModel(device, options.model);
+      const { model, folder } = await openModel(device, options.model, { weights: options.weights });
+      const weightBytes = device.pool.liveBytes;
       const { tokenizer } = findTokenizer(folder, model.config.vocab_size);
       const prompt = options.prompt === undefined
         ? parseIds(options.promptTokens!)
@@ -75,6 +83,7 @@ export const generate = defineCommand({
       const summary = {
         text, tokens: run.tokens, prompt_tokens: stats.promptTokens, prefill_ms: stats.prefillMs,
         decode_ms: stats.decodeMs, tokens_per_s: speed,
+        weights: options.weights, weight_bytes: weightBytes,
         passes: stats.passes, drafted: stats.drafted, accepted: stats.accepted,
         acceptance: stats.drafted > 0 ? stats.accepted / stats.drafted : null, stopped: run.stopped,
       };
@@ -87,7 +96,8 @@ export const generate = defineCommand({
         stdout.write("\n");
         stderr.write(colours(wantsColour(stderr, env)).dim(
           `${stats.tokens} tokens, ${speed.toFixed(1)} tokens/s after a prompt of ${stats.promptTokens} in ` +
-          `${stats.prefillMs.toFixed(0)} ms${drafts}, on ${device.info.id}\n`));
+          `${stats.prefillMs.toFixed(0)} ms${drafts}, ${(weightBytes / 2 ** 20).toFixed(1)} MiB of ${options.weights} ` +
+          `weights, on ${device.info.id}\n`));
       }
       generator.dispose();
     } finally {
