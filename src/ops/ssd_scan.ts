@@ -1,5 +1,8 @@
+import { bucket, choose, defineTunable } from "../kernel/tuner.ts";
+import type { Device } from "../tensor/device.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import { randomTensor, trial } from "../tensor/trial.ts";
 import { bmm_chunk } from "./bmm_chunk.ts";
 import { chunk_cumsum } from "./chunk_cumsum.ts";
 import { chunk_scan } from "./chunk_scan.ts";
@@ -19,8 +22,38 @@ export interface SsdScanOptions {
 }
 
 /**
- * The chunked selective scan of Mamba-2: S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t, y_t = S_t C_t + D
- * x_t.
+ * Arrangements: `chunks` computes all chunks at once and passes states between them (GPUs, which want many
+ * invocations); `walk` takes the tokens one after the other with the state in registers (software adapters,
+ * where loads and barriers are dear and invocations few).
+ */
+type Arrangement = "walk" | "chunks";
+
+/** `heads`: of all rows. */
+type ScanShape = Readonly<Record<"heads" | "seqlen" | "headdim" | "dstate" | "chunk_size", number>>;
+
+const scanTuning = defineTunable({
+  name: "mamba2/ssd_scan",
+  classOf: ({ heads, seqlen, headdim, dstate, chunk_size }: ScanShape) => ({
+    heads: bucket(heads, 256), seqlen: bucket(seqlen, 1024), headdim, dstate, chunk_size,
+  }),
+  candidates: (device: Device, { headdim, dstate }): Arrangement[] =>
+    canWalk(device, headdim, dstate) ? ["walk", "chunks"] : ["chunks"],
+  fallback: (device, { headdim, dstate }) =>
+    device.info.isSoftware && canWalk(device, headdim, dstate) ? "walk" : "chunks",
+  trial: (device, { heads, seqlen, headdim, dstate, chunk_size }) => trial(() => ({
+    x: randomTensor(device, [1, seqlen, heads, headdim]), dt_raw: randomTensor(device, [1, seqlen, heads], 1),
+    A_log: randomTensor(device, [heads], 2), B: randomTensor(device, [1, seqlen, 1, dstate], 3),
+    C: randomTensor(device, [1, seqlen, 1, dstate], 4), D: randomTensor(device, [heads], 5),
+    dt_bias: randomTensor(device, [heads], 6),
+  }), ({ x, dt_raw, A_log, B, C, D, dt_bias }, arrangement: Arrangement) => {
+    const options = { chunk_size, dt_limit: [0, Infinity] as const, initial_state: null, seq_idx: null };
+    return ARRANGEMENTS[arrangement](x, dt_raw, A_log, B, C, D, dt_bias, options);
+  }),
+  tolerance: ({ seqlen, dstate }) => 8 * Math.sqrt(seqlen + dstate) * 2 ** -24,
+});
+
+/**
+ * The selective scan of Mamba-2: S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t, y_t = S_t C_t + D x_t.
  *
  * @param x       (B, L, H, P) f32
  * @param dt_raw  (B, L, H) f32; dt = clamp(softplus(dt_raw + dt_bias), lo, hi)
@@ -31,10 +64,7 @@ export interface SsdScanOptions {
  * @returns       y (B, L, H, P) and final_state (B, H, P, N) f32
  *
  * Numerics  exponents and states in f32; exp only of values <= 0.
- * GPUs run it by chunks, which keep many invocations busy; software adapters, where loads and barriers are
- * dear and invocations few, walk the tokens with the state in registers (ssd_walk).
- *
- * Cost      by chunks about B L H (Q (P + N G/H) + 4 P N) multiply-adds; nine launches.
+ * Cost      by chunks about B L H (Q (P + N G/H) + 4 P N) multiply-adds in nine launches; see also `ssd_walk`.
  * Throws    ShapeError for shapes that do not fit.
  * Source    Dao & Gu 2024 (arXiv 2405.21060) section 6.
  * Tested    test/ops/ssd_scan.samples.ts against reference/ssd_scan.ts
@@ -43,17 +73,25 @@ export function ssd_scan(
   x: Tensor, dt_raw: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
   options: SsdScanOptions,
 ): [Tensor, Tensor] {
-  const { chunk_size, dt_limit, initial_state, seq_idx } = options;
-  if (x.device.info.isSoftware && canWalk(x, B)) {
-    return ssd_walk(
-      x, dt_raw, A_log, B, C, D, dt_bias, initial_state, seq_idx, dt_limit) as [Tensor, Tensor];
-  }
-  return scope(() => {
-    const [dt, dA_cumsum] = chunk_cumsum(dt_raw, A_log, dt_bias, chunk_size, dt_limit) as [Tensor, Tensor];
-    const states = chunk_state(B, x, dt, dA_cumsum, seq_idx);
-    const passed = state_passing(states, dA_cumsum, initial_state, seq_idx);
-    const [prev_states, final_state] = passed as [Tensor, Tensor];
-    const CB = bmm_chunk(C, B, chunk_size);
-    return [chunk_scan(CB, x, dt, dA_cumsum, C, prev_states, D, seq_idx), final_state];
-  });
+  const [batch = 0, seqlen = 0, nheads = 0, headdim = 0] = x.shape;
+  const { chunk_size } = options;
+  const shape = { heads: batch * nheads, seqlen, headdim, dstate: B.shape[3] ?? 0, chunk_size };
+  return ARRANGEMENTS[choose(x.device, scanTuning, shape)](x, dt_raw, A_log, B, C, D, dt_bias, options);
 }
+
+const ARRANGEMENTS: Readonly<Record<Arrangement, typeof ssd_scan>> = {
+  walk(x, dt_raw, A_log, B, C, D, dt_bias, { initial_state, seq_idx, dt_limit }) {
+    const walked = ssd_walk(x, dt_raw, A_log, B, C, D, dt_bias, initial_state, seq_idx, dt_limit);
+    return walked as [Tensor, Tensor];
+  },
+  chunks(x, dt_raw, A_log, B, C, D, dt_bias, { chunk_size, dt_limit, initial_state, seq_idx }) {
+    return scope(() => {
+      const [dt, dA_cumsum] = chunk_cumsum(dt_raw, A_log, dt_bias, chunk_size, dt_limit) as [Tensor, Tensor];
+      const states = chunk_state(B, x, dt, dA_cumsum, seq_idx);
+      const passed = state_passing(states, dA_cumsum, initial_state, seq_idx);
+      const [prev_states, final_state] = passed as [Tensor, Tensor];
+      const CB = bmm_chunk(C, B, chunk_size);
+      return [chunk_scan(CB, x, dt, dA_cumsum, C, prev_states, D, seq_idx), final_state];
+    });
+  },
+};

@@ -1,5 +1,6 @@
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
+import type { Device } from "../tensor/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { checkGroups, checkSeqIdx, checkShape, documents, groups, LARGEST, sumRows } from "./chunking.ts";
 import { defineOp } from "./op.ts";
@@ -11,9 +12,9 @@ const CHUNK = 64;
 const PIECES = 32;
 const ROWS = 16; // of a piece, for loops that compilers are not to unroll
 
-/** Whether `ssd_walk` takes these shapes on their device. */
-export function canWalk(x: Tensor, B: Tensor): boolean {
-  return x.device.hasSubgroups && x.shape[3]! % 4 === 0 && B.shape[3]! % 16 === 0;
+/** Whether `ssd_walk` runs on a device with heads and states of these widths. */
+export function canWalk(device: Device, headdim: number, dstate: number): boolean {
+  return device.hasSubgroups && headdim % 4 === 0 && dstate % 16 === 0;
 }
 
 /** Slices of the state's columns, each walked by launches of its own: 32 wide, the last one perhaps 16. */
