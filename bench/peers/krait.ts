@@ -10,8 +10,13 @@ import { centred, prompt } from "./hybrid.ts";
 import type { Engine, Prepared } from "./runner.ts";
 
 const {
+<<<<<<< HEAD
   accumulate, add, attention, causal_conv1d, dequantize, linear, matmul, probabilities, quantize, relu2,
   rms_norm, scale, selective_state_update, ssd_scan,
+=======
+  accumulate, add, attention, causal_conv1d, linear, matmul, relu2, rms_norm, scale, selective_state_update, softmax,
+  ssd_scan,
+>>>>>>> 6649759 (Softmax over the last dimension, with its gradient)
 } = ops;
 
 /** One application: the next link of the chain. The inputs it changes are put back by `reset`. */
@@ -151,10 +156,7 @@ function build(wanted: Case, inputs: Inputs, put: (input: Input) => Tensor): Cha
       const w = put(transposed(input("w")));
       return { start, step: (x) => linear(x, w, null) };
     }
-    case "softmax_1024x4096": {
-      const settings = filled([4], Float32Array.of(1, 0, 1, 0));
-      return { start, step: (x) => probabilities(x, settings) };
-    }
+    case "softmax_1024x4096": return { start, step: (x) => softmax(x) };
     case "layernorm_1024x4096": {
       const w = put(input("w"));
       return { start, step: (x) => rms_norm(x, w, EPS) };

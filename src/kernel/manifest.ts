@@ -1513,6 +1513,27 @@ export const manifest = {
       rms_norm_backward_row: ["dout","dx","dz","params","rstd","weight","x","z"],
     },
   },
+  "norm/softmax": {
+    bindings: {
+      x: { binding: 0, access: "read" },
+      y: { binding: 1, access: "read_write" },
+      weight: { binding: 2, access: "read" },
+      dy: { binding: 3, access: "read" },
+      dx: { binding: 4, access: "read_write" },
+    },
+    params: {
+      rows: "u32",
+      cols: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["vec4"],
+    entries: {
+      softmax: ["params","x","y"],
+      softmax_backward: ["dx","dy","params","weight"],
+    },
+  },
   "norm/weight_gradient": {
     bindings: {
       x: { binding: 0, access: "read" },

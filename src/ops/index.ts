@@ -23,6 +23,7 @@ export * from "./rms_norm.ts";
 export * from "./router.ts";
 export * from "./sample.ts";
 export * from "./selective_state_update.ts";
+export * from "./softmax.ts";
 export * from "./ssd_scan.ts";
 export { ssd_walk } from "./ssd_walk.ts";
 export * from "./state_passing.ts";

@@ -22,5 +22,6 @@ export * from "./rms_norm.ts";
 export * from "./router.ts";
 export * from "./sample.ts";
 export * from "./selective_state_update.ts";
+export * from "./softmax.ts";
 export * from "./ssd_scan.ts";
 export * from "./state_passing.ts";

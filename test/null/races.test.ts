@@ -151,6 +151,14 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     params: { tokens: 2, ngroups: 2, cols: 10, n: 10 },
     constants: { WG: 16 }, conditions: ["gated"], workgroups: [4],
   },
+  "norm/softmax:softmax": {
+    bind: { x: normal(140), y: 140 },
+    params: { rows: 2, cols: 70 }, constants: { WG: 16 }, workgroups: [2],
+  },
+  "norm/softmax:softmax_backward": {
+    bind: { weight: normal(80), dy: normal(80), dx: 80 },
+    params: { rows: 2, cols: 40 }, constants: { WG: 16 }, workgroups: [2],
+  },
   "optim/global_norm:squares": {
     bind: { x: normal(70), partial: 3 }, params: { count: 70, first: 0, max_norm: 1 },
     constants: { WG: 16, EACH: 2 }, workgroups: [3],
