@@ -10,13 +10,8 @@ import { centred, prompt } from "./hybrid.ts";
 import type { Engine, Prepared } from "./runner.ts";
 
 const {
-<<<<<<< HEAD
-  accumulate, add, attention, causal_conv1d, dequantize, linear, matmul, probabilities, quantize, relu2,
-  rms_norm, scale, selective_state_update, ssd_scan,
-=======
-  accumulate, add, attention, causal_conv1d, linear, matmul, relu2, rms_norm, scale, selective_state_update, softmax,
-  ssd_scan,
->>>>>>> 6649759 (Softmax over the last dimension, with its gradient)
+  accumulate, add, attention, causal_conv1d, dequantize, linear, matmul, quantize, relu2, rms_norm, scale,
+  selective_state_update, softmax, ssd_scan,
 } = ops;
 
 /** One application: the next link of the chain. The inputs it changes are put back by `reset`. */

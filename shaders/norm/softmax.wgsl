@@ -1,7 +1,8 @@
 // Softmax over rows: y = exp(x - top) / sum(exp(x - top)), top the largest entry of the row; and backward to
 // its input: dx = y * (dy - sum(dy * y)).
 //
-//   x, y, dy, dx [rows, n] in elements of V: vec4f where n is a multiple of 4 (condition `vec4`). Sums in f32.
+//   x, y, dy, dx [rows, n] in elements of V: vec4f where n is a multiple of 4 (condition `vec4`). Sums in
+//   f32.
 //
 // One workgroup owns one row. Maximum and sum are found in one pass: whenever a block of four elements raises
 // an invocation's maximum, its sum so far is scaled down. exp is taken of values <= 0 only.
