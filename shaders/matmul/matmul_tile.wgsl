@@ -1,58 +1,143 @@
-// C[b] = op(A[b]) op(B[b]) (+ bias) (+ C[b]) in f32, for GPUs.
+// C[b] = op(A[b]) op(B[b]) with an epilogue, for GPUs.
 //
 // op(A) [M, K], op(B) [K, N], C [M, N], with any strides. One workgroup of 16 x 16 invocations computes a
-// tile of 64 rows x 64 columns: steps of 16 k of both factors are staged in workgroup memory, and every
-// invocation keeps 4 x 4 sums. Staged vectors run along the rows of op(A) and along the columns of op(B);
-// lines of 17 vectors spread them over the memory banks. Entries past an edge are staged as zero, and
-// products with them are not stored.
+// tile of 64 x 64 (`large`: 128 x 128). Per step of 16 (8) k every invocation brings four neighbours of each
+// factor into workgroup memory, and then adds to its 4 x 4 sums (2 x 2 blocks of them, 64 apart).
 //
-// Conditions `grouped_rows`, `grouped_k`, `bias`, `accumulate` and the parameters are those of
-// matmul_quad.wgsl. Accumulation: f32, one accumulator per element, k ascending; the `splits` parts of a long
-// sum are added by sum_rows.wgsl.
+// `a_along_k`: the four neighbours of op(A) lie along k, else along its rows; `b_along_k`: those of op(B) lie
+// along k, else along its columns. What lies along k is staged line by line, the lines of every fourth row or
+// column together, and lines are one vector longer than the step, so that the invocations of a row of the
+// workgroup read different banks. `a_vec`, `b_vec`: four neighbours are one vector in memory. Entries past an
+// edge are staged as zero, and products with them are not stored.
+//
+// The other conditions and the parameters are those of matmul_quad.wgsl. Accumulation: f32, one accumulator
+// per element, k ascending; the `splits` parts of a long sum are added by sum_rows.wgsl.
 
+import package::lib::block4::multiply_add;
+import package::lib::epilogue::finished;
 import package::lib::index::workgroup_index;
+import package::lib::operand::a_pair;
+import package::lib::operand::b_pair;
+import package::lib::operand::c_pack;
 
-const TILE: u32 = 64;
-const STEP: u32 = 16;
-const LINE: u32 = 17;
+@if(large) const BLOCKS: u32 = 2;             // 4 x 4 blocks of an invocation, per side
+@else const BLOCKS: u32 = 1;
+const SIZE: u32 = 64 * BLOCKS;
+const VECTORS: u32 = 4 / BLOCKS;              // of a step along k
+const LINE: u32 = VECTORS + 1;
+const ROW: u32 = SIZE / 4 + 1;                // staged along rows or columns: vectors from k to k + 1
 
 struct Params {
   m: u32, n: u32, k: u32,
   batches: u32,                               // matrices of C, or experts
-  row_tiles: u32,                             // tiles of 64 rows per matrix
-  splits: u32, split_k: u32,                  // parts of the sum over k, and the length of one
+  row_tiles: u32,                             // tiles of SIZE rows per matrix
+  splits: u32, split_k: u32,                  // parts of the sum over k; length of one, a multiple of 4
   a_row: u32, a_col: u32, a_batch: u32,       // strides of op(A), in elements
   b_row: u32, b_col: u32, b_batch: u32,
   c_row: u32, c_batch: u32, c_split: u32,
   b_offset: u32, c_offset: u32,
+  per: u32,                                   // of gather_a and gather_b
 }
 
-@group(0) @binding(0) var<storage, read> a: array<f32>;
-@group(0) @binding(1) var<storage, read> b: array<f32>;
-@group(0) @binding(2) var<storage, read_write> c: array<f32>;
+@if(a_half && a_vec) alias A = vec2u;
+@elif(a_vec) alias A = vec4f;
+@elif(a_half) alias A = u32;
+@else alias A = f32;
+@if(b_half && b_vec) alias B = vec2u;
+@elif(b_vec) alias B = vec4f;
+@elif(b_half) alias B = u32;
+@else alias B = f32;
+@if(c_half) alias C = vec2u;
+@elif(c_vec) alias C = vec4f;
+@else alias C = f32;
+
+@group(0) @binding(0) var<storage, read> a: array<A>;
+@group(0) @binding(1) var<storage, read> b: array<B>;
+@group(0) @binding(2) var<storage, read_write> c: array<C>;
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
 @group(0) @binding(4) var<storage, read> tiles: array<u32>;
+@group(0) @binding(5) var<storage, read> table: array<u32>;
+@group(0) @binding(6) var<storage, read> extra: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
-var<workgroup> a_staged: array<vec4f, STEP * LINE>;
-var<workgroup> b_staged: array<vec4f, STEP * LINE>;
+var<workgroup> a_staged: array<vec4f, SIZE * LINE>;
+var<workgroup> b_staged: array<vec4f, SIZE * LINE>;
 
-// Four neighbours in a column of op(A), of which `count` exist; the others are zero.
-fn load_a(base: u32, count: u32) -> vec4f {
+// Four neighbours of op(A) from `base` on, `stride` apart, of which `count` exist; the others are zero.
+fn load_a(base: u32, stride: u32, count: u32) -> vec4f {
   var x = vec4f();
-  for (var i = 0u; i < 4u; i++) {
-    if (i < count) { x[i] = a[base + i * params.a_row]; }
+  @if(a_vec && a_half) { if (count > 0u) { x = vec4f(a_pair(a[base / 4u].x), a_pair(a[base / 4u].y)); } }
+  @elif(a_vec) { if (count > 0u) { x = a[base / 4u]; } }
+  @else for (var i = 0u; i < min(count, 4u); i++) {
+    let at = base + i * stride;
+    @if(a_half) x[i] = select(a_pair(a[at / 2u]).x, a_pair(a[at / 2u]).y, at % 2u == 1u);
+    @else x[i] = a[at];
   }
   return x;
 }
 
-// The same in a row of op(B).
-fn load_b(base: u32, count: u32) -> vec4f {
+// The same of op(B).
+fn load_b(base: u32, stride: u32, count: u32) -> vec4f {
   var x = vec4f();
-  for (var i = 0u; i < 4u; i++) {
-    if (i < count) { x[i] = b[base + i * params.b_col]; }
+  @if(b_vec && b_half) { if (count > 0u) { x = vec4f(b_pair(b[base / 4u].x), b_pair(b[base / 4u].y)); } }
+  @elif(b_vec) { if (count > 0u) { x = b[base / 4u]; } }
+  @else for (var i = 0u; i < min(count, 4u); i++) {
+    let at = base + i * stride;
+    @if(b_half) x[i] = select(b_pair(b[at / 2u]).x, b_pair(b[at / 2u]).y, at % 2u == 1u);
+    @else x[i] = b[at];
   }
   return x;
+}
+
+// Which four neighbours an invocation brings: the number across k, the number along k, and how many exist.
+struct Share { across: u32, k: u32, at: u32 }
+
+// Lanes that are neighbours read neighbours in memory.
+fn share(lane: u32, along_k: bool) -> Share {
+  if (along_k) {
+    let line = lane / VECTORS;
+    let place = line / 64u * 64u + line % 4u * 16u + line % 64u / 4u;
+    return Share(line, lane % VECTORS * 4u, place * LINE + lane % VECTORS);
+  }
+  let k = lane / (SIZE / 4u);
+  return Share(lane % (SIZE / 4u) * 4u, k, k * ROW + lane % (SIZE / 4u));
+}
+
+// Block number `which` of an invocation at four k: each column of the result is one row of op(A).
+fn rows_a(k: u32, which: u32, y: u32) -> mat4x4f {
+  @if(a_along_k) let i = (which * 64u + y) * LINE + k;
+  @else let i = k * 4u * ROW + which * 16u + y;
+  @if(a_along_k) return mat4x4f(a_staged[i], a_staged[i + 16u * LINE],
+    a_staged[i + 32u * LINE], a_staged[i + 48u * LINE]);
+  @else return transpose(mat4x4f(a_staged[i], a_staged[i + ROW],
+    a_staged[i + 2u * ROW], a_staged[i + 3u * ROW]));
+}
+
+// The same of op(B): each column of the result is one k.
+fn columns_b(k: u32, which: u32, x: u32) -> mat4x4f {
+  @if(b_along_k) let i = (which * 64u + x) * LINE + k;
+  @else let i = k * 4u * ROW + which * 16u + x;
+  @if(b_along_k) return transpose(mat4x4f(b_staged[i], b_staged[i + 16u * LINE],
+    b_staged[i + 32u * LINE], b_staged[i + 48u * LINE]));
+  @else return mat4x4f(b_staged[i], b_staged[i + ROW], b_staged[i + 2u * ROW], b_staged[i + 3u * ROW]);
+}
+
+// The epilogue of four neighbours in a row, of which `count` exist.
+fn store(sum: vec4f, at: u32, column: u32, count: u32) {
+  var value = sum;
+  @if(bias) for (var j = 0u; j < count; j++) { value[j] += bias[column + j]; }
+  var more = vec4f();
+  @if(relu2_of || residual) for (var j = 0u; j < count; j++) { more[j] = extra[at + j]; }
+  value = finished(value, more);
+  @if(c_half) c[at / 4u] = c_pack(value);
+  @elif(c_vec) {
+    @if(accumulate) value += c[at / 4u];
+    c[at / 4u] = value;
+  }
+  @else for (var j = 0u; j < count; j++) {
+    @if(accumulate) value[j] += c[at + j];
+    c[at + j] = value[j];
+  }
 }
 
 @compute @workgroup_size(16, 16)
@@ -61,15 +146,15 @@ fn matmul_tile(
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
 ) {
   let tile = workgroup_index(wid, nwg);
-  let column_tiles = (params.n + TILE - 1u) / TILE;
+  let column_tiles = (params.n + SIZE - 1u) / SIZE;
   let row_tile = tile / column_tiles % params.row_tiles;
   let part = tile / column_tiles / params.row_tiles;
   let split = part % params.splits;
   let batch = part / params.splits;
   if (batch >= params.batches) { return; }
 
-  let column = tile % column_tiles * TILE;
-  var row = row_tile * TILE;
+  let column = tile % column_tiles * SIZE;
+  var row = row_tile * SIZE;
   var row_end = params.m;
   var b_base = params.b_offset + batch * params.b_batch;
   @if(grouped_rows) {
@@ -83,51 +168,53 @@ fn matmul_tile(
   @if(grouped_k) let k_end = tiles[batch + 1u];
   @else let k_end = min(params.k, k_begin + params.split_k);
 
-  // Which vector of each factor this invocation stages: neighbours read neighbours in memory.
-  let major = lane / 16u;
-  let minor = lane % 16u;
-  let a_along_k = params.a_col == 1u;
-  let a_k = select(major, minor, a_along_k);
-  let a_vector = select(minor, major, a_along_k);
-  let b_along_k = params.b_row == 1u;
-  let b_k = select(major, minor, b_along_k);
-  let b_vector = select(minor, major, b_along_k);
-  let a_first = row + a_vector * 4u;
-  let b_first = column + b_vector * 4u;
-  let a_count = row_end - min(a_first, row_end);
-  let b_count = params.n - min(b_first, params.n);
-  let a_at = batch * params.a_batch + a_first * params.a_row;
+  @if(a_along_k) let mine_a = share(lane, true);
+  @else let mine_a = share(lane, false);
+  @if(b_along_k) let mine_b = share(lane, true);
+  @else let mine_b = share(lane, false);
+  let first = row + mine_a.across;
+  let last = min(first, row_end - 1u);        // a row that exists, for the address
+  @if(gather_a) let a_at = batch * params.a_batch + table[last] / params.per * params.a_row;
+  @else let a_at = batch * params.a_batch + last * params.a_row;
+  let b_first = column + mine_b.across;
   let b_at = b_base + b_first * params.b_col;
 
-  var sum = mat4x4f();                        // column i: row i of the 4 x 4 block
-  for (var k = k_begin; k < k_end; k += STEP) {
-    let a_live = select(0u, a_count, k + a_k < k_end);
-    let b_live = select(0u, b_count, k + b_k < k_end);
-    a_staged[a_k * LINE + a_vector] = load_a(a_at + (k + a_k) * params.a_col, a_live);
-    b_staged[b_k * LINE + b_vector] = load_b(b_at + (k + b_k) * params.b_row, b_live);
+  var sums: array<mat4x4f, BLOCKS * BLOCKS>;  // column i of a block: its row i
+  for (var k = k_begin; k < k_end; k += 4u * VECTORS) {
+    let a_k = k + mine_a.k;
+    let b_k = k + mine_b.k;
+    @if(a_along_k) let a_count = select(0u, k_end - min(a_k, k_end), first < row_end);
+    @else let a_count = select(0u, row_end - min(first, row_end), a_k < k_end);
+    @if(b_along_k) let b_count = select(0u, k_end - min(b_k, k_end), b_first < params.n);
+    @else let b_count = select(0u, params.n - min(b_first, params.n), b_k < k_end);
+    @if(a_along_k) a_staged[mine_a.at] = load_a(a_at + a_k * params.a_col, params.a_col, a_count);
+    @else a_staged[mine_a.at] = load_a(a_at + a_k * params.a_col, params.a_row, a_count);
+    var b_line = b_k;
+    @if(gather_b) { if (b_k < k_end) { b_line = table[b_k] / params.per; } }
+    @if(b_along_k) b_staged[mine_b.at] = load_b(b_at + b_line * params.b_row, params.b_row, b_count);
+    @else b_staged[mine_b.at] = load_b(b_at + b_line * params.b_row, params.b_col, b_count);
     workgroupBarrier();
-    for (var i = 0u; i < STEP; i++) {
-      let x = a_staged[i * LINE + lid.y];
-      let y = b_staged[i * LINE + lid.x];
-      sum[0] = fma(vec4f(x.x), y, sum[0]);
-      sum[1] = fma(vec4f(x.y), y, sum[1]);
-      sum[2] = fma(vec4f(x.z), y, sum[2]);
-      sum[3] = fma(vec4f(x.w), y, sum[3]);
+    for (var i = 0u; i < VECTORS; i++) {
+      for (var v = 0u; v < BLOCKS; v++) {
+        let x = rows_a(i, v, lid.y);
+        for (var w = 0u; w < BLOCKS; w++) {
+          sums[v * BLOCKS + w] = multiply_add(sums[v * BLOCKS + w], x, columns_b(i, w, lid.x));
+        }
+      }
     }
     workgroupBarrier();
   }
 
   let base = params.c_offset + batch * params.c_batch + split * params.c_split;
-  for (var i = 0u; i < 4u; i++) {
-    for (var j = 0u; j < 4u; j++) {
-      let at_row = row + lid.y * 4u + i;
-      let at_column = column + lid.x * 4u + j;
-      if (at_row < row_end && at_column < params.n) {
-        let at = base + at_row * params.c_row + at_column;
-        var value = sum[i][j];
-        @if(bias) value += bias[at_column];
-        @if(accumulate) value += c[at];
-        c[at] = value;
+  for (var v = 0u; v < BLOCKS; v++) {
+    for (var i = 0u; i < 4u; i++) {
+      let at_row = row + v * 64u + lid.y * 4u + i;
+      for (var w = 0u; w < BLOCKS; w++) {
+        let at_column = column + w * 64u + lid.x * 4u;
+        if (at_row < row_end && at_column < params.n) {
+          let count = min(4u, params.n - at_column);
+          store(sums[v * BLOCKS + w][i], base + at_row * params.c_row + at_column, at_column, count);
+        }
       }
     }
   }

@@ -1,4 +1,4 @@
-// y[m] = W x[m] (+ bias) in f32 for few rows m: decoding.
+// y[m] = W x[m] (+ bias, then relu2, then + residual) in f32 for few rows m: decoding.
 //
 // x [M, K], W [N, K], y [M, N]. The time goes into reading W once per row of x. Two shapes of the same sum:
 // matvec_quad: an invocation computes four outputs alone (CPU-emulated adapters: many loads and no exchange);
@@ -20,6 +20,7 @@ struct Params { m: u32, n: u32, k: u32, experts: u32 }
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
 @group(0) @binding(4) var<storage, read> offsets: array<u32>;
+@group(0) @binding(5) var<storage, read> residual: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 override WG: u32 = 16;                        // of matvec_quad
@@ -44,6 +45,8 @@ fn put(row: u32, column: u32, sum: f32) {
   if (row >= params.m || column >= params.n) { return; }
   var value = sum;
   @if(bias) value += bias[column];
+  @if(relu2) value = max(value, 0.0) * max(value, 0.0);
+  @if(residual) value += residual[row * params.n + column];
   y[row * params.n + column] = value;
 }
 

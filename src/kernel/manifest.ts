@@ -1154,6 +1154,8 @@ export const manifest = {
       c: { binding: 2, access: "read_write" },
       bias: { binding: 3, access: "read" },
       tiles: { binding: 4, access: "read" },
+      table: { binding: 5, access: "read" },
+      extra: { binding: 6, access: "read" },
     },
     params: {
       m: "u32",
@@ -1175,13 +1177,15 @@ export const manifest = {
       b_offset: "u32",
       c_offset: "u32",
       group: "u32",
+      groups: "u32",
+      per: "u32",
     },
     overrides: {
       WG: "u32",
     },
-    conditions: ["a_vec_k","a_vec_m","accumulate","b_vec_k","b_vec_n","bias","c_vec","grouped_k","grouped_rows","k_tail","rows4","subgroups"],
+    conditions: ["a_bf16","a_half","a_vec_k","a_vec_m","accumulate","b_bf16","b_half","b_vec_k","b_vec_n","bias","c_bf16","c_half","c_vec","gather_a","gather_b","grouped_k","grouped_rows","k_tail","relu2","relu2_of","residual","rows4","subgroups"],
     entries: {
-      matmul_quad: ["a","b","bias","c","params","tiles"],
+      matmul_quad: ["a","b","bias","c","extra","params","table","tiles"],
     },
   },
   "matmul/matmul_tile": {
@@ -1191,6 +1195,8 @@ export const manifest = {
       c: { binding: 2, access: "read_write" },
       bias: { binding: 3, access: "read" },
       tiles: { binding: 4, access: "read" },
+      table: { binding: 5, access: "read" },
+      extra: { binding: 6, access: "read" },
     },
     params: {
       m: "u32",
@@ -1211,12 +1217,13 @@ export const manifest = {
       c_split: "u32",
       b_offset: "u32",
       c_offset: "u32",
+      per: "u32",
     },
     overrides: {
     },
-    conditions: ["accumulate","bias","grouped_k","grouped_rows"],
+    conditions: ["a_along_k","a_bf16","a_half","a_vec","accumulate","b_along_k","b_bf16","b_half","b_vec","bias","c_bf16","c_half","c_vec","gather_a","gather_b","grouped_k","grouped_rows","large","relu2","relu2_of","residual"],
     entries: {
-      matmul_tile: ["a","b","bias","c","params","tiles"],
+      matmul_tile: ["a","b","bias","c","extra","params","table","tiles"],
     },
   },
   "matmul/matvec": {
@@ -1226,6 +1233,7 @@ export const manifest = {
       y: { binding: 2, access: "read_write" },
       bias: { binding: 3, access: "read" },
       offsets: { binding: 4, access: "read" },
+      residual: { binding: 5, access: "read" },
     },
     params: {
       m: "u32",
@@ -1236,10 +1244,28 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: ["bias","grouped","vec4"],
+    conditions: ["bias","grouped","relu2","residual","vec4"],
     entries: {
-      matvec_quad: ["bias","offsets","params","weight","x","y"],
-      matvec: ["bias","offsets","params","weight","x","y"],
+      matvec_quad: ["bias","offsets","params","residual","weight","x","y"],
+      matvec: ["bias","offsets","params","residual","weight","x","y"],
+    },
+  },
+  "matmul/relu2_gradient": {
+    bindings: {
+      dy: { binding: 0, access: "read" },
+      squared: { binding: 1, access: "read" },
+      dh: { binding: 2, access: "read_write" },
+    },
+    params: {
+      count: "u32",
+    },
+    overrides: {
+      WG: "u32",
+      EACH: "u32",
+    },
+    conditions: [],
+    entries: {
+      relu2_gradient: ["dh","dy","params","squared"],
     },
   },
   "matmul/sum_rows": {

@@ -107,7 +107,7 @@ export const grouped_linear_blocks = defineOp({
     const dx = dy.device.empty(shape);
     const [S, K] = shape as [number, number];
     const N = dy.shape[1]!;
-    const kernel = productKernel(dy);
+    const kernel = productKernel(dy.device);
     product({
       m: S, n: K, k: N, a: { tensor: dy, row: N, col: 1 },
       b: { tensor: dequantize_blocks(codes, scales, format), row: K, col: 1, batch: N * K },

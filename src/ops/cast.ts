@@ -21,15 +21,20 @@ export const cast = defineOp({
       if (!isFloat(format)) throw new DTypeError(`cast: the format must be f32, f16 or bf16, found ${format}.`);
     }
     const y = x.device.empty(x.shape, dtype);
-    const EACH = x.device.info.isSoftware ? 16 : 4;
-    launch("elementwise/convert", {
-      bind: { x, y }, params: { count: x.size }, constants: { WG, EACH },
-      conditions: [
-        ...(isHalf(x.dtype) ? [`x_${x.dtype}` as const] : []), ...(isHalf(dtype) ? [`y_${dtype}` as const] : []),
-      ],
-      workgroups: [Math.ceil(x.size / 2 / (WG * EACH))],
-    });
+    convert(x, y);
     return y;
   },
   backward: (_saved, [dy]) => [dy],
 });
+
+/** Writes x into y, of the same size and maybe another number format. */
+export function convert(x: Tensor, y: Tensor): void {
+  const EACH = x.device.info.isSoftware ? 16 : 4;
+  launch("elementwise/convert", {
+    bind: { x, y }, params: { count: x.size }, constants: { WG, EACH },
+    conditions: [
+      ...(isHalf(x.dtype) ? [`x_${x.dtype}` as const] : []), ...(isHalf(y.dtype) ? [`y_${y.dtype}` as const] : []),
+    ],
+    workgroups: [Math.ceil(x.size / 2 / (WG * EACH))],
+  });
+}

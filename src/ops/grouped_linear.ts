@@ -1,12 +1,17 @@
 import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import { isHalf } from "../tensor/tensor.ts";
 import { grouped_linear_blocks, orBlocks } from "./block_linear.ts";
-import { groupedTiles, product, productKernel, type ProductKernel, tileRows, vectorProduct } from "./gemm.ts";
+import {
+  type FloatDType, groupedTiles, product, productDType, productKernel, type ProductKernel, tileRows, vectorProduct,
+} from "./gemm.ts";
 import { defineOp } from "./op.ts";
 
 export interface GroupedLinearOptions {
   /** Which kernel computes it; default: the one that suits the adapter and the shape. */
   readonly kernel?: ProductKernel | "matvec" | "matvec_quad";
+  /** Number format of the result; default: that of x and weight where both are the same half, or f32. */
+  readonly out?: FloatDType;
 }
 
 interface Saved {
@@ -23,29 +28,32 @@ const FEW_ROWS = 8;
 /**
  * y[s] = weight[e] x[s] for the rows offsets[e] <= s < offsets[e + 1] of every expert e.
  *
- * The offsets are read on the GPU only. The gradient of an expert without rows is exactly zero.
+ * x and weight may be f32, f16 or bf16; sums are f32, and so are the gradients. The offsets are read on the GPU
+ * only. The gradient of an expert without rows is exactly zero.
  *
- * @param x        f32 [S, K], rows sorted by expert
- * @param weight   f32 [E, N, K], or block-quantised (`quantize`): then without a gradient
+ * @param x        [S, K], rows sorted by expert
+ * @param weight   [E, N, K], or block-quantised (`quantize`): then without a gradient
  * @param offsets  u32 [E + 1], ascending from 0 to S
- * @returns f32 [S, N]
+ * @returns [S, N]
  * @throws ShapeError when the widths or the number of experts differ
  */
 export const grouped_linear = orBlocks(defineOp({
   name,
+  halves: [0, 1],
   forward(ctx, x: Tensor, weight: Tensor, offsets: Tensor, options: GroupedLinearOptions = {}): Tensor {
     check(x.shape.length === 2, name, "x", "[S, K]", x);
     const [S, K] = x.shape as [number, number];
     check(weight.shape.length === 3 && weight.shape[2] === K, name, "weight", `[E, N, ${K}]`, weight);
     const [E, N] = weight.shape as [number, number, number];
     check(offsets.shape.length === 1 && offsets.size === E + 1, name, "offsets", `[${E + 1}]`, offsets);
-    const y = x.device.empty([S, N]);
+    const y = x.device.empty([S, N], productDType(x, weight, options.out));
     ctx.save({ x, weight, offsets, options });
     const few = x.device.info.isSoftware ? "matvec_quad" : "matvec";
-    const wanted = options.kernel ?? (S <= FEW_ROWS ? few : undefined);
-    if (wanted === "matvec" || wanted === "matvec_quad") vectorProduct(wanted, x, weight, null, y, offsets);
+    const isF32 = !isHalf(x.dtype) && !isHalf(weight.dtype);
+    const wanted = options.kernel ?? (S <= FEW_ROWS && isF32 ? few : undefined);
+    if (wanted === "matvec" || wanted === "matvec_quad") vectorProduct(wanted, x, weight, y, {}, offsets);
     else {
-      const kernel = productKernel(x, wanted);
+      const kernel = productKernel(x.device, wanted);
       product({
         m: S, n: N, k: K, a: { tensor: x, row: K, col: 1 },
         b: { tensor: weight, row: 1, col: K, batch: N * K },
@@ -58,7 +66,7 @@ export const grouped_linear = orBlocks(defineOp({
     if (!dy) return [];
     const [S, K] = x.shape as [number, number];
     const [E, N] = weight.shape as [number, number, number];
-    const kernel = productKernel(x, options.kernel);
+    const kernel = productKernel(x.device, options.kernel);
     const dx = needs[0] ? x.device.empty(x.shape) : null;
     if (dx) {
       product({

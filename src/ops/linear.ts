@@ -1,60 +1,121 @@
+import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { linear_blocks, orBlocks } from "./block_linear.ts";
-import { product, sumRows, vectorKernel, vectorProduct } from "./gemm.ts";
-import { defineOp } from "./op.ts";
+import { add, relu2 as squaredRelu } from "./elementwise.ts";
+import {
+  converted, type FloatDType, product, productDType, sumRows, vectorKernel, vectorProduct,
+} from "./gemm.ts";
+import { defineOp, type Op } from "./op.ts";
 
-/**
- * y = x W^T + bias.
- *
- * @param x       f32 [..., K]
- * @param weight  f32 [N, K], or block-quantised (`quantize`): then without a gradient
- * @param bias    f32 [N], or null
- * @returns f32 [..., N]
- * @throws ShapeError when the widths differ
- */
-export const linear = orBlocks(defineOp({
+export interface LinearOptions {
+  /** relu2: max(., 0)^2 of the product with its bias. */
+  readonly activation?: "relu2";
+  /** Number format of the result; default: that of x and weight where both are the same half, or f32. */
+  readonly out?: FloatDType;
+}
+
+interface Saved {
+  readonly x: Tensor;
+  readonly weight: Tensor;
+  /** max(h, 0)^2, from which the backward pass takes max(h, 0); null without an activation. */
+  readonly squared: Tensor | null;
+}
+
+const dense: Op<
+  [x: Tensor, weight: Tensor, bias: Tensor | null, residual?: Tensor | null, options?: LinearOptions], Tensor
+> = defineOp({
   name: "linear",
-  forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | null): Tensor {
+  halves: [0, 1, 2, 3],
+  forward(
+    ctx, x: Tensor, weight: Tensor, bias: Tensor | null, residual: Tensor | null = null,
+    options: LinearOptions = {},
+  ): Tensor {
     check(x.shape.length >= 1, "linear", "x", "[..., K]", x);
     const K = x.shape.at(-1)!;
     check(weight.shape.length === 2 && weight.shape[1] === K, "linear", "weight", `[N, ${K}]`, weight);
     const N = weight.shape[0]!;
     if (bias) check(bias.shape.length === 1 && bias.shape[0] === N, "linear", "bias", `[${N}]`, bias);
+    const shape = [...x.shape.slice(0, -1), N];
+    const relu2 = options.activation === "relu2";
+    if (residual) {
+      check(residual.shape.join() === shape.join(), "linear", "residual", `[${shape.join(", ")}]`, residual);
+      check(!relu2, "linear", "residual", "null beside an activation", residual);
+    }
     const rows = sizeOf(x.shape.slice(0, -1));
-    const y = x.device.empty([...x.shape.slice(0, -1), N]);
-    ctx.save({ x, weight });
-    const few = vectorKernel(x, rows);
-    if (few) vectorProduct(few, x, weight, bias, y);
+    const y = x.device.empty(shape, productDType(x, weight, options.out));
+    ctx.save({ x, weight, squared: relu2 ? y : null });
+    const epilogue = {
+      bias: bias && converted(bias, "f32"), relu2, residual: residual && converted(residual, "f32"),
+    };
+    const few = vectorKernel(x, weight, rows);
+    if (few) vectorProduct(few, x, weight, y, epilogue);
     else {
       product({
         m: rows, n: N, k: K, a: { tensor: x, row: K, col: 1 }, b: { tensor: weight, row: 1, col: K },
-        c: { tensor: y, row: N }, bias,
+        c: { tensor: y, row: N }, ...epilogue,
       });
     }
     return y;
   },
-  backward({ x, weight }: { x: Tensor; weight: Tensor }, [dy], needs) {
+  backward({ x, weight, squared }: Saved, [dy], needs) {
     if (!dy) return [];
-    const [N, K] = weight.shape as [number, number];
-    const rows = sizeOf(x.shape.slice(0, -1));
-    const dx = needs[0] ? x.device.empty(x.shape) : null;
-    if (dx) {
-      product({
-        m: rows, n: K, k: N, a: { tensor: dy, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1 },
-        c: { tensor: dx, row: K },
-      });
-    }
-    const dweight = needs[1] ? x.device.empty(weight.shape) : null;
-    if (dweight) {
-      product({
-        m: N, n: K, k: rows, a: { tensor: dy, row: 1, col: N }, b: { tensor: x, row: K, col: 1 },
-        c: { tensor: dweight, row: K },
-      });
-    }
-    const dbias = needs[2] ? x.device.empty([N]) : null;
-    if (dbias) sumRows(dy, rows, N, dbias);
-    return [dx, dweight, dbias];
+    const [dx, dweight, dbias] = linearGradients(x, weight, squared ? relu2Gradient(dy, squared) : dy, needs);
+    return [dx, dweight, dbias, needs[3] ? dy : null];
   },
-}), (x, { codes, scales, format }, bias) => linear_blocks(x, codes, scales, bias, { format }));
+});
+
+/**
+ * y = activation(x W^T + bias) + residual, in one launch. x, weight, bias and residual may be f32, f16 or bf16;
+ * sums are f32, and so are the gradients. What belongs to an activation with a residual is not kept: use two ops
+ * there.
+ *
+ * @param x         [..., K]
+ * @param weight    [N, K], or block-quantised (`quantize`): then without a gradient
+ * @param bias      [N], or null
+ * @param residual  [..., N], added last; or null
+ * @returns [..., N]
+ * @throws ShapeError when the widths differ, or for an activation together with a residual
+ */
+export const linear = orBlocks(dense, (x, { codes, scales, format }, bias, residual, options) => {
+  const h = linear_blocks(x, codes, scales, bias, { format });
+  const y = options?.activation === "relu2" ? squaredRelu(h) : h;
+  return residual ? add(y, residual) : y;
+});
+
+/** Gradients of h = x W^T + bias, those that are needed; dx times the derivative of `relu2_of`, if given. */
+export function linearGradients(
+  x: Tensor, weight: Tensor, dh: Tensor, needs: readonly boolean[], relu2_of: Tensor | null = null,
+): [dx: Tensor | null, dweight: Tensor | null, dbias: Tensor | null] {
+  const [N, K] = weight.shape as [number, number];
+  const rows = sizeOf(x.shape.slice(0, -1));
+  const dx = needs[0] ? x.device.empty(x.shape) : null;
+  if (dx) {
+    product({
+      m: rows, n: K, k: N, a: { tensor: dh, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1 },
+      c: { tensor: dx, row: K }, relu2_of,
+    });
+  }
+  const dweight = needs[1] ? x.device.empty(weight.shape) : null;
+  if (dweight) {
+    product({
+      m: N, n: K, k: rows, a: { tensor: dh, row: 1, col: N }, b: { tensor: x, row: K, col: 1 },
+      c: { tensor: dweight, row: K },
+    });
+  }
+  const dbias = needs[2] ? x.device.empty([N]) : null;
+  if (dbias) sumRows(dh, rows, N, dbias);
+  return [dx, dweight, dbias];
+}
+
+/** dh = dy * 2 max(h, 0), with max(h, 0) the root of what relu2 gave. */
+function relu2Gradient(dy: Tensor, squared: Tensor): Tensor {
+  const dh = dy.device.empty(dy.shape);
+  const EACH = dy.device.info.isSoftware ? 16 : 4;
+  launch("matmul/relu2_gradient", {
+    bind: { dy, squared: converted(squared, "f32"), dh }, params: { count: dy.size }, constants: { EACH },
+    workgroups: [Math.ceil(dy.size / (64 * EACH))],
+  });
+  return dh;
+}

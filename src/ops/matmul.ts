@@ -2,7 +2,8 @@ import { check } from "../tensor/check.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import {
-  type Matrix, product, type ProductKernel, sumRows, type VectorKernel, vectorKernel, vectorProduct,
+  type FloatDType, type Matrix, product, productDType, type ProductKernel, sumRows, type VectorKernel, vectorKernel,
+  vectorProduct,
 } from "./gemm.ts";
 import { defineOp, type Op } from "./op.ts";
 
@@ -13,21 +14,25 @@ export interface MatmulOptions {
   readonly transB?: boolean;
   /** Which kernel computes it; default: the one that suits the adapter and the shape. */
   readonly kernel?: ProductKernel | VectorKernel;
+  /** Number format of the result; default: that of a and b where both are the same half, or f32. */
+  readonly out?: FloatDType;
 }
 
 /**
  * C = op(A) op(B) for every leading index, where op transposes the last two dimensions if asked.
  *
- * The `quad` kernel serves software adapters, `tile` GPUs; very few rows with `transB` take a `matvec`.
+ * a and b may be f32, f16 or bf16; sums are f32, and so are the gradients. The `quad` kernel serves software
+ * adapters, `tile` GPUs; very few rows with `transB` take a `matvec`.
  *
- * @param a  f32 [..., M, K], or [..., K, M] with `transA`
- * @param b  f32 [..., K, N] with the same leading extents, or one matrix [K, N] for all of them; [N, K] with
+ * @param a  [..., M, K], or [..., K, M] with `transA`
+ * @param b  [..., K, N] with the same leading extents, or one matrix [K, N] for all of them; [N, K] with
  *   `transB`
- * @returns f32 [..., M, N]
+ * @returns [..., M, N]
  * @throws ShapeError when the inner or the leading extents differ
  */
 export const matmul: Op<[a: Tensor, b: Tensor, options?: MatmulOptions], Tensor> = defineOp({
   name: "matmul",
+  halves: [0, 1],
   forward(ctx, a: Tensor, b: Tensor, options: MatmulOptions = {}): Tensor {
     const { transA = false, transB = false, kernel } = options;
     check(a.shape.length >= 2, "matmul", "a", "[..., M, K]", a);
@@ -41,15 +46,15 @@ export const matmul: Op<[a: Tensor, b: Tensor, options?: MatmulOptions], Tensor>
     const batched = `[${[...lead, inner].join(", ")}]`;
     check(shared || b.shape.slice(0, -2).join() === lead.join(), "matmul", "b", batched, b);
 
-    const c = a.device.empty([...lead, M, N]);
+    const c = a.device.empty([...lead, M, N], productDType(a, b, options.out));
     ctx.save({ a, b, options });
     const fold = shared && !transA; // one tall matrix instead of a batch
     const count = sizeOf(lead);
     const [batches, m] = fold ? [1, count * M] : [count, M];
-    const chosen = kernel ?? (fold && transB ? vectorKernel(a, m) : null);
+    const chosen = kernel ?? (fold && transB ? vectorKernel(a, b, m) : null);
     if (chosen === "matvec" || chosen === "matvec_quad") {
       check(fold && transB, "matmul", "b", "one matrix [N, K] with transB for a matvec kernel", b);
-      vectorProduct(chosen, a, b, null, c);
+      vectorProduct(chosen, a, b, c);
     } else {
       product({
         m, n: N, k: K, batches, a: matrix(a, M, K, transA),
@@ -62,8 +67,9 @@ export const matmul: Op<[a: Tensor, b: Tensor, options?: MatmulOptions], Tensor>
   backward({ a, b, options }: { a: Tensor; b: Tensor; options: MatmulOptions }, [dc], needs) {
     if (!dc) return [];
     const { transA = false, transB = false } = options;
-    const kernel = options.kernel === "tile" || options.kernel === "quad" ? { kernel: options.kernel } : {};
-    const by = (transposes: MatmulOptions): MatmulOptions => ({ ...transposes, ...kernel });
+    const matvec = options.kernel === "matvec" || options.kernel === "matvec_quad";
+    const kernel = options.kernel && !matvec ? { kernel: options.kernel } : {};
+    const by = (transposes: MatmulOptions): MatmulOptions => ({ ...transposes, ...kernel, out: "f32" });
     const summed = b.shape.length === 2 && a.shape.length > 2; // one B collects the gradients of a batch
     let da: Tensor | null = null;
     if (needs[0]) {

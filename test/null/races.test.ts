@@ -51,7 +51,7 @@ const ties = new Float32Array(u32(...Array.from(logits, (x) => x > 0.5 ? 0xbf800
 const cuts = u32(0x40000000, 1, 20, 0, 0x40000000, 1, 20, 0);
 const MATMUL = {
   m: 5, n: 6, k: 18, batches: 1, row_tiles: 1, splits: 1, split_k: 18, a_row: 18, a_col: 1, a_batch: 90,
-  b_row: 6, b_col: 1, b_batch: 108, c_row: 6, c_batch: 30, c_split: 30, b_offset: 0, c_offset: 0,
+  b_row: 6, b_col: 1, b_batch: 108, c_row: 6, c_batch: 30, c_split: 30, b_offset: 0, c_offset: 0, per: 1,
 };
 
 /** For what may be an element of an array, whose rows the interpreter cannot set. */
@@ -103,11 +103,11 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     constants: { WG: 16 }, workgroups: [4],
   },
   "matmul/matmul_tile:matmul_tile": {
-    bind: { a: normal(90), b: normal(108), c: 30, bias: normal(6), tiles: 1 }, params: MATMUL,
+    bind: { a: normal(90), b: normal(108), c: 30, bias: normal(6), tiles: 1, table: 1, extra: 1 }, params: MATMUL,
     conditions: ["bias"], workgroups: [1],
   },
   "matmul/matvec:matvec": {
-    bind: { x: normal(40), weight: normal(120), y: 12, bias: normal(6), offsets: 1 },
+    bind: { x: normal(40), weight: normal(120), y: 12, bias: normal(6), offsets: 1, residual: 1 },
     params: { m: 2, n: 6, k: 20, experts: 0 }, constants: { WG: 16 }, workgroups: [4],
   },
   "moe/expert_bias:expert_bias": {

@@ -1,6 +1,7 @@
 import { grouped_linear } from "../../src/ops/grouped_linear.ts";
 import * as ref from "../../src/reference/grouped_linear.ts";
-import { type Draw, opSamples, type Sample } from "./suite.ts";
+import { rounded } from "./halves.ts";
+import { type Draw, type HostTensor, opSamples, type Sample } from "./suite.ts";
 
 /** Rows per expert, with the widths N and K. */
 function grouped(name: string, counts: number[], [N, K]: [number, number], ...options: unknown[]): Sample {
@@ -11,6 +12,14 @@ function grouped(name: string, counts: number[], [N, K]: [number, number], ...op
       r.normal([offsets.at(-1)!, K]), r.normal([counts.length, N, K]),
       r.of([offsets.length], offsets, "u32"), ...options,
     ],
+  };
+}
+
+/** The same with some arguments stored in a half. */
+function halves(sample: Sample, positions: number[], dtype: "f16" | "bf16"): Sample {
+  return {
+    ...sample,
+    args: (r) => sample.args(r).map((arg, i) => positions.includes(i) ? r.half(arg as HostTensor, dtype) : arg),
   };
 }
 
@@ -32,6 +41,12 @@ export default opSamples({
     grouped("matvec", [1, 0, 2, 0, 3], [18, 20], { kernel: "matvec" }),
     grouped("workgroup tile", [5, 0, 70, 1], [70, 12], { kernel: "tile" }),
     grouped("workgroup tile, odd", [5, 0, 70, 1], [9, 19], { kernel: "tile" }),
+    ...(["f16", "bf16"] as const).flatMap((dtype) => [
+      halves(grouped(`weights in ${dtype}`, uneven, [20, 16]), [1], dtype),
+      halves(grouped(`odd weights in ${dtype}`, uneven, [19, 13]), [1], dtype),
+      halves(grouped(`few rows, weights in ${dtype}`, [1, 0, 2], [18, 20]), [1], dtype),
+      halves({ ...grouped(`all in ${dtype}`, uneven, [20, 16]), ...rounded(dtype) }, [0, 1], dtype),
+    ]),
     grouped("no rows", [0, 0, 0], [8, 12]),
   ],
   errors: [

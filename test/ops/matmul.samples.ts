@@ -1,6 +1,7 @@
 import { matmul } from "../../src/ops/matmul.ts";
 import * as ref from "../../src/reference/matmul.ts";
-import { type Draw, opSamples, type Sample } from "./suite.ts";
+import { rounded } from "./halves.ts";
+import { type Draw, type HostTensor, opSamples, type Sample } from "./suite.ts";
 
 const orders = [[false, false], [false, true], [true, false], [true, true]] as const;
 
@@ -13,6 +14,14 @@ function every(name: string, lead: number[], [M, N, K]: [number, number, number]
       { transA, transB, ...options },
     ],
     reduction: Math.max(M, N, K),
+  }));
+}
+
+/** The same of two halves, into the same half. */
+function halves(name: string, sizes: [number, number, number], dtype: "f16" | "bf16", options = {}): Sample[] {
+  return every(name, [], sizes, options).map((sample) => ({
+    ...sample, ...rounded(dtype),
+    args: (r) => sample.args(r).map((arg, i) => i < 2 ? r.half(arg as HostTensor, dtype) : arg),
   }));
 }
 
@@ -39,6 +48,36 @@ export default opSamples({
     ...every("workgroup tile, odd", [], [67, 70, 19], { kernel: "tile" }),
     ...every("workgroup tile, batch", [3], [16, 20, 36], { kernel: "tile" }),
     ...every("registers, odd", [], [67, 70, 19], { kernel: "quad" }),
+    ...every("large workgroup tile, odd", [], [131, 134, 19], { kernel: "tile_large" }),
+    ...every("large workgroup tile, whole vectors", [2], [20, 132, 24], { kernel: "tile_large" }),
+    ...(["f16", "bf16"] as const).flatMap((dtype) => [
+      ...halves(`${dtype}, whole vectors`, [20, 36, 24], dtype),
+      ...halves(`${dtype}, odd`, [17, 19, 23], dtype),
+      ...halves(`${dtype}, workgroup tile`, [20, 68, 24], dtype, { kernel: "tile" }),
+      ...halves(`${dtype}, workgroup tile, odd`, [17, 69, 23], dtype, { kernel: "tile" }),
+      {
+        name: `${dtype} into f32`,
+        args: (r: Draw) => [r.half(r.normal([20, 24]), dtype), r.half(r.normal([24, 36]), dtype), { out: "f32" }],
+      },
+      {
+        name: `f32 and ${dtype}`,
+        args: (r: Draw) => [r.normal([20, 24]), r.half(r.normal([24, 36]), dtype), {}],
+      },
+      {
+        name: `long sum in ${dtype}`, reduction: 1030, ...rounded(dtype),
+        args: (r: Draw) => [
+          r.half(r.normal([1030, 8]), dtype), r.half(r.normal([1030, 12]), dtype), { transA: true },
+        ],
+      },
+      {
+        name: `f32 into ${dtype}`, ...rounded(dtype),
+        args: (r: Draw) => [r.normal([2, 20, 24]), r.normal([2, 24, 36]), { out: dtype }],
+      },
+    ]),
+    {
+      name: "f16 and bf16",
+      args: (r) => [r.half(r.normal([20, 24]), "f16"), r.half(r.normal([24, 36]), "bf16"), {}],
+    },
     ...orders.map(([transA, transB]) => sharedB(transA, transB)),
     {
       name: "long sum", reduction: 1030,

@@ -1,0 +1,21 @@
+// Words of the 16-bit operands of a matrix product, each f16 or (conditions a_bf16, b_bf16, c_bf16) bf16.
+
+import package::lib::half::f16_pair;
+import package::lib::half::bf16_pair;
+import package::lib::half::f16_pack;
+import package::lib::half::bf16_pack;
+
+fn a_pair(bits: u32) -> vec2f {
+  @if(a_bf16) return bf16_pair(bits);
+  @else return f16_pair(bits);
+}
+
+fn b_pair(bits: u32) -> vec2f {
+  @if(b_bf16) return bf16_pair(bits);
+  @else return f16_pair(bits);
+}
+
+fn c_pack(x: vec4f) -> vec2u {
+  @if(c_bf16) return vec2u(bf16_pack(x.xy), bf16_pack(x.zw));
+  @else return vec2u(f16_pack(x.xy), f16_pack(x.zw));
+}
