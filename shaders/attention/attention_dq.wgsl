@@ -1,17 +1,18 @@
 // Attention, backward to the queries. With p = exp(scale q k^T - lse) and dp = dout v^T:
 //
 //   dq = scale * ds k, ds = p * (dp - delta)
-//   q, dout, dq [B, L, Hq, Dh] · k, v [B, Lk, Hkv, Dh] · stats = (lse, delta) [B, Hq, L, 2] · seq_idx i32 [B,
-//   L]
+//   q, dout, dq [B, L, Hq, Dh] · k, v [B, Lk, Hkv, Dh] · stats = (lse, delta) [B, Hq, L, 2] · seq_idx i32
+//   [B, L]
 //
-// Positions, heads, documents and the sharing of the work are those of attention.wgsl: one invocation owns a
-// few query rows and walks over the keys. HEAD_VEC4 = Dh / 4 is at most 16. All arithmetic in f32. Masked
-// weights are set to zero after exp. Source: Dao 2023 (arXiv 2307.08691), algorithm 2.
+// What a query sees, heads, documents and the sharing of the work are those of attention.wgsl: a team
+// (lib/team) owns 16 query rows and 16 * LANES dimensions of their gradient, and meets the keys 4 * LANES at
+// a time. All arithmetic in f32. Masked weights are set to zero after exp. Source: Dao 2023 (arXiv
+// 2307.08691), algorithm 2.
 import package::lib::index::workgroup_index;
-import package::lib::slab::{OWNED, Row, Rows, RowsU, Part, Slab};
-import package::lib::slab::{row_numbers, part_dot, slab_add, set_row, get_row};
-@if(seq_idx) import package::lib::slab::RowsI;
-@if(subgroups) import package::lib::slab::gather_part;
+import package::lib::team::{LANES, TEAM_ROWS, Tile, source_lane, tile_add, loaded_rows, row_order, tile_row};
+@if(subgroups) import package::lib::team::spread;
+@if(subgroups && octo) import package::lib::team::source_tile;
+@if(subgroups && !octo) import package::lib::team::next_tile;
 
 @group(0) @binding(0) var<storage, read> q: array<vec4f>;
 @group(0) @binding(1) var<storage, read> k: array<vec4f>;
@@ -29,134 +30,127 @@ struct Params {
   nkv_heads: u32,
   reach: u32, // query t sees the keys 0 .. t + reach
   scale: f32,
+  four: u32, // 4, the rows of a matrix
 }
 @group(1) @binding(0) var<uniform> params: Params;
 
 override WG: u32 = 8;
 override HEAD_VEC4: u32 = 8;
 
-fn key(at: u32, d: u32) -> vec4f {
-  if (d >= HEAD_VEC4) { return vec4f(); }
-  return k[at + d];
+@if(subgroups) fn query_rows(at: vec4u, d: u32) -> Tile {
+  @if(octo) return spread(q[at.x + d], q[at.y + d]);
+  @else return spread(q[at.x + d], q[at.y + d], q[at.z + d], q[at.w + d]);
 }
 
-fn key_part(at: u32, d: u32, quad: u32) -> Part {
-  @if(subgroups) return gather_part(key(at, d + quad));
-  @else return Part(key(at, d), key(at, d + 1u), key(at, d + 2u), key(at, d + 3u));
+@if(subgroups) fn gradient_rows(at: vec4u, d: u32) -> Tile {
+  @if(octo) return spread(dout[at.x + d], dout[at.y + d]);
+  @else return spread(dout[at.x + d], dout[at.y + d], dout[at.z + d], dout[at.w + d]);
 }
 
-fn value(at: u32, d: u32) -> vec4f {
-  if (d >= HEAD_VEC4) { return vec4f(); }
-  return v[at + d];
+// (lse, delta, 0, 0) of every row.
+@if(subgroups) fn row_stats(at: vec4u) -> Tile {
+  let zero = vec2f();
+  @if(octo) return spread(vec4f(stats[at.x], zero), vec4f(stats[at.y], zero));
+  @else return spread(vec4f(stats[at.x], zero), vec4f(stats[at.y], zero), vec4f(stats[at.z], zero),
+    vec4f(stats[at.w], zero));
 }
 
-fn value_part(at: u32, d: u32, quad: u32) -> Part {
-  @if(subgroups) return gather_part(value(at, d + quad));
-  @else return Part(value(at, d), value(at, d + 1u), value(at, d + 2u), value(at, d + 3u));
+fn store(at: u32, d: u32, x: vec4f) {
+  if (d < HEAD_VEC4) { dq[at + d] = params.scale * x; }
 }
 
-fn attend(tile: u32, lane: u32, quad: u32) {
-  let rows = WG * OWNED;
-  let ntiles = (params.seqlen + rows - 1u) / rows;
+fn keys(at: vec4u, d: u32) -> mat4x4f {
+  return mat4x4f(k[at.x + d], k[at.y + d], k[at.z + d], k[at.w + d]);
+}
+
+@if(seq_idx) fn documents(b: u32, at: vec4u) -> vec4i {
+  let i = b * params.seqlen + min(at, vec4u(params.seqlen - 1u));
+  return vec4i(seq_idx[i.x], seq_idx[i.y], seq_idx[i.z], seq_idx[i.w]);
+}
+
+// Where rows of k and v begin; past the end the last row again.
+fn key_rows(head: u32, j: vec4u) -> vec4u {
+  return (head + min(j, vec4u(params.kv_seqlen - 1u)) * params.nkv_heads) * HEAD_VEC4;
+}
+
+// ds of four rows; `known` has their (lse, delta, 0, 0).
+fn slopes(s: mat4x4f, dp: mat4x4f, known: mat4x4f, b: u32, row: vec4u, key: vec4u) -> mat4x4f {
+  let last = min(row + params.reach, vec4u(params.kv_seqlen - 1u));
+  var seen = array<vec4<bool>, 4>(
+    vec4u(last.x) >= key, vec4u(last.y) >= key, vec4u(last.z) >= key, vec4u(last.w) >= key);
+  @if(seq_idx) let own = documents(b, row);
+  @if(seq_idx) let other = documents(b, key);
+  @if(seq_idx) seen = array<vec4<bool>, 4>(seen[0] & (vec4i(own.x) == other),
+    seen[1] & (vec4i(own.y) == other), seen[2] & (vec4i(own.z) == other), seen[3] & (vec4i(own.w) == other));
+  return mat4x4f(slope(s[0], dp[0], known[0], seen[0]), slope(s[1], dp[1], known[1], seen[1]),
+    slope(s[2], dp[2], known[2], seen[2]), slope(s[3], dp[3], known[3], seen[3]));
+}
+fn slope(s: vec4f, dp: vec4f, known: vec4f, seen: vec4<bool>) -> vec4f {
+  // The exponent is held at 0: the score of a masked key may exceed lse by any amount.
+  let p = exp(min(params.scale * s - known.x, vec4f()));
+  return select(vec4f(), p * (dp - known.y), seen);
+}
+
+@if(subgroups) @compute @workgroup_size(WG)
+fn attention_dq(
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) index: u32,
+) {
+  let team = workgroup_index(wid, nwg) * (WG / LANES) + index / LANES;
+  let lane = index % LANES;
+  let slabs = (HEAD_VEC4 + 4u * LANES - 1u) / (4u * LANES);
+  let tile = team / slabs;
+  let ntiles = (params.seqlen + TEAM_ROWS - 1u) / TEAM_ROWS;
   let h = (tile / ntiles) % params.nheads;
   let b = tile / (ntiles * params.nheads);
   if (b >= params.batch) { return; }
-  let first = (tile % ntiles) * rows;
-  let mine = first + lane * OWNED;
-  let kv_head = b * params.kv_seqlen * params.nkv_heads + h / (params.nheads / params.nkv_heads);
-  let position = row_numbers(mine + params.reach);
+  let first = (tile % ntiles) * TEAM_ROWS;
+  let head = b * params.kv_seqlen * params.nkv_heads + h / (params.nheads / params.nkv_heads);
+  let row = first + row_order(lane);
+  let queries = min(first + loaded_rows(lane), vec4u(params.seqlen - 1u));
+  let query_at = ((b * params.seqlen + queries) * params.nheads + h) * HEAD_VEC4;
+  let known = row_stats((b * params.nheads + h) * params.seqlen + queries);
+  // The vectors of a result that this lane sums; those past the end of a row are not stored.
+  let column = team % slabs * 4u * LANES + lane + vec4u(0u, 1u, 2u, 3u) * LANES;
+  let d = min(column, vec4u(HEAD_VEC4 - 1u));
 
-  var row: Row;
-  var q0 = Slab();
-  var q1 = Slab();
-  var q2 = Slab();
-  var q3 = Slab();
-  var g0 = Slab();
-  var g1 = Slab();
-  var g2 = Slab();
-  var g3 = Slab();
-  var x0 = Slab();
-  var x1 = Slab();
-  var x2 = Slab();
-  var x3 = Slab();
-  var lse = Rows();
-  var delta = Rows();
-  @if(seq_idx) var documents = RowsI();
-  for (var t = mine; t < min(mine + OWNED, params.seqlen); t++) {
-    let r = t - mine;
-    let at = ((b * params.seqlen + t) * params.nheads + h) * HEAD_VEC4;
-    for (var i = at; i < at + HEAD_VEC4; i++) { row[i - at] = params.scale * q[i]; }
-    set_row(&q0, r, &row, 0u);
-    if (HEAD_VEC4 > 4u) { set_row(&q1, r, &row, 4u); }
-    if (HEAD_VEC4 > 8u) { set_row(&q2, r, &row, 8u); }
-    if (HEAD_VEC4 > 12u) { set_row(&q3, r, &row, 12u); }
-    for (var i = at; i < at + HEAD_VEC4; i++) { row[i - at] = dout[i]; }
-    set_row(&g0, r, &row, 0u);
-    if (HEAD_VEC4 > 4u) { set_row(&g1, r, &row, 4u); }
-    if (HEAD_VEC4 > 8u) { set_row(&g2, r, &row, 8u); }
-    if (HEAD_VEC4 > 12u) { set_row(&g3, r, &row, 12u); }
-    let stat = stats[(b * params.nheads + h) * params.seqlen + t];
-    lse[r] = stat.x;
-    delta[r] = stat.y;
-    @if(seq_idx) documents[r] = seq_idx[b * params.seqlen + t];
+  var x0 = Tile();
+  var x1 = Tile();
+  var x2 = Tile();
+  var x3 = Tile();
+  let end = min(min(first + TEAM_ROWS, params.seqlen) + params.reach, params.kv_seqlen);
+  for (var j = 0u; j < end; j += 4u * LANES) {
+    let key = j + 4u * lane + vec4u(0u, 1u, 2u, 3u);
+    let at = key_rows(head, key);
+    var s = Tile();
+    var dp = Tile();
+    for (var i = 0u; i < HEAD_VEC4; i++) {
+      let values = mat4x4f(v[at.x + i], v[at.y + i], v[at.z + i], v[at.w + i]);
+      s = tile_add(s, query_rows(query_at, i), transpose(keys(at, i)));
+      dp = tile_add(dp, gradient_rows(query_at, i), transpose(values));
+    }
+    var ds = Tile(slopes(s.a, dp.a, known.a, b, row, key), slopes(s.b, dp.b, known.b, b, row + 4u, key),
+      slopes(s.c, dp.c, known.c, b, row + 8u, key), slopes(s.d, dp.d, known.d, b, row + 12u, key));
+    for (var i = 0u; i < params.four * (LANES / 4u); i++) {
+      @if(octo) let w = source_tile(ds, i);
+      @else let w = ds;
+      let source = key_rows(head, j + 4u * source_lane(lane, i) + vec4u(0u, 1u, 2u, 3u));
+      x0 = tile_add(x0, w, keys(source, d.x));
+      if (HEAD_VEC4 > LANES) { x1 = tile_add(x1, w, keys(source, d.y)); }
+      if (HEAD_VEC4 > 2u * LANES) { x2 = tile_add(x2, w, keys(source, d.z)); }
+      if (HEAD_VEC4 > 3u * LANES) { x3 = tile_add(x3, w, keys(source, d.w)); }
+      @if(!octo) ds = next_tile(ds, i);
+    }
   }
 
-  let end = min(min(first + rows, params.seqlen) + params.reach, params.kv_seqlen);
-  for (var j = 0u; j < end; j++) {
-    let at = (kv_head + j * params.nkv_heads) * HEAD_VEC4;
-    let k0 = key_part(at, 0u, quad);
-    let k1 = key_part(at, 4u, quad);
-    let k2 = key_part(at, 8u, quad);
-    let k3 = key_part(at, 12u, quad);
-    var s = part_dot(k0, q0);
-    var dp = part_dot(value_part(at, 0u, quad), g0);
-    if (HEAD_VEC4 > 4u) {
-      s += part_dot(k1, q1);
-      dp += part_dot(value_part(at, 4u, quad), g1);
+  for (var i = 0u; i < 4u * params.four; i++) {
+    let t = first + i;
+    if (t < params.seqlen) {
+      let at = ((b * params.seqlen + t) * params.nheads + h) * HEAD_VEC4;
+      store(at, column.x, tile_row(x0, i, lane));
+      if (HEAD_VEC4 > LANES) { store(at, column.y, tile_row(x1, i, lane)); }
+      if (HEAD_VEC4 > 2u * LANES) { store(at, column.z, tile_row(x2, i, lane)); }
+      if (HEAD_VEC4 > 3u * LANES) { store(at, column.w, tile_row(x3, i, lane)); }
     }
-    if (HEAD_VEC4 > 8u) {
-      s += part_dot(k2, q2);
-      dp += part_dot(value_part(at, 8u, quad), g2);
-    }
-    if (HEAD_VEC4 > 12u) {
-      s += part_dot(k3, q3);
-      dp += part_dot(value_part(at, 12u, quad), g3);
-    }
-
-    var seen = position >= RowsU(j);
-    @if(seq_idx) seen &= documents == RowsI(seq_idx[b * params.seqlen + j]);
-    // The exponent is held at 0: the score of a masked key may exceed lse by any amount.
-    let ds = select(Rows(), exp(min(s - lse, Rows())) * (dp - delta), seen);
-    x0 = slab_add(x0, k0, ds);
-    if (HEAD_VEC4 > 4u) { x1 = slab_add(x1, k1, ds); }
-    if (HEAD_VEC4 > 8u) { x2 = slab_add(x2, k2, ds); }
-    if (HEAD_VEC4 > 12u) { x3 = slab_add(x3, k3, ds); }
   }
-
-  for (var t = mine; t < min(mine + OWNED, params.seqlen); t++) {
-    let r = t - mine;
-    let at = ((b * params.seqlen + t) * params.nheads + h) * HEAD_VEC4;
-    get_row(x0, r, &row, 0u);
-    if (HEAD_VEC4 > 4u) { get_row(x1, r, &row, 4u); }
-    if (HEAD_VEC4 > 8u) { get_row(x2, r, &row, 8u); }
-    if (HEAD_VEC4 > 12u) { get_row(x3, r, &row, 12u); }
-    for (var i = at; i < at + HEAD_VEC4; i++) { dq[i] = params.scale * row[i - at]; }
-  }
-}
-
-@if(subgroups)
-@compute @workgroup_size(WG)
-fn attention_dq(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
-  @builtin(local_invocation_index) lane: u32, @builtin(subgroup_invocation_id) subgroup_lane: u32,
-) {
-  attend(workgroup_index(wid, nwg), lane, subgroup_lane % 4u);
-}
-@else
-@compute @workgroup_size(WG)
-fn attention_dq(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
-  @builtin(local_invocation_index) lane: u32,
-) {
-  attend(workgroup_index(wid, nwg), lane, 0u);
 }

@@ -1,9 +1,9 @@
 // Attention, forward, in workgroup tiles: out = softmax(scale q k^T) v, lse = log(sum(exp(scale q
 // k^T))).
 //
-// The same function as attention.wgsl (see there for shapes, positions, documents and numerics), for GPUs and
-// for heads up to 256 wide. One workgroup of 64 computes 32 neighbouring query rows of one head and meets the
-// keys 32 at a time (lib/tile32): scores in registers, their weights through workgroup memory, results in
+// The same function as attention.wgsl (see there for shapes, positions, documents and numerics), for GPUs,
+// with heads up to 256 wide. One workgroup of 64 computes 32 neighbouring query rows of one head and meets
+// the keys 32 at a time (lib/tile32): scores in registers, their weights through workgroup memory, results in
 // registers.
 import package::lib::index::workgroup_index;
 import package::lib::tile32::{PITCH, own_tile, other_tile, tile_rows, tile_dots, tile_put_weights, tile_sums};

@@ -1,7 +1,7 @@
 // Attention, backward to keys and values, in workgroup tiles: dv = p^T dout, dk = scale * ds^T q,
 // summed over the query heads of the group, ds = p * (dout v^T - delta).
 //
-// The same function as attention_dkv.wgsl (see there), for GPUs and for heads up to 256 wide. One workgroup
+// The same function as attention_dkv.wgsl (see there), for GPUs, heads up to 256 wide. One workgroup
 // of 64 owns 32 neighbouring keys of one key/value head and meets the queries of the group's heads 32 at a
 // time (lib/tile32).
 import package::lib::index::workgroup_index;

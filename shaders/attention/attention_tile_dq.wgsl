@@ -1,7 +1,7 @@
 // Attention, backward to the queries, in workgroup tiles: dq = scale * ds k, ds = p * (dout v^T -
 // delta).
 //
-// The same function as attention_dq.wgsl (see there), for GPUs and for heads up to 256 wide. One workgroup of
+// The same function as attention_dq.wgsl (see there), for GPUs, heads up to 256 wide. One workgroup of
 // 64 computes 32 neighbouring query rows of one head and meets the keys 32 at a time (lib/tile32).
 import package::lib::index::workgroup_index;
 import package::lib::tile32::{PITCH, own_tile, other_tile, tile_rows, tile_dots, tile_put_weights, tile_sums};

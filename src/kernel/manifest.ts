@@ -17,12 +17,13 @@ export const manifest = {
       nkv_heads: "u32",
       reach: "u32",
       scale: "f32",
+      four: "u32",
     },
     overrides: {
       WG: "u32",
       HEAD_VEC4: "u32",
     },
-    conditions: ["seq_idx","subgroups","two_rows"],
+    conditions: ["octo","seq_idx","subgroups"],
     entries: {
       attention: ["k","lse","out","params","q","seq_idx","v"],
     },
@@ -67,12 +68,13 @@ export const manifest = {
       nkv_heads: "u32",
       reach: "u32",
       scale: "f32",
+      four: "u32",
     },
     overrides: {
       WG: "u32",
       HEAD_VEC4: "u32",
     },
-    conditions: ["seq_idx","subgroups","two_rows"],
+    conditions: ["octo","seq_idx","subgroups"],
     entries: {
       attention_dkv: ["dk","dout","dv","k","params","q","seq_idx","stats","v"],
     },
@@ -95,12 +97,13 @@ export const manifest = {
       nkv_heads: "u32",
       reach: "u32",
       scale: "f32",
+      four: "u32",
     },
     overrides: {
       WG: "u32",
       HEAD_VEC4: "u32",
     },
-    conditions: ["seq_idx","subgroups","two_rows"],
+    conditions: ["octo","seq_idx","subgroups"],
     entries: {
       attention_dq: ["dout","dq","k","params","q","seq_idx","stats","v"],
     },

@@ -24,72 +24,81 @@ interface Saved {
   readonly width: number;
 }
 
-const ROWS_WG = 8; // invocations of a workgroup, each owning a few rows
+const TEAM_WG = 8; // invocations of a workgroup of teams
+const TEAM_ROWS = 16;
 const TILE_ROWS = 32; // rows of a workgroup tile
 const DELTA_WG = 64;
 
 /**
- * Two structures compute the same: rows in the registers of single invocations, for adapters where loads and
- * barriers are dear, and workgroup tiles, for GPUs and for heads wider than 64.
+ * Two structures compute the same: teams of four or eight invocations with everything in their registers, for
+ * adapters where loads and barriers are dear, and workgroup tiles, for GPUs and without subgroups.
  */
 function plan(q: Tensor, k: Tensor, { scale, seq_idx, causal = true }: AttentionOptions) {
   const [batch, seqlen, nheads, Dh] = q.shape as [number, number, number, number];
   const [, kv_seqlen, nkv_heads] = k.shape as [number, number, number];
-  const tiled = !q.device.info.isSoftware || Dh > 64;
+  const { info, hasSubgroups } = q.device;
+  const tiled = !info.isSoftware || !hasSubgroups;
   const conditions = seq_idx ? ["seq_idx" as const] : [];
-  const two_rows = Dh > 32 ? ["two_rows" as const] : []; // registers hold no more
-  const subgroups = q.device.hasSubgroups ? ["subgroups" as const] : [];
-  const rows = tiled ? TILE_ROWS : ROWS_WG * (Dh > 32 ? 2 : 4);
-  const isEmpty = q.size === 0 || k.size === 0;
+  const octo = info.subgroupMinSize === 8 && info.subgroupMaxSize === 8;
+  const lanes = octo ? 8 : 4;
+  const slabs = Math.ceil(Dh / (16 * lanes)); // parts of a head's width
+  const constants = { HEAD_VEC4: Dh / 4 };
+  const params = {
+    batch, seqlen, kv_seqlen, nheads, nkv_heads, reach: causal ? kv_seqlen - seqlen : kv_seqlen, scale,
+  };
+  const workgroups = (rows: number, heads: number): [number] => {
+    if (q.size === 0 || k.size === 0) return [0];
+    if (tiled) return [batch * heads * Math.ceil(rows / TILE_ROWS)];
+    return [Math.ceil((batch * heads * Math.ceil(rows / TEAM_ROWS) * slabs * lanes) / TEAM_WG)];
+  };
   return {
-    params: {
-      batch, seqlen, kv_seqlen, nheads, nkv_heads, reach: causal ? kv_seqlen - seqlen : kv_seqlen, scale,
-    },
+    batch, seqlen, nheads,
     // Without the condition `seq_idx` the variable is bound but never read, so any tensor will do.
     seq_idx: seq_idx ?? q,
-    tiled: tiled ? { constants: { HEAD_VEC4: Dh / 4 }, conditions } : null,
-    byRows: {
-      constants: { WG: ROWS_WG, HEAD_VEC4: Dh / 4 }, conditions: [...conditions, ...two_rows, ...subgroups],
+    tiled: tiled ? { params, constants, conditions } : null,
+    byTeams: {
+      params: { ...params, four: 4 }, constants: { ...constants, WG: TEAM_WG },
+      conditions: ["subgroups" as const, ...octo ? ["octo" as const] : [], ...conditions],
     },
-    forQueries: [isEmpty ? 0 : batch * nheads * Math.ceil(seqlen / rows)] as [number],
-    forKeys: [isEmpty ? 0 : batch * nkv_heads * Math.ceil(kv_seqlen / rows)] as [number],
+    forQueries: workgroups(seqlen, nheads),
+    forKeys: workgroups(kv_seqlen, nkv_heads),
   };
 }
 
 function forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): { out: Tensor; lse: Tensor } {
-  const { params, seq_idx, tiled, byRows, forQueries: workgroups } = plan(q, k, options);
+  const { batch, nheads, seqlen, seq_idx, tiled, byTeams, forQueries: workgroups } = plan(q, k, options);
   const out = q.device.empty(q.shape);
-  const lse = q.device.empty([params.batch, params.nheads, params.seqlen]);
+  const lse = q.device.empty([batch, nheads, seqlen]);
   const bind = { q, k, v, out, lse, seq_idx };
-  if (tiled) launch("attention/attention_tile", { bind, params, ...tiled, workgroups });
-  else launch("attention/attention", { bind, params, ...byRows, workgroups });
+  if (tiled) launch("attention/attention_tile", { bind, ...tiled, workgroups });
+  else launch("attention/attention", { bind, ...byTeams, workgroups });
   return { out, lse };
 }
 
 function backward({ q, k, v, out, lse, options }: Saved, dout: Tensor, wants: { q: boolean; kv: boolean }) {
-  const { params, seq_idx, tiled, byRows, forQueries, forKeys } = plan(q, k, options);
+  const { seqlen, nheads, seq_idx, tiled, byTeams, forQueries, forKeys } = plan(q, k, options);
   const { device } = q;
   const total = lse.size;
   const stats = device.empty([total, 2]);
   launch("attention/attention_delta", {
-    bind: { out, dout, lse, stats }, params: { seqlen: params.seqlen, nheads: params.nheads, total },
-    constants: { WG: DELTA_WG, HEAD_VEC4: byRows.constants.HEAD_VEC4 },
+    bind: { out, dout, lse, stats }, params: { seqlen, nheads, total },
+    constants: { WG: DELTA_WG, HEAD_VEC4: q.shape[3]! / 4 },
     workgroups: [Math.ceil(total / DELTA_WG)],
   });
   let [dq, dk, dv]: (Tensor | null)[] = [null, null, null];
   if (wants.q) {
     dq = device.empty(q.shape);
     const bind = { q, k, v, dout, stats, dq, seq_idx };
-    if (tiled) launch("attention/attention_tile_dq", { bind, params, ...tiled, workgroups: forQueries });
-    else launch("attention/attention_dq", { bind, params, ...byRows, workgroups: forQueries });
+    if (tiled) launch("attention/attention_tile_dq", { bind, ...tiled, workgroups: forQueries });
+    else launch("attention/attention_dq", { bind, ...byTeams, workgroups: forQueries });
   }
   if (wants.kv) {
     // Keys without any query get zeros.
     dk = q.size === 0 ? device.zeros(k.shape) : device.empty(k.shape);
     dv = q.size === 0 ? device.zeros(v.shape) : device.empty(v.shape);
     const bind = { q, k, v, dout, stats, dk, dv, seq_idx };
-    if (tiled) launch("attention/attention_tile_dkv", { bind, params, ...tiled, workgroups: forKeys });
-    else launch("attention/attention_dkv", { bind, params, ...byRows, workgroups: forKeys });
+    if (tiled) launch("attention/attention_tile_dkv", { bind, ...tiled, workgroups: forKeys });
+    else launch("attention/attention_dkv", { bind, ...byTeams, workgroups: forKeys });
   }
   return { dq, dk, dv };
 }
