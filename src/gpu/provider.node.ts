@@ -12,7 +12,11 @@ type Dawn = typeof import("webgpu");
 
 const BACKEND = process.platform === "darwin" ? "metal" : process.platform === "win32" ? "d3d12" : "vulkan";
 /** Dawn hides what is not yet in the standard (subgroup matrices among it) unless this is on. */
-const TOGGLES = "enable-dawn-features=allow_unsafe_apis";
+const TOGGLES = [
+  "enable-dawn-features=allow_unsafe_apis",
+  // Timestamps in steps of 65 us protect visitors of web pages; a profile needs the real ones.
+  "disable-dawn-features=timestamp_quantization",
+];
 /** No driver is called this: Dawn answers with the list of names it does know. */
 const NO_SUCH_NAME = "krait-lists-adapters";
 // Dawn's objects do not keep their instance alive, so every instance lives as long as the process.
@@ -123,7 +127,7 @@ async function systemNames(create: Dawn["create"]): Promise<string[]> {
 async function open(
   create: Dawn["create"], name: string, driver: SoftwareDriver | null,
 ): Promise<AdapterHandle | null> {
-  const gpu = create([`backend=${BACKEND}`, TOGGLES, ...(name ? [`adapter=${name}`] : [])]);
+  const gpu = create([`backend=${BACKEND}`, ...TOGGLES, ...(name ? [`adapter=${name}`] : [])]);
   instances.push(gpu);
   const ask = async () => {
     try {

@@ -33,8 +33,17 @@ interface KernelShape {
 const MAX_GROUPS = 65535; // the default maxComputeWorkgroupsPerDimension
 const scratch = new DataView(new ArrayBuffer(256));
 
-/** Called with kernel and entry at every launch; the op suite uses it to see what was reached. */
-export const launchObservers = new Set<(kernel: string, entry: string) => void>();
+/** One launch as an observer sees it. */
+export interface Launched {
+  readonly bind: Readonly<Record<string, BufferView | undefined>>;
+  readonly params: Readonly<Record<string, number>>;
+  readonly conditions: readonly string[];
+  /** False for a grid of no workgroups, and for the rehearsal of a capture. */
+  readonly recorded: boolean;
+}
+
+/** Called at every launch: the op suite sees what was reached, the bench what a step moves and computes. */
+export const launchObservers = new Set<(kernel: string, entry: string, launched: Launched) => void>();
 
 /**
  * Records one dispatch of a kernel on the device of the bound tensors. Nothing runs yet.
@@ -75,8 +84,14 @@ export function launch<K extends KernelName>(kernel: K, options: LaunchOptions<K
   gpu.assertUsable();
   checkAliases(kernel, views);
   const groups = fold(kernel, options.workgroups);
-  for (const observer of launchObservers) observer(kernel, entry);
-  if (gpu.stream.muted || groups[0] === 0 || groups[1] === 0 || groups[2] === 0) return;
+  const recorded = !gpu.stream.muted && !groups.includes(0);
+  for (const observer of launchObservers) {
+    observer(kernel, entry, {
+      bind, params: (options.params ?? {}) as Readonly<Record<string, number>>,
+      conditions: options.conditions ?? [], recorded,
+    });
+  }
+  if (!recorded) return;
 
   const constants = (options.constants ?? {}) as Readonly<Record<string, number>>;
   const conditions = [...(options.conditions ?? [])].sort() as string[];

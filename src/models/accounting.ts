@@ -49,6 +49,34 @@ export function countTensors(config: NemotronHConfig): number {
   return listParameters(config).reduce((sum, parameter) => sum + tensors(parameter), 0);
 }
 
+/**
+ * Floating-point operations of the forward pass per token, counted as the model needs them and not as a
+ * kernel does them: 2 for every weight of a product or convolution that the token meets, 4 per head channel
+ * and visible key, 5 for every number in the recurrent state. A training step counts three times as much.
+ * @param keys mean number of positions that an attention layer sees
+ * @param mtpDepths predictions beyond the next token; each passes the prediction block and the head
+ */
+export function forwardFlops(config: NemotronHConfig, keys: number, mtpDepths = 0): number {
+  const specs = { backbone: layerSpecs(config), mtp: mtpSpecs(config) };
+  const heads = config.vocab_size * config.hidden_size;
+  const flops = { backbone: 2 * heads, mtp: 2 * heads };
+  for (const { kind, shape, part, layer } of listParameters(config)) {
+    if (shape.length < 2 || kind === "embedding" || kind === "head") continue;
+    const spec = layer === null ? undefined : specs[part][layer];
+    const share = kind === "expert" && spec?.kind === "moe"
+      ? spec.num_experts_per_tok / spec.n_routed_experts
+      : 1;
+    flops[part] += 2 * sizeOf(shape) * share;
+  }
+  for (const part of ["backbone", "mtp"] as const) {
+    for (const { kind } of specs[part]) {
+      if (kind === "mamba") flops[part] += 5 * innerSize(config) * config.ssm_state_size;
+      if (kind === "attention") flops[part] += 4 * config.num_attention_heads * config.head_dim * keys;
+    }
+  }
+  return flops.backbone + mtpDepths * flops.mtp;
+}
+
 const BYTES = { float32: 4, float16: 2, bfloat16: 2 } as const;
 export type CacheDType = keyof typeof BYTES;
 

@@ -31,6 +31,35 @@ describe("info and doctor", () => {
   });
 });
 
+describe("bench", () => {
+  test("measures, says where, appends, and makes a page of it", () => withFolder(async (folder) => {
+    const out = join(folder, "results", "here.jsonl");
+    const args = ["bench", "overhead", "--runs", "1", "--json", "--out", out];
+    const first = await krait(args);
+    expect(first.code, first.stderr).toBe(0);
+    await krait(args);
+    const lines = jsonLines(readFileSync(out, "utf8"));
+    expect(lines).toHaveLength(2);
+    expect(lines[0]).toEqual(jsonLines(first.stdout)[0]);
+    expect(lines[0]).toMatchObject({ suite: "overhead", case: "replay_1000", runs: 1, node: process.version });
+    for (const key of ["ms", "ratio"]) expect(lines[0]![key]).toBeGreaterThan(0);
+    for (const key of ["adapter", "adapter_name", "krait", "date"]) expect(lines[0]![key]).toMatch(/./);
+
+    const page = join(folder, "page.html");
+    const report = await krait(["bench", "report", "--results", join(folder, "results"), "--out", page]);
+    expect(report.stdout).toContain(`1 results of ${lines[0]!["adapter"] as string}`);
+    const data = /id="results">([\s\S]*?)<\/script>/.exec(readFileSync(page, "utf8"))![1]!;
+    expect(JSON.parse(data)).toEqual([lines[1]]);
+  }));
+
+  test("says what it does not know", async () => {
+    expect((await krait(["bench", "kernel"])).stderr).toContain("The suite must be one of ceilings, kernels,");
+    expect((await krait(["bench", "report", "train"])).stderr).toContain("runs no suite beside it");
+    expect((await krait(["bench", "report", "--results", fixture("micro.json")])).stderr)
+      .toContain("a folder with .jsonl files, found");
+  });
+});
+
 describe("train and generate", () => {
   test("a killed run resumes bit for bit, and speaks", () => withFolder(async (folder) => {
     const data = join(folder, "text.txt");

@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { decodeOverhead, replayOverhead } from "../../bench/overhead.ts";
+import { decodeOverhead, replayOverhead } from "../../src/cli/bench/overhead.ts";
 import { Generator } from "../../src/infer/engine.ts";
 import { NemotronH } from "../../src/models/nemotron_h.ts";
 import { createParameters } from "../../src/models/parameters.ts";

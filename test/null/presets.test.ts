@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
-import { activationsPerToken, countLayers, countParameters, countTensors, layerStrip, memoryToRun,
-  memoryToTrain, stateBytes, weightBytes } from "../../src/models/accounting.ts";
+import { activationsPerToken, countLayers, countParameters, countTensors, forwardFlops,
+  layerStrip, memoryToRun, memoryToTrain, stateBytes, weightBytes } from "../../src/models/accounting.ts";
 import { listCheckpointTensors, listParameters } from "../../src/models/checkpoint_names.ts";
 import { convSize, innerSize } from "../../src/models/config.ts";
 import { preset, presetNames } from "../../src/models/presets.ts";
@@ -165,6 +165,21 @@ describe("memory", () => {
     expect(activationsPerToken(tiny)).toBeGreaterThan(2 * residual);
     expect(activationsPerToken(tiny)).toBeLessThan(100 * residual);
   });
+});
+
+test("operations per token, by hand for the tiny preset", () => {
+  const tiny = preset("tiny");
+  const head = 260 * 64;
+  const mamba = (2 * 128 + 2 * 2 * 16 + 8) * 64 + (128 + 64) * 4 + 128 * 64;
+  const attention = 64 * 64 * 2 + 32 * 64 * 2;
+  const moe = 8 * 64 + 2 * 32 * 64 + 2 * 2 * 64 * 32 + 2 * 64 * 64;
+  const scan = 5 * 128 * 16;
+  const backbone = 2 * (head + 2 * mamba + attention + 2 * 192 * 64 + moe) + 2 * scan + 4 * 64 * 10;
+  expect(tiny.vocab_size).toBe(260);
+  expect(tiny.mtp_hybrid_override_pattern).toBe("*E");
+  expect(forwardFlops(tiny, 10)).toBe(backbone);
+  expect(forwardFlops(tiny, 10, 2)).toBe(
+    backbone + 2 * (2 * (head + 64 * 128 + attention + moe) + 4 * 64 * 10));
 });
 
 test("layers as text", () => {

@@ -1,10 +1,35 @@
-/** What the engine itself costs: replayed launches beside hand-written WebGPU calls, and the time of the host. */
-import { type Device, Generator, type NemotronH, ops, scope, type Tensor } from "krait";
+/**
+ * The suite `overhead`: what the engine itself costs. Replayed launches beside hand-written WebGPU calls, and
+ * the time of the host.
+ */
+import { Generator } from "../../infer/engine.ts";
+import type { NemotronH } from "../../models/nemotron_h.ts";
+import { scale } from "../../ops/elementwise.ts";
+import type { Device } from "../../tensor/device.ts";
+import { scope } from "../../tensor/scope.ts";
+import type { Tensor } from "../../tensor/tensor.ts";
+import type { Bench } from "./runner.ts";
 
+const SUITE = "overhead";
 const LAUNCHES = 1000;
 const WARMUP = 3;
 
+export async function benchOverhead(bench: Bench): Promise<void> {
+  const name = `replay_${LAUNCHES}`;
+  if (!bench.wants(SUITE, name)) return;
+  const { times, hand_ms, ratio, replay_host_ms, hand_host_ms } =
+    await replayOverhead(bench.device, bench.options.runs);
+  await bench.add({
+    suite: SUITE, case: name, times, unit: "us", work: LAUNCHES,
+    details: { hand_ms, ratio, replay_host_ms, hand_host_ms },
+    remark: `${ratio.toFixed(2)}x the time of plain WebGPU calls`,
+  });
+}
+
 export interface ReplayOverhead {
+  /** Milliseconds of every run of the replay, the smallest first. */
+  readonly times: readonly number[];
+
   /** Median milliseconds of 1000 tiny dispatches, waited for: a captured graph's replay, and by hand. */
   readonly replay_ms: number;
   readonly hand_ms: number;
@@ -21,7 +46,7 @@ export async function replayOverhead(device: Device, runs = 15): Promise<ReplayO
   const { graph, result } = device.capture(() => {
     let y: Tensor = x;
     for (let i = 0; i < LAUNCHES; i++) {
-      const next = scope(() => ops.scale(y, 1.0001));
+      const next = scope(() => scale(y, 1.0001));
       if (y !== x) y.dispose();
       y = next;
     }
@@ -49,7 +74,7 @@ export async function replayOverhead(device: Device, runs = 15): Promise<ReplayO
   x.dispose();
   byHand.destroy();
   return {
-    replay_ms: median(totals.replay), hand_ms: median(totals.hand), ratio: median(ratios),
+    times: totals.replay.toSorted((a, b) => a - b), replay_ms: median(totals.replay), hand_ms: median(totals.hand), ratio: median(ratios),
     replay_host_ms: median(hosts.replay), hand_host_ms: median(hosts.hand),
   };
 }
