@@ -1,4 +1,4 @@
-// y[m] = W x[m] (+ bias) for few rows m and a block-quantised W: decoding.
+// y[m] = W x[m] (+ bias, then relu2, then + residual) for few rows m and a block-quantised W: decoding.
 //
 // x f32 [M, K], W [N, K] as codes and scales (lib/blocks.wgsl), y f32 [M, N]; K is a multiple of 32. Two
 // shapes of the same sum:
@@ -23,6 +23,7 @@ struct Params { m: u32, n: u32, k: u32, experts: u32 }
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 @group(0) @binding(4) var<storage, read> bias: array<f32>;
 @group(0) @binding(5) var<storage, read> offsets: array<u32>;
+@group(0) @binding(6) var<storage, read> residual: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 override WG: u32 = 16;                        // of block_matvec_quad
@@ -76,6 +77,8 @@ fn put(row: u32, column: u32, sum: f32) {
   if (column >= params.n) { return; }
   var value = sum;
   @if(bias) value += bias[column];
+  @if(relu2) value = max(value, 0.0) * max(value, 0.0);
+  @if(residual) value += residual[row * params.n + column];
   y[row * params.n + column] = value;
 }
 

@@ -1,4 +1,4 @@
-// y = x W^T (+ bias) for many rows x and a block-quantised W, for adapters that are emulated on a CPU.
+// y = x W^T (+ bias, then relu2, then + residual) for many rows x and a block-quantised W, for adapters that are emulated on a CPU.
 //
 // x f32 [M, K], W [N, K] as codes and scales (lib/blocks.wgsl), y f32 [M, N]; K is a multiple of 32. A quad
 // (four invocations) computes 16 rows x 16 columns of y in registers, as in matmul_quad.wgsl: invocation q
@@ -20,6 +20,7 @@ struct Params { m: u32, n: u32, k: u32, row_tiles: u32, group: u32 }  // group: 
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 @group(0) @binding(4) var<storage, read> bias: array<f32>;
 @group(0) @binding(5) var<storage, read> tiles: array<u32>;
+@group(0) @binding(6) var<storage, read> residual: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 override WG: u32 = 32;
@@ -90,7 +91,12 @@ fn column_of(s: mat4x4f, j: u32) -> vec4f {
 
 fn put(value: vec4f, row: u32, column: u32, count: u32) {
   let at = row * params.n + column;
-  for (var i = 0u; i < count; i++) { y[at + i] = value[i]; }
+  var v = value;
+  @if(relu2) v = max(v, vec4f()) * max(v, vec4f());
+  for (var i = 0u; i < count; i++) {
+    @if(residual) v[i] += residual[at + i];
+    y[at + i] = v[i];
+  }
 }
 
 @if(subgroups) @compute @workgroup_size(WG)

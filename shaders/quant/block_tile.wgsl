@@ -1,4 +1,4 @@
-// y = x W^T (+ bias) for many rows x and a block-quantised W, for GPUs.
+// y = x W^T (+ bias, then relu2, then + residual) for many rows x and a block-quantised W, for GPUs.
 //
 // x f32 [M, K], W [N, K] as codes and scales (lib/blocks.wgsl), y f32 [M, N]; K is a multiple of 32. One
 // workgroup of 16 x 16 invocations computes a tile of 64 rows x 64 columns: half a block of k (16) of both
@@ -24,6 +24,7 @@ struct Params { m: u32, n: u32, k: u32, row_tiles: u32 }
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 @group(0) @binding(4) var<storage, read> bias: array<f32>;
 @group(0) @binding(5) var<storage, read> tiles: array<u32>;
+@group(0) @binding(6) var<storage, read> residual: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 // Indexed by k, then by row or column: floats, so that a vector along k can be scattered.
@@ -100,6 +101,8 @@ fn block_tile(
       if (to_column >= params.n) { break; }
       var value = s[i][j];
       @if(bias) value += bias[to_column];
+      @if(relu2) value = max(value, 0.0) * max(value, 0.0);
+      @if(residual) value += residual[to_row * params.n + to_column];
       y[to_row * params.n + to_column] = value;
     }
   }

@@ -14,7 +14,7 @@ import type { Tensor } from "../tensor/tensor.ts";
 import { checkSampling, GREEDY, type Sampling } from "./sampling.ts";
 import { Speculation, STREAM } from "./speculation.ts";
 
-const PREFILL_CHUNK = 256;
+const PREFILL_CHUNK = 512;
 
 export interface GenerateOptions {
   readonly maxTokens: number;

@@ -1641,6 +1641,7 @@ export const manifest = {
       y: { binding: 3, access: "read_write" },
       bias: { binding: 4, access: "read" },
       offsets: { binding: 5, access: "read" },
+      residual: { binding: 6, access: "read" },
     },
     params: {
       m: "u32",
@@ -1651,10 +1652,10 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: ["bias","grouped","q4","rows8","subgroups"],
+    conditions: ["bias","grouped","q4","relu2","residual","rows8","subgroups"],
     entries: {
-      block_matvec: ["bias","codes","offsets","params","scales","x","y"],
-      block_matvec_quad: ["bias","codes","offsets","params","scales","x","y"],
+      block_matvec: ["bias","codes","offsets","params","residual","scales","x","y"],
+      block_matvec_quad: ["bias","codes","offsets","params","residual","scales","x","y"],
     },
   },
   "quant/block_quad": {
@@ -1665,6 +1666,7 @@ export const manifest = {
       y: { binding: 3, access: "read_write" },
       bias: { binding: 4, access: "read" },
       tiles: { binding: 5, access: "read" },
+      residual: { binding: 6, access: "read" },
     },
     params: {
       m: "u32",
@@ -1676,9 +1678,9 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: ["bias","grouped","q4","subgroups"],
+    conditions: ["bias","grouped","q4","relu2","residual","subgroups"],
     entries: {
-      block_quad: ["bias","codes","params","scales","tiles","x","y"],
+      block_quad: ["bias","codes","params","residual","scales","tiles","x","y"],
     },
   },
   "quant/block_tile": {
@@ -1689,6 +1691,7 @@ export const manifest = {
       y: { binding: 3, access: "read_write" },
       bias: { binding: 4, access: "read" },
       tiles: { binding: 5, access: "read" },
+      residual: { binding: 6, access: "read" },
     },
     params: {
       m: "u32",
@@ -1698,9 +1701,9 @@ export const manifest = {
     },
     overrides: {
     },
-    conditions: ["bias","grouped","q4"],
+    conditions: ["bias","grouped","q4","relu2","residual"],
     entries: {
-      block_tile: ["bias","codes","params","scales","tiles","x","y"],
+      block_tile: ["bias","codes","params","residual","scales","tiles","x","y"],
     },
   },
   "quant/dequantize": {

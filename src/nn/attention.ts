@@ -52,13 +52,15 @@ export class Attention {
   }
 
   /**
-   * (batch, seqlen, hidden) -> (batch, seqlen, hidden);
+   * (batch, seqlen, hidden) -> (batch, seqlen, hidden), added to `residual`;
    * with a cache the keys and values of this call are added to it.
    */
-  forward(x_BLD: Tensor, context: ForwardContext, cache: KVCache | null): Tensor {
+  forward(
+    x_BLD: Tensor, context: ForwardContext, cache: KVCache | null, residual: Tensor | null = null,
+  ): Tensor {
     const { num_attention_heads: Hq, num_key_value_heads: Hkv, head_dim: Dh } = this.sizes;
     const [B, L] = x_BLD.shape as [number, number, number];
-    const { biases, sizes: { hidden } } = this;
+    const { biases } = this;
     const scale = 1 / Math.sqrt(Dh);
     const q = linear(x_BLD, this.q_proj, biases && biases.q).reshape([B, L, Hq, Dh]);
     let k = linear(x_BLD, this.k_proj, biases && biases.k).reshape([B, L, Hkv, Dh]);
@@ -78,6 +80,6 @@ export class Attention {
       }
       out = attention(q, k, v, { scale, seq_idx: context.seq_idx });
     }
-    return linear(out.reshape([B, L, Hq * Dh]), this.o_proj, biases && biases.o).reshape([B, L, hidden]);
+    return linear(out.reshape([B, L, Hq * Dh]), this.o_proj, biases && biases.o, residual);
   }
 }

@@ -7,7 +7,7 @@ import type { Tensor } from "../tensor/tensor.ts";
 import { Attention, type KVCache } from "./attention.ts";
 import type { ForwardContext, Routing } from "./context.ts";
 import { Mamba2, type Mamba2Cache } from "./mamba2.ts";
-import type { MLP } from "./mlp.ts";
+import { MLP } from "./mlp.ts";
 import type { MoE } from "./moe.ts";
 import type { Weights } from "./weights.ts";
 
@@ -52,8 +52,9 @@ export class Block {
     const { mixer } = this;
     return scope(() => {
       const normed = rms_norm(x, this.norm, this.eps);
-      if (mixer instanceof Mamba2) return add(x, mixer.forward(normed, context, cache as Mamba2Cache | null));
-      if (mixer instanceof Attention) return add(x, mixer.forward(normed, context, cache as KVCache | null));
+      if (mixer instanceof Mamba2) return mixer.forward(normed, context, cache as Mamba2Cache | null, x);
+      if (mixer instanceof Attention) return mixer.forward(normed, context, cache as KVCache | null, x);
+      if (mixer instanceof MLP) return mixer.forward(normed, x);
       return add(x, mixer.forward(normed, context));
     });
   }

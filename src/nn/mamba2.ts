@@ -87,10 +87,12 @@ export class Mamba2 {
   }
 
   /**
-   * (batch, seqlen, hidden) -> (batch, seqlen, hidden);
+   * (batch, seqlen, hidden) -> (batch, seqlen, hidden), added to `residual`;
    * with a cache the run continues from it and leaves its end there.
    */
-  forward(u_BLD: Tensor, context: ForwardContext, cache: Mamba2Cache | null): Tensor {
+  forward(
+    u_BLD: Tensor, context: ForwardContext, cache: Mamba2Cache | null, residual: Tensor | null = null,
+  ): Tensor {
     const { nheads: H, headdim: P, dstate: N, ngroups: G } = this.sizes;
     const [B, L] = u_BLD.shape as [number, number, number];
     const d_inner = H * P;
@@ -101,7 +103,7 @@ export class Mamba2 {
       ? this.#decode(xBC.reshape([B, conv_dim]), dt.reshape([B, H]), cache)
       : this.#scan(xBC, dt, context, cache);
     const normed = gated_rms_norm(y.reshape([B, L, d_inner]), z, this.norm, G, this.sizes.eps);
-    return linear(normed, this.out_proj, this.out_proj_bias);
+    return linear(normed, this.out_proj, this.out_proj_bias, residual);
   }
 
   /** Takes the first `length` tokens of the last verification pass into the cache (batch 1 only). */

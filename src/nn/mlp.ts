@@ -1,4 +1,3 @@
-import { relu2 } from "../ops/elementwise.ts";
 import { linear } from "../ops/linear.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { Weight, Weights } from "./weights.ts";
@@ -17,8 +16,9 @@ export class MLP {
     this.down_bias = bias ? w.take("down_proj.bias", [hidden]) : null;
   }
 
-  /** (..., hidden) -> (..., hidden) */
-  forward(x: Tensor): Tensor {
-    return linear(relu2(linear(x, this.up, this.up_bias)), this.down, this.down_bias);
+  /** (..., hidden) -> (..., hidden), added to `residual`. */
+  forward(x: Tensor, residual: Tensor | null = null): Tensor {
+    const inner = linear(x, this.up, this.up_bias, null, { activation: "relu2" });
+    return linear(inner, this.down, this.down_bias, residual);
   }
 }

@@ -1,4 +1,4 @@
-import { add, relu2 } from "../ops/elementwise.ts";
+import { relu2 } from "../ops/elementwise.ts";
 import { grouped_linear } from "../ops/grouped_linear.ts";
 import { linear } from "../ops/linear.ts";
 import { moe_permute, moe_plan, moe_unpermute } from "../ops/moe.ts";
@@ -79,7 +79,7 @@ export class MoE {
     const expert_out = grouped_linear(relu2(up), this.down, plan.offsets);
     const combined = moe_unpermute(expert_out, weight, plan);
     const routed = this.latent ? linear(combined, this.latent.fc2, this.latent.fc2_bias) : combined;
-    const out = this.shared ? add(routed, this.shared.forward(x_TD)) : routed;
+    const out = this.shared ? this.shared.forward(x_TD, routed) : routed;
     return out.reshape(x_BLD.shape);
   }
 }

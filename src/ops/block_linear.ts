@@ -3,7 +3,7 @@ import { type BlockFormat, BlockTensor } from "../tensor/blocks.ts";
 import { check } from "../tensor/check.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { groupedTiles, product, productKernel, sumRows, tileRows } from "./gemm.ts";
+import { groupedTiles, product, productKernel, relu2Gradient, sumRows, tileRows } from "./gemm.ts";
 import { defineOp, type Op } from "./op.ts";
 import { dequantize_blocks, valueShape } from "./quantize.ts";
 
@@ -12,6 +12,8 @@ export type BlockKernel = "block_matvec_quad" | "block_matvec" | "block_quad" | 
 
 export interface BlockOptions {
   readonly format: BlockFormat;
+  /** relu2: max(., 0)^2 of the product with its bias; of linear only. */
+  readonly activation?: "relu2" | undefined;
   /** Which kernel computes it; default: the one that suits the adapter and the shape. */
   readonly kernel?: BlockKernel;
 }
@@ -22,6 +24,8 @@ interface Saved {
   readonly shape: readonly number[];
   readonly format: BlockFormat;
   readonly offsets: Tensor | null;
+  /** What relu2 gave, where there was one. */
+  readonly squared: Tensor | null;
 }
 
 /** Up to so many rows a product reads the weights once per row: decoding. */
@@ -30,46 +34,58 @@ const FEW_ROWS = { software: 2, hardware: 4, grouped: 8 } as const;
 const ROWS8_FROM = 512;
 
 /**
- * y = x W^T + bias with W given by codes and scales. The gradient flows to x and bias.
+ * y = activation(x W^T + bias) + residual with W given by codes and scales. The gradient flows to x, bias and
+ * residual.
  *
  * @param x       f32 [..., K]
  * @param codes   u32 [N, K * bits / 32]
  * @param scales  f16 [N, K / block]
  * @param bias    f32 [N], or null
+ * @param residual  f32 [..., N], added last; or null
  * @returns f32 [..., N]
- * @throws ShapeError when the widths differ
+ * @throws ShapeError when the widths differ, or for an activation together with a residual
  */
 export const linear_blocks = defineOp({
   name: "linear_blocks",
   halves: [2],
   forward(
-    ctx, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | null, { format, kernel }: BlockOptions,
+    ctx, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | null, residual: Tensor | null,
+    { format, kernel, activation }: BlockOptions,
   ): Tensor {
     const weight = valueShape("linear", codes, scales, format);
     const K = x.shape.at(-1) ?? 0;
     check(weight.length === 2 && weight[1] === K && x.shape.length > 0, "linear", "weight", `[N, ${K}]`, weight);
     const N = weight[0]!;
     if (bias) check(bias.shape.length === 1 && bias.shape[0] === N, "linear", "bias", `[${N}]`, bias);
-    const y = x.device.empty([...x.shape.slice(0, -1), N]);
-    ctx.save({ codes, scales, shape: x.shape, format, offsets: null });
-    record(kernel ?? kernelFor(x, sizeOf(x.shape.slice(0, -1))), x, codes, scales, bias, y, format, null);
+    const shape = [...x.shape.slice(0, -1), N];
+    if (residual) {
+      check(residual.shape.join() === shape.join(), "linear", "residual", `[${shape.join(", ")}]`, residual);
+      check(!activation, "linear", "residual", "null beside an activation", residual);
+    }
+    const y = x.device.empty(shape);
+    ctx.save({ codes, scales, shape: x.shape, format, offsets: null, squared: activation ? y : null });
+    record({
+      kernel: kernel ?? kernelFor(x, sizeOf(x.shape.slice(0, -1))), x, codes, scales, y, format, bias, residual,
+      relu2: activation === "relu2",
+    });
     return y;
   },
-  backward({ codes, scales, shape, format }: Saved, [dy], needs) {
+  backward({ codes, scales, shape, format, squared }: Saved, [dy], needs) {
     if (!dy) return [];
     const dx = needs[0] ? dy.device.empty(shape) : null;
+    const dh = squared && (needs[0] || needs[3]) ? relu2Gradient(dy, squared) : dy;
     const [N, K] = [dy.shape.at(-1)!, shape.at(-1)!];
     const m = sizeOf(shape.slice(0, -1));
     if (dx) {
       const weight = dequantize_blocks(codes, scales, format);
       product({
-        m, n: K, k: N, a: { tensor: dy, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1 },
+        m, n: K, k: N, a: { tensor: dh, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1 },
         c: { tensor: dx, row: K },
       });
     }
     const dbias = needs[3] ? dy.device.empty([N]) : null;
-    if (dbias) sumRows(dy, m, N, dbias);
-    return [dx, null, null, dbias];
+    if (dbias) sumRows(dh, m, N, dbias);
+    return [dx, null, null, dbias, needs[4] ? dy : null];
   },
 });
 
@@ -98,8 +114,8 @@ export const grouped_linear_blocks = defineOp({
     check(
       offsets.shape.length === 1 && offsets.size === E + 1, "grouped_linear", "offsets", `[${E + 1}]`, offsets);
     const y = x.device.empty([S, N]);
-    ctx.save({ codes, scales, shape: x.shape, format, offsets });
-    record(kernel ?? kernelFor(x, S, true), x, codes, scales, null, y, format, offsets);
+    ctx.save({ codes, scales, shape: x.shape, format, offsets, squared: null });
+    record({ kernel: kernel ?? kernelFor(x, S, true), x, codes, scales, y, format, offsets });
     return y;
   },
   backward({ codes, scales, shape, format, offsets }: Saved, [dy], needs) {
@@ -124,17 +140,31 @@ function kernelFor({ device }: Tensor, rows: number, grouped = false): BlockKern
   return quads ? "block_quad" : "block_tile";
 }
 
+interface BlockProduct {
+  readonly kernel: BlockKernel;
+  readonly x: Tensor;
+  readonly codes: Tensor;
+  readonly scales: Tensor;
+  readonly y: Tensor;
+  readonly format: BlockFormat;
+  readonly bias?: Tensor | null;
+  readonly residual?: Tensor | null;
+  readonly relu2?: boolean;
+  /** Rows of every expert, as in grouped_linear. */
+  readonly offsets?: Tensor | null;
+}
+
 function record(
-  kernel: BlockKernel, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | null, y: Tensor,
-  format: BlockFormat, offsets: Tensor | null,
+  { kernel, x, codes, scales, y, format, bias = null, residual = null, relu2 = false, offsets = null }: BlockProduct,
 ): void {
   const [n, k] = [y.shape.at(-1)!, x.shape.at(-1)!];
   const m = y.size / Math.max(n, 1);
-  const [q4, withBias, grouped] = [
-    format === "q4" ? ["q4" as const] : [], bias ? ["bias" as const] : [],
-    offsets ? ["grouped" as const] : [],
+  const shared = [
+    ...(format === "q4" ? ["q4" as const] : []), ...(bias ? ["bias" as const] : []),
+    ...(relu2 ? ["relu2" as const] : []), ...(residual ? ["residual" as const] : []),
+    ...(offsets ? ["grouped" as const] : []),
   ];
-  const bind = { x, codes, scales, y, bias: bias ?? scales };
+  const bind = { x, codes, scales, y, bias: bias ?? scales, residual: residual ?? scales };
   if (kernel === "block_matvec_quad" || kernel === "block_matvec") {
     const quads = kernel === "block_matvec_quad";
     const rows8 = quads && format === "q4" && n >= ROWS8_FROM;
@@ -143,7 +173,7 @@ function record(
       entry: kernel, bind: { ...bind, offsets: offsets ?? codes },
       params: { m, n, k, experts: offsets ? codes.shape[0]! : 0 },
       conditions: [
-        ...q4, ...withBias, ...grouped, ...(rows8 ? ["rows8" as const] : []),
+        ...shared, ...(rows8 ? ["rows8" as const] : []),
         ...(quads ? ["subgroups" as const] : []),
       ],
       workgroups: [quads ? Math.ceil((m * pieces) / 16) : m * pieces],
@@ -153,17 +183,16 @@ function record(
   const tile = quads ? 16 : 64;
   const tiles = offsets ? groupedTiles(offsets, m, tile) : null;
   const row_tiles = tiles ? tiles.shape[0]! : Math.ceil(m / tile);
-  const conditions = [...q4, ...withBias, ...grouped];
   const count = row_tiles * Math.ceil(n / tile);
   const params = { m, n, k, row_tiles };
   if (!quads) {
     return launch("quant/block_tile", {
-      bind: { ...bind, tiles: tiles ?? codes }, params, conditions, workgroups: [count],
+      bind: { ...bind, tiles: tiles ?? codes }, params, conditions: shared, workgroups: [count],
     });
   }
   launch("quant/block_quad", {
     bind: { ...bind, tiles: tiles ?? codes }, params: { ...params, group: 4 },
-    conditions: ["subgroups", ...conditions], workgroups: [Math.ceil(count / 8)],
+    conditions: ["subgroups", ...shared], workgroups: [Math.ceil(count / 8)],
   });
 }
 

@@ -292,3 +292,14 @@ function launchSum(
     conditions: conditions({ vec4, accumulate }), workgroups: [Math.ceil((width * parts) / WG)],
   });
 }
+
+/** dh = dy * 2 max(h, 0), with max(h, 0) the root of what relu2 gave. */
+export function relu2Gradient(dy: Tensor, squared: Tensor): Tensor {
+  const dh = dy.device.empty(dy.shape);
+  const EACH = dy.device.info.isSoftware ? 16 : 4;
+  launch("matmul/relu2_gradient", {
+    bind: { dy, squared: converted(squared, "f32"), dh }, params: { count: dy.size }, constants: { EACH },
+    workgroups: [Math.ceil(dy.size / (64 * EACH))],
+  });
+  return dh;
+}

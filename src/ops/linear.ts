@@ -1,11 +1,9 @@
-import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { linear_blocks, orBlocks } from "./block_linear.ts";
-import { add, relu2 as squaredRelu } from "./elementwise.ts";
 import {
-  converted, type FloatDType, product, productDType, sumRows, vectorKernel, vectorProduct,
+  converted, type FloatDType, product, productDType, relu2Gradient, sumRows, vectorKernel, vectorProduct,
 } from "./gemm.ts";
 import { defineOp, type Op } from "./op.ts";
 
@@ -78,11 +76,8 @@ const dense: Op<
  * @returns [..., N]
  * @throws ShapeError when the widths differ, or for an activation together with a residual
  */
-export const linear = orBlocks(dense, (x, { codes, scales, format }, bias, residual, options) => {
-  const h = linear_blocks(x, codes, scales, bias, { format });
-  const y = options?.activation === "relu2" ? squaredRelu(h) : h;
-  return residual ? add(y, residual) : y;
-});
+export const linear = orBlocks(dense, (x, { codes, scales, format }, bias, residual = null, options = {}) =>
+  linear_blocks(x, codes, scales, bias, residual, { format, activation: options.activation }));
 
 /** Gradients of h = x W^T + bias, those that are needed; dx times the derivative of `relu2_of`, if given. */
 export function linearGradients(
@@ -107,15 +102,4 @@ export function linearGradients(
   const dbias = needs[2] ? x.device.empty([N]) : null;
   if (dbias) sumRows(dh, rows, N, dbias);
   return [dx, dweight, dbias];
-}
-
-/** dh = dy * 2 max(h, 0), with max(h, 0) the root of what relu2 gave. */
-function relu2Gradient(dy: Tensor, squared: Tensor): Tensor {
-  const dh = dy.device.empty(dy.shape);
-  const EACH = dy.device.info.isSoftware ? 16 : 4;
-  launch("matmul/relu2_gradient", {
-    bind: { dy, squared: converted(squared, "f32"), dh }, params: { count: dy.size }, constants: { EACH },
-    workgroups: [Math.ceil(dy.size / (64 * EACH))],
-  });
-  return dh;
 }

@@ -5,22 +5,25 @@ import { dequantize_blocks } from "./quantize.ts";
 
 interface Options {
   readonly format: "q8" | "q4";
+  readonly activation?: "relu2";
 }
 
-/** y = x W^T + bias with the W that codes and scales stand for. */
+/** y = activation(x W^T + bias) + residual with the W that codes and scales stand for. */
 export function linear_blocks(
-  x: NdArray, codes: NdArray, scales: NdArray, bias: NdArray | null, { format }: Options,
+  x: NdArray, codes: NdArray, scales: NdArray, bias: NdArray | null, residual: NdArray | null,
+  { format, ...options }: Options,
 ): NdArray {
-  return linear(x, dequantize_blocks(codes, scales, format), bias);
+  return linear(x, dequantize_blocks(codes, scales, format), bias, residual, options);
 }
 
 /** dx = dy W; the weights have no gradient. */
 export function linear_blocks_vjp(
   grads: readonly (NdArray | null)[], x: NdArray, codes: NdArray, scales: NdArray, bias: NdArray | null,
-  { format }: Options,
+  residual: NdArray | null, { format, ...options }: Options,
 ): (NdArray | null)[] {
-  const [dx, , dbias] = linear_vjp(grads, x, dequantize_blocks(codes, scales, format), bias);
-  return [dx!, null, null, dbias!];
+  const [dx, , dbias, dresidual] = linear_vjp(
+    grads, x, dequantize_blocks(codes, scales, format), bias, residual, options);
+  return [dx!, null, null, dbias!, dresidual!];
 }
 
 /** y[s] = W[e] x[s] for the rows of every expert e. */

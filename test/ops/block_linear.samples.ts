@@ -6,13 +6,16 @@ import { type Draw, opSamples, type Sample } from "./suite.ts";
 const FORMATS = ["q8", "q4"] as const;
 
 /** x of the given shape times a quantised [N, K]. */
-function linear(name: string, shape: number[], N: number, bias: boolean, kernel?: string): Sample[] {
+function linear(
+  name: string, shape: number[], N: number, bias: boolean, kernel?: string, end?: "relu2" | "residual",
+): Sample[] {
   const K = shape.at(-1)!;
   return FORMATS.map((format) => ({
     name: `${format}, ${name}`, reduction: Math.max(K, N),
     args: (r: Draw) => [
       r.normal(shape), ...blocks(r, [N, K], format), bias ? r.normal([N]) : null,
-      { format, ...(kernel ? { kernel } : {}) },
+      end === "residual" ? r.normal([...shape.slice(0, -1), N]) : null,
+      { format, ...(kernel ? { kernel } : {}), ...(end === "relu2" ? { activation: "relu2" } : {}) },
     ],
   }));
 }
@@ -45,17 +48,30 @@ export default [
       ...linear("five rows", [5, 160], 16, false),
       ...linear("matvec", [3, 1120], 37, true, "block_matvec"),
       ...linear("workgroup tile", [67, 96], 69, true, "block_tile"),
+      ...(["relu2", "residual"] as const).flatMap((end) => [
+        ...linear(`one row, ${end}`, [1, 64], 37, true, undefined, end),
+        ...linear(`one row, many outputs, ${end}`, [1, 32], 517, false, undefined, end),
+        ...linear(`many rows, ${end}`, [19, 64], 35, true, undefined, end),
+        ...linear(`matvec, ${end}`, [2, 64], 37, true, "block_matvec", end),
+        ...linear(`workgroup tile, ${end}`, [18, 32], 21, true, "block_tile", end),
+      ]),
       ...linear("no rows", [0, 64], 8, true),
       ...linear("no inputs", [5, 0], 8, true),
     ],
     errors: [
       {
         name: "weight of the wrong width", message: /linear.*weight.*\[N, 64\].*\[8, 32\]/,
-        args: (r) => [r.normal([2, 64]), ...blocks(r, [8, 32], "q8"), null, { format: "q8" }],
+        args: (r) => [r.normal([2, 64]), ...blocks(r, [8, 32], "q8"), null, null, { format: "q8" }],
       },
       {
         name: "bias of the wrong width", message: /linear.*bias.*\[8\].*\[4\]/,
-        args: (r) => [r.normal([2, 32]), ...blocks(r, [8, 32], "q4"), r.normal([4]), { format: "q4" }],
+        args: (r) => [r.normal([2, 32]), ...blocks(r, [8, 32], "q4"), r.normal([4]), null, { format: "q4" }],
+      },
+      {
+        name: "a residual beside an activation", message: /linear.*residual.*null beside an activation/,
+        args: (r) => [
+          r.normal([2, 32]), ...blocks(r, [8, 32], "q4"), null, r.normal([2, 8]), { format: "q4", activation: "relu2" },
+        ],
       },
     ],
   }),
