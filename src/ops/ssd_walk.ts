@@ -1,3 +1,4 @@
+import { GpuError } from "../gpu/errors.ts";
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import type { Device } from "../tensor/device.ts";
@@ -43,7 +44,7 @@ function slices(dstate: number): { first_n: number; width: number; conditions: "
  * Numerics  products of decays, each exp of a value <= 0; sums in f32.
  * Cost      2.3 B L H P N multiply-adds forward, 6.5 backward; memory forward is that of the result, backward
  *           that of a state per 64 tokens and of at most 32 times B or C.
- * Throws    ShapeError for shapes that do not fit.
+ * Throws    ShapeError for shapes that do not fit, GpuError for a device without subgroups.
  * Source    Dao & Gu 2024 (arXiv 2405.21060) sections 3 and 6, with chunks of four.
  * Tested    test/ops/ssd_walk.samples.ts against reference/ssd_scan.ts
  */
@@ -56,6 +57,9 @@ export const ssd_walk = defineOp({
     const op = "ssd_walk";
     checkGroups(op, x, "B", B);
     const { device } = x;
+    if (!device.hasSubgroups) {
+      throw new GpuError("ssd_walk needs a device with subgroups, which this one lacks; ssd_scan runs on any.");
+    }
     const [batch, seqlen, nheads, headdim] = x.shape as [number, number, number, number];
     const [, , ngroups, dstate] = B.shape as [number, number, number, number];
     check(headdim % 4 === 0, op, "x", "of a headdim that is a multiple of 4", x);

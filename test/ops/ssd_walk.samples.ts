@@ -35,7 +35,7 @@ function sample(name: string, shape: Shape, extra: Extra = {}) {
 const odd: Shape = { B: 2, L: 23, H: 6, P: 12, G: 3, N: 16 };
 
 export default opSamples({
-  op: ssd_walk,
+  op: ssd_walk, needs: "subgroups",
   reference: (...[x, dt_raw, A_log, B, C, D, dt_bias, initial_state, seq_idx, dt_limit]: Arguments) =>
     reference(x, dt_raw, A_log, B, C, D, dt_bias, { chunk_size: 1, dt_limit, initial_state, seq_idx }),
   vjp: (

@@ -74,6 +74,8 @@ export interface OpSamples {
   /** float64 gradients: one per output, then the op's arguments. */
   readonly vjp?: (grads: (NdArray | null)[], ...args: never[]) => (NdArray | null | undefined)[];
   readonly samples: readonly Sample[];
+  /** A feature without which a device must refuse the op. */
+  readonly needs?: GPUFeatureName;
   /** The forward rounds and the gradient looks through it, so that no central difference shows it. */
   readonly straightThrough?: boolean;
   readonly errors?: readonly { name: string; args: (r: Draw) => unknown[]; message: RegExp }[];
@@ -85,7 +87,7 @@ export interface OpSamples {
  */
 export function opSamples(spec: {
   op: unknown; reference: unknown; vjp?: unknown; samples: readonly Sample[]; straightThrough?: boolean;
-  errors?: OpSamples["errors"];
+  needs?: GPUFeatureName; errors?: OpSamples["errors"];
 }): OpSamples {
   return spec as OpSamples;
 }
@@ -160,6 +162,11 @@ function seedOf(text: string): number {
 
 /** Runs one sample on a device and throws where forward, gradients, repeatability or memory are not right. */
 export async function checkSample(device: Device, spec: OpSamples, sample: Sample): Promise<void> {
+  if (spec.needs && !device.gpuDevice.features.has(spec.needs)) {
+    const message = new RegExp(`${spec.op.opName}.*${spec.needs}`);
+    const name = `${sample.name}, without ${spec.needs}`;
+    return checkError(device, spec, { name, args: sample.args, message });
+  }
   const label = `${spec.op.opName} "${sample.name}"`;
   const draw = () => new Draw(seedOf(label));
   const host = sample.args(draw());
