@@ -1,5 +1,6 @@
 import { GpuError } from "../gpu/errors.ts";
 import type { BufferView, Gpu } from "../gpu/gpu.ts";
+import type { PooledBuffer } from "../gpu/pool.ts";
 import { manifest } from "./manifest.ts";
 import { pipelinesOf } from "./pipelines.ts";
 
@@ -30,8 +31,20 @@ interface KernelShape {
   readonly entries: Readonly<Record<string, readonly string[]>>;
 }
 
+/** What a launch needs to know of an entry point, worked out once: most of a launch's time is the host's. */
+interface EntryPlan {
+  readonly entry: string;
+  readonly shape: KernelShape;
+  readonly slots: readonly { name: string; binding: number; access: "read" | "read_write" }[];
+  readonly fields: readonly { name: string; type: "u32" | "i32" | "f32" }[];
+  readonly usesParams: boolean;
+  /** The bytes of `scratch` that hold the parameters. */
+  readonly uniforms: Uint8Array;
+}
+
 const MAX_GROUPS = 65535; // the default maxComputeWorkgroupsPerDimension
 const scratch = new DataView(new ArrayBuffer(256));
+const plans = new Map<string, EntryPlan>();
 
 /** One launch as an observer sees it. */
 export interface Launched {
@@ -51,19 +64,13 @@ export const launchObservers = new Set<(kernel: string, entry: string, launched:
  *   devices, and for a buffer bound as writable and a second time.
  */
 export function launch<K extends KernelName>(kernel: K, options: LaunchOptions<K>): void {
-  const shape: KernelShape = manifest[kernel];
-  const entry = options.entry ?? onlyEntry(kernel, shape);
-  const used = shape.entries[entry];
-  if (!used) throw new GpuError(`Kernel ${kernel} has no entry point ${entry}.`);
+  const plan = planOf(kernel, options.entry);
+  const { entry, shape, slots, usesParams } = plan;
   const bind = options.bind as Readonly<Record<string, BufferView | undefined>>;
-  const views: { binding: number; view: BufferView; access: "read" | "read_write" }[] = [];
-  let usesParams = false;
+  const views: { binding: number; view: BufferView }[] = [];
+  const touched: PooledBuffer[] = [];
   let gpu: Gpu | null = null;
-  for (const name of used) {
-    if (name === "params") {
-      usesParams = true;
-      continue;
-    }
+  for (const { name, binding } of slots) {
     const view = bind[name];
     if (!view) {
       throw new GpuError(`Kernel ${kernel} (${entry}) needs a tensor for ${name}, but none was bound.`);
@@ -72,17 +79,15 @@ export function launch<K extends KernelName>(kernel: K, options: LaunchOptions<K
       throw new GpuError(`Kernel ${kernel} (${entry}): ${name} lies on another device.`);
     }
     gpu = view.device;
-    views.push({ ...shape.bindings[name]!, view });
+    views.push({ binding, view });
+    touched.push(view.storage);
   }
-  for (const name in bind) {
-    if (bind[name] && !used.includes(name)) {
-      throw new GpuError(
-        `Kernel ${kernel} (${entry}) does not use a binding ${name}; it uses ${used.join(", ")}.`);
-    }
-  }
+  let bound = 0;
+  for (const name in bind) if (bind[name]) bound++;
+  if (bound > slots.length) refuseBinding(kernel, plan, bind);
   if (!gpu) throw new GpuError(`Kernel ${kernel} (${entry}) was launched without tensors.`);
   gpu.assertUsable();
-  checkAliases(kernel, views);
+  checkAliases(kernel, plan, touched);
   const groups = fold(kernel, options.workgroups);
   const recorded = !gpu.stream.muted && !groups.includes(0);
   for (const observer of launchObservers) {
@@ -94,7 +99,7 @@ export function launch<K extends KernelName>(kernel: K, options: LaunchOptions<K
   if (!recorded) return;
 
   const constants = (options.constants ?? {}) as Readonly<Record<string, number>>;
-  const conditions = [...(options.conditions ?? [])].sort() as string[];
+  const conditions = inOrder(options.conditions ?? []);
   let key = `${kernel}|${entry}|${conditions.join()}`;
   for (const name in constants) key += `|${name}=${constants[name]}`;
   const pipeline = pipelinesOf(gpu).get(key, () => {
@@ -106,14 +111,32 @@ export function launch<K extends KernelName>(kernel: K, options: LaunchOptions<K
         throw new GpuError(`Kernel ${kernel} has no condition ${condition}.`);
       }
     }
-    return { kernel, entry, bindings: views, usesParams, constants, conditions };
+    return { kernel, entry, bindings: slots, usesParams, constants, conditions };
   });
   const device = gpu;
   const makeGroup = () => device.bindGroup(pipeline.layoutKey, pipeline.layout, views);
   const uniforms = usesParams
-    ? pack(kernel, shape, options.params as Record<string, number> | undefined)
+    ? pack(kernel, plan, options.params as Record<string, number> | undefined)
     : null;
-  gpu.stream.dispatch(pipeline, makeGroup, uniforms, groups, views.map(({ view }) => view.storage));
+  gpu.stream.dispatch(pipeline, makeGroup, uniforms, groups, touched);
+}
+
+function planOf(kernel: KernelName, wanted: string | undefined): EntryPlan {
+  const key = wanted === undefined ? kernel : `${kernel}|${wanted}`;
+  const known = plans.get(key);
+  if (known) return known;
+  const shape: KernelShape = manifest[kernel];
+  const entry = wanted ?? onlyEntry(kernel, shape);
+  const used = shape.entries[entry];
+  if (!used) throw new GpuError(`Kernel ${kernel} has no entry point ${entry}.`);
+  const fields = Object.entries(shape.params).map(([name, type]) => ({ name, type }));
+  const plan = {
+    entry, shape, fields, usesParams: used.includes("params"),
+    slots: used.filter((name) => name !== "params").map((name) => ({ name, ...shape.bindings[name]! })),
+    uniforms: new Uint8Array(scratch.buffer, 0, Math.max(16, Math.ceil(fields.length / 4) * 16)),
+  };
+  plans.set(key, plan);
+  return plan;
 }
 
 function onlyEntry(kernel: string, shape: KernelShape): string {
@@ -122,16 +145,33 @@ function onlyEntry(kernel: string, shape: KernelShape): string {
   throw new GpuError(`Kernel ${kernel} has the entry points ${entries.join(", ")}; a launch must name one.`);
 }
 
-function checkAliases(kernel: string, views: readonly { view: BufferView; access: string }[]): void {
-  for (let i = 0; i < views.length; i++) {
-    if (views[i]!.access === "read") continue;
-    for (let j = 0; j < views.length; j++) {
-      if (j !== i && views[j]!.view.storage === views[i]!.view.storage) {
+function refuseBinding(
+  kernel: string, { entry, slots }: EntryPlan, bind: Readonly<Record<string, unknown>>,
+): never {
+  const names = slots.map(({ name }) => name);
+  const unknown = Object.keys(bind).find((name) => bind[name] && !names.includes(name));
+  throw new GpuError(
+    `Kernel ${kernel} (${entry}) does not use a binding ${unknown}; it uses ${names.join(", ")}.`);
+}
+
+function checkAliases(kernel: string, { slots }: EntryPlan, buffers: readonly PooledBuffer[]): void {
+  for (let i = 0; i < buffers.length; i++) {
+    if (slots[i]!.access === "read") continue;
+    for (let j = 0; j < buffers.length; j++) {
+      if (j !== i && buffers[j] === buffers[i]) {
         throw new GpuError(
           `Kernel ${kernel} would write a buffer that is bound a second time in the same launch.`);
       }
     }
   }
+}
+
+/** Conditions in the order of the alphabet, so that one set is one pipeline. */
+function inOrder(conditions: readonly string[]): readonly string[] {
+  for (let i = 1; i < conditions.length; i++) {
+    if (conditions[i]! < conditions[i - 1]!) return [...conditions].sort();
+  }
+  return conditions;
 }
 
 function fold(kernel: string, workgroups: readonly number[]): [number, number, number] {
@@ -149,21 +189,20 @@ function fold(kernel: string, workgroups: readonly number[]): [number, number, n
   return [x, y, z];
 }
 
-function pack(kernel: string, shape: KernelShape, params: Record<string, number> | undefined): Uint8Array {
+function pack(kernel: string, plan: EntryPlan, params: Record<string, number> | undefined): Uint8Array {
   let offset = 0;
-  for (const field in shape.params) {
-    const value = params?.[field];
+  for (const { name, type } of plan.fields) {
+    const value = params?.[name];
     if (value === undefined) {
-      throw new GpuError(`Kernel ${kernel} needs the parameter ${field}, but none was given.`);
+      throw new GpuError(`Kernel ${kernel} needs the parameter ${name}, but none was given.`);
     }
-    const type = shape.params[field];
     if (type === "f32") scratch.setFloat32(offset, value, true);
     else if (type === "i32") scratch.setInt32(offset, value, true);
     else scratch.setUint32(offset, value, true);
     offset += 4;
   }
-  for (const field in params) {
-    if (!(field in shape.params)) throw new GpuError(`Kernel ${kernel} has no parameter ${field}.`);
+  for (const name in params) {
+    if (!(name in plan.shape.params)) throw new GpuError(`Kernel ${kernel} has no parameter ${name}.`);
   }
-  return new Uint8Array(scratch.buffer, 0, Math.max(16, Math.ceil(offset / 16) * 16));
+  return plan.uniforms;
 }
