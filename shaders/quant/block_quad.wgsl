@@ -1,4 +1,5 @@
-// y = x W^T (+ bias, then relu2, then + residual) for many rows x and a block-quantised W, for adapters that are emulated on a CPU.
+// y = x W^T (+ bias, then relu2, then + residual) for many rows x and a block-quantised W, for adapters that
+// are emulated on a CPU.
 //
 // x f32 [M, K], W [N, K] as codes and scales (lib/blocks.wgsl), y f32 [M, N]; K is a multiple of 32. A quad
 // (four invocations) computes 16 rows x 16 columns of y in registers, as in matmul_quad.wgsl: invocation q

@@ -57,7 +57,7 @@ export function constantSchedule(options: Omit<ConstantOptions, "kind">): Schedu
 }
 
 /**
- * Warm-up, stable, decay: peak until `steps - decay`, then min + (peak - min) * (1 - u) with u = the finished
+ * Warm-up, stable, decay: peak until `steps - decay`, then peak - (peak - min) * u with u = the finished
  * part of the decay ("linear"), or its square root ("sqrt"). From `steps` on the rate is `min`.
  *
  * Source  Hu et al. 2024 (arXiv 2404.06395); the 1-sqrt decay from Hägele et al. 2024 (arXiv 2405.18392).
@@ -81,7 +81,7 @@ export function wsdSchedule(options: Omit<WsdOptions, "kind">): Schedule {
     const rising = warmUp(step, warmup, peak);
     if (rising !== undefined) return rising;
     const finished = decay === 0 ? 0 : Math.max(0, (step - (steps - decay)) / decay);
-    return min + (peak - min) * (1 - (shape === "sqrt" ? Math.sqrt(finished) : finished));
+    return peak - (peak - min) * (shape === "sqrt" ? Math.sqrt(finished) : finished);
   };
 }
 
@@ -101,7 +101,7 @@ export function cosineSchedule(options: Omit<CosineOptions, "kind">): Schedule {
     if (step >= steps) return min;
     const rising = warmUp(step, warmup, peak);
     if (rising !== undefined) return rising;
-    return min + ((peak - min) * (1 + Math.cos((Math.PI * (step - warmup)) / (steps - warmup)))) / 2;
+    return peak - ((peak - min) * (1 - Math.cos((Math.PI * (step - warmup)) / (steps - warmup)))) / 2;
   };
 }
 

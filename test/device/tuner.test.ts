@@ -105,7 +105,7 @@ await onEveryAdapter((device, openAnother) => {
     const [a, b] = [randomTensor(device, [40, 24]), randomTensor(device, [24, 20])];
     matmul(a, b, {}).dispose();
     const classes = device.choices.used.filter((used) => used.tunable === "matmul/product");
-    expect(classes).toMatchObject([{ class: "m=64 n=32 k=32 batches=1 transA=false transB=false" }]);
+    expect(classes).toMatchObject([{ class: "m=64 n=32 k=32 batches=1 transA=false transB=false halves=false" }]);
     for (const dispose of [a, b]) dispose.dispose();
   });
 
