@@ -4,19 +4,24 @@
 // matvec_quad: an invocation computes four outputs alone (CPU-emulated adapters: many loads and no exchange);
 // matvec: 16 invocations share one output, neighbours read neighbours in memory, and a workgroup of 64
 // computes four outputs. `grouped`: row m uses the matrix of the expert e with offsets[e] <= m < offsets[e +
-// 1]. `vec4`: K is a multiple of 4. Accumulation: f32, fixed order.
+// 1]. `vec4`: K is a multiple of 4. `w_f16`, `w_bf16`, for such a K: the format of W. Accumulation: f32,
+// fixed order.
 
 import package::lib::index::workgroup_index;
+import package::lib::half::f16_pair;
+import package::lib::half::bf16_pair;
 
-@if(vec4) alias V = vec4f;
+@if(vec4 || w_f16 || w_bf16) alias V = vec4f;
 @else alias V = f32;
-@if(vec4) const WIDTH: u32 = 4;
+@if(w_f16 || w_bf16) alias W = vec2u;
+@else alias W = V;
+@if(vec4 || w_f16 || w_bf16) const WIDTH: u32 = 4;
 @else const WIDTH: u32 = 1;
 
 struct Params { m: u32, n: u32, k: u32, experts: u32 }
 
 @group(0) @binding(0) var<storage, read> x: array<V>;
-@group(0) @binding(1) var<storage, read> weight: array<V>;
+@group(0) @binding(1) var<storage, read> weight: array<W>;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
 @group(0) @binding(4) var<storage, read> offsets: array<u32>;
@@ -36,8 +41,12 @@ fn expert_of(row: u32) -> u32 {
   }
 }
 
-fn product(u: V, v: V, sum: f32) -> f32 {
-  @if(vec4) return sum + dot(u, v);
+// One vector of x times one of W, added to a sum.
+fn product(u: V, w: W, sum: f32) -> f32 {
+  @if(w_bf16) let v = vec4f(bf16_pair(w.x), bf16_pair(w.y));
+  @elif(w_f16) let v = vec4f(f16_pair(w.x), f16_pair(w.y));
+  @else let v = w;
+  @if(vec4 || w_f16 || w_bf16) return sum + dot(u, v);
   @else return fma(u, v, sum);
 }
 

@@ -1247,7 +1247,7 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: ["bias","grouped","relu2","residual","vec4"],
+    conditions: ["bias","grouped","relu2","residual","vec4","w_bf16","w_f16"],
     entries: {
       matvec_quad: ["bias","offsets","params","residual","weight","x","y"],
       matvec: ["bias","offsets","params","residual","weight","x","y"],

@@ -4,19 +4,20 @@
  */
 import { OutOfMemoryError } from "../gpu/errors.ts";
 import type { Weight } from "../nn/weights.ts";
+import { cast } from "../ops/cast.ts";
 import { quantize } from "../ops/quantize.ts";
-import { BLOCK_LAYOUTS, type BlockFormat, codeWords } from "../tensor/blocks.ts";
+import { BLOCK_LAYOUTS, codeWords, isBlockFormat } from "../tensor/blocks.ts";
 import type { Device } from "../tensor/device.ts";
 import { ConfigError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { fillNormal, fillUniform, type RandomKey } from "../tensor/philox.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { storageBytes, type Tensor } from "../tensor/tensor.ts";
 import { type Parameter, type ParameterKind, listParameters } from "./checkpoint_names.ts";
 import type { NemotronHConfig } from "./config.ts";
 
 /** How a model that only runs holds its matrices. */
-export const WEIGHT_FORMATS = ["f32", "q8", "q4"] as const;
+export const WEIGHT_FORMATS = ["f32", "f16", "bf16", "q8", "q4"] as const;
 export type WeightFormat = (typeof WEIGHT_FORMATS)[number];
 
 /**
@@ -36,7 +37,8 @@ export function checkFits(device: Device, config: NemotronHConfig, weights: Weig
   }
   const total = list.reduce((sum, parameter) => {
     const format = formatOf(parameter, weights);
-    return sum + (format ? 4 * codeWords(sizeOf(parameter.shape), format) : 4 * sizeOf(parameter.shape));
+    const size = sizeOf(parameter.shape);
+    return sum + (isBlockFormat(format) ? 4 * codeWords(size, format) : storageBytes(size, format));
   }, 0);
   if (total > device.pool.ceilingBytes) {
     throw new OutOfMemoryError(
@@ -91,27 +93,32 @@ export function uploadWeights(
 }
 
 /**
- * Puts a parameter on the device in a format. Matrices of products and tables are quantised; norms, biases,
- * convolutions, the state space and the router, and matrices whose rows are not whole blocks, stay f32. The
- * f32 values of a quantised matrix are on the device only until it is made.
+ * Puts a parameter on the device in a format: matrices of products and tables of tokens. Norms, biases,
+ * convolutions, the state space and the router stay f32, and so do matrices whose rows are not whole blocks of
+ * the format. The f32 values of a matrix in another format are on the device only until it is made.
  */
 export function storeParameter(
   device: Device, parameter: Parameter, values: Float32Array, weights: WeightFormat,
 ): Weight {
   const format = formatOf(parameter, weights);
-  if (!format) return device.tensor(values, parameter.shape);
-  return scope(() => quantize(device.tensor(values, parameter.shape), format));
+  if (format === "f32") return device.tensor(values, parameter.shape);
+  return scope((): Weight => {
+    const tensor = device.tensor(values, parameter.shape);
+    return isBlockFormat(format) ? quantize(tensor, format) : cast(tensor, format);
+  });
 }
 
-/** The block format of a parameter; null for one that stays f32. */
-function formatOf({ kind, shape }: Parameter, weights: WeightFormat): BlockFormat | null {
-  if (weights === "f32" || !QUANTISED.has(kind)) return null;
-  if (shape.at(-1)! % BLOCK_LAYOUTS[weights].block !== 0) return null;
+/** The format in which a parameter is stored. */
+function formatOf({ kind, shape }: Parameter, weights: WeightFormat): WeightFormat {
+  if (!MATRICES.has(kind)) return "f32";
+  // Rows of a table are not read from halves.
+  if (!isBlockFormat(weights)) return kind === "embedding" ? "f32" : weights;
+  if (shape.at(-1)! % BLOCK_LAYOUTS[weights].block !== 0) return "f32";
   // Tables of tokens lose more by four bits than they save.
   return kind === "embedding" || kind === "head" ? "q8" : weights;
 }
 
-const QUANTISED: ReadonlySet<ParameterKind> = new Set([
+const MATRICES: ReadonlySet<ParameterKind> = new Set([
   "embedding", "head", "expert", "mamba_linear", "attention_linear", "mlp_linear", "shared_linear", "latent_linear",
   "mtp_linear",
 ]);

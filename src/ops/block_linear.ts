@@ -1,11 +1,15 @@
 import { launch } from "../kernel/launch.ts";
+import { bucket, choose, defineTunable } from "../kernel/tuner.ts";
 import { type BlockFormat, BlockTensor } from "../tensor/blocks.ts";
 import { check } from "../tensor/check.ts";
+import type { Device } from "../tensor/device.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
+import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import { randomTensor, trial } from "../tensor/trial.ts";
 import { groupedTiles, product, productKernel, relu2Gradient, sumRows, tileRows } from "./gemm.ts";
 import { defineOp, type Op } from "./op.ts";
-import { dequantize_blocks, valueShape } from "./quantize.ts";
+import { dequantize_blocks, quantize_blocks, valueShape } from "./quantize.ts";
 
 /** Kernels of products with block-quantised weights; those with `quad` are for software adapters. */
 export type BlockKernel = "block_matvec_quad" | "block_matvec" | "block_quad" | "block_tile";
@@ -65,7 +69,7 @@ export const linear_blocks = defineOp({
     const y = x.device.empty(shape);
     ctx.save({ codes, scales, shape: x.shape, format, offsets: null, squared: activation ? y : null });
     record({
-      kernel: kernel ?? kernelFor(x, sizeOf(x.shape.slice(0, -1))), x, codes, scales, y, format, bias, residual,
+      kernel: kernel ?? choose(x.device, blockTuning, { m: sizeOf(x.shape.slice(0, -1)), n: N, k: K, format }), x, codes, scales, y, format, bias, residual,
       relu2: activation === "relu2",
     });
     return y;
@@ -115,7 +119,7 @@ export const grouped_linear_blocks = defineOp({
       offsets.shape.length === 1 && offsets.size === E + 1, "grouped_linear", "offsets", `[${E + 1}]`, offsets);
     const y = x.device.empty([S, N]);
     ctx.save({ codes, scales, shape: x.shape, format, offsets, squared: null });
-    record({ kernel: kernel ?? kernelFor(x, S, true), x, codes, scales, y, format, offsets });
+    record({ kernel: kernel ?? kernelFor(x.device, S, true), x, codes, scales, y, format, offsets });
     return y;
   },
   backward({ codes, scales, shape, format, offsets }: Saved, [dy], needs) {
@@ -133,7 +137,36 @@ export const grouped_linear_blocks = defineOp({
   },
 });
 
-function kernelFor({ device }: Tensor, rows: number, grouped = false): BlockKernel {
+type BlockShape = {
+  readonly m: number; readonly n: number; readonly k: number; readonly format: string;
+};
+
+/** The kernel of a product without groups. */
+const blockTuning = defineTunable({
+  name: "quant/product",
+  classOf: (shape: BlockShape) => ({
+    ...shape, m: bucket(shape.m), n: bucket(shape.n), k: Math.max(32, bucket(shape.k)),
+  }),
+  candidates: (device: Device, { m }): BlockKernel[] => [
+    ...(device.hasSubgroups ? ["block_quad" as const] : []), "block_tile" as const,
+    ...(m > 16 ? [] : ["block_matvec" as const]),
+    ...(m > 16 || !device.hasSubgroups ? [] : ["block_matvec_quad" as const]),
+  ],
+  fallback: (device, { m }) => kernelFor(device, m),
+  trial: (device, { m, n, k, format }) => trial(() => {
+    const [codes, scales] = scope(() =>
+      quantize_blocks(randomTensor(device, [n, k], 1, k ** -0.5), format as BlockFormat)) as [Tensor, Tensor];
+    return { x: randomTensor(device, [m, k]), codes, scales };
+  }, ({ x, codes, scales }, kernel: BlockKernel) => {
+    const y = device.empty([m, n]);
+    record({ kernel, x, codes, scales, y, format: format as BlockFormat });
+    return y;
+  }),
+  tolerance: ({ k }) => 8 * Math.sqrt(Math.max(k, 1)) * 2 ** -24,
+});
+
+/** The kernel that suits the adapter. */
+function kernelFor(device: Device, rows: number, grouped = false): BlockKernel {
   const quads = device.info.isSoftware && device.hasSubgroups;
   const few = grouped ? FEW_ROWS.grouped : quads ? FEW_ROWS.software : FEW_ROWS.hardware;
   if (rows <= few) return quads ? "block_matvec_quad" : "block_matvec";

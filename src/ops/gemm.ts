@@ -228,11 +228,16 @@ function conditions<C extends string>(held: Readonly<Record<C, boolean>>): C[] {
   return (Object.keys(held) as C[]).filter((condition) => held[condition]);
 }
 
-/** The kernel for a product of f32 with so few rows that only reading the weight counts; null for others. */
+/** The kernel for a product of f32 x with so few rows that only reading the weight counts; null for others. */
 export function vectorKernel(x: Tensor, weight: Tensor, rows: number): VectorKernel | null {
-  if (isHalf(x.dtype) || isHalf(weight.dtype)) return null;
+  if (!readsInVectors(x, weight)) return null;
   if (x.device.info.isSoftware) return rows <= 2 ? "matvec_quad" : null;
   return rows <= 4 ? "matvec" : null;
+}
+
+/** Whether matvec kernels can read the factors: x is f32, and rows of halves are whole vectors of four. */
+export function readsInVectors(x: Tensor, weight: Tensor): boolean {
+  return !isHalf(x.dtype) && (!isHalf(weight.dtype) || weight.shape.at(-1)! % 4 === 0);
 }
 
 /** What happens to the elements of a product before they are stored, as in `Product`. */
@@ -255,6 +260,7 @@ export function vectorProduct(
     params: { m, n, k, experts: offsets ? weight.shape[0]! : 0 },
     conditions: conditions({
       vec4: k % 4 === 0, bias: !!bias, relu2, residual: !!residual, grouped: offsets !== null,
+      w_f16: weight.dtype === "f16", w_bf16: weight.dtype === "bf16",
     }),
     workgroups: [kernel === "matvec" ? work : Math.ceil(work / 16)],
   });

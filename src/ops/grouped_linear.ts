@@ -1,9 +1,9 @@
 import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { isHalf } from "../tensor/tensor.ts";
 import { grouped_linear_blocks, orBlocks } from "./block_linear.ts";
 import {
-  type FloatDType, groupedTiles, product, productDType, productKernel, type ProductKernel, tileRows, vectorProduct,
+  type FloatDType, groupedTiles, product, productDType, productKernel, type ProductKernel, readsInVectors, tileRows,
+  vectorProduct,
 } from "./gemm.ts";
 import { defineOp } from "./op.ts";
 
@@ -49,8 +49,7 @@ export const grouped_linear = orBlocks(defineOp({
     const y = x.device.empty([S, N], productDType(x, weight, options.out));
     ctx.save({ x, weight, offsets, options });
     const few = x.device.info.isSoftware ? "matvec_quad" : "matvec";
-    const isF32 = !isHalf(x.dtype) && !isHalf(weight.dtype);
-    const wanted = options.kernel ?? (S <= FEW_ROWS && isF32 ? few : undefined);
+    const wanted = options.kernel ?? (S <= FEW_ROWS && readsInVectors(x, weight) ? few : undefined);
     if (wanted === "matvec" || wanted === "matvec_quad") vectorProduct(wanted, x, weight, y, {}, offsets);
     else {
       const kernel = productKernel(x.device, wanted);

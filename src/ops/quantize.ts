@@ -3,7 +3,8 @@ import { BLOCK_LAYOUTS, type BlockFormat, BlockTensor, codeWords } from "../tens
 import { check } from "../tensor/check.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { scope } from "../tensor/scope.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { isHalf, type Tensor } from "../tensor/tensor.ts";
+import { cast } from "./cast.ts";
 import { defineOp, noGrad } from "./op.ts";
 
 const WG = 32;
@@ -116,7 +117,8 @@ export function dequantize(blocks: BlockTensor): Tensor {
   return dequantize_blocks(blocks.codes, blocks.scales, blocks.format);
 }
 
-/** The same weight as a dense tensor, for ops that need one. */
+/** The same weight as a dense f32 tensor, for ops that need one. */
 export function denseWeight(weight: Tensor | BlockTensor): Tensor {
-  return weight instanceof BlockTensor ? dequantize(weight) : weight;
+  if (weight instanceof BlockTensor) return dequantize(weight);
+  return isHalf(weight.dtype) ? cast(weight, "f32") : weight;
 }

@@ -6,6 +6,7 @@ import { evaluate, evaluateIncremental } from "../../src/models/evaluate.ts";
 import { NemotronH } from "../../src/models/nemotron_h.ts";
 import { createParameters, createWeights } from "../../src/models/parameters.ts";
 import { preset } from "../../src/models/presets.ts";
+import { cast } from "../../src/ops/cast.ts";
 import { dequantize } from "../../src/ops/quantize.ts";
 import { scope } from "../../src/tensor/scope.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
@@ -29,6 +30,22 @@ function largestError(found: ArrayLike<number>, expected: ArrayLike<number>): nu
 
 await onEveryAdapter((device) => {
   describe("a model with quantised weights", () => {
+    for (const format of ["f16", "bf16"] as const) {
+      test(`${format} computes what its weights stand for`, async () => {
+        const before = device.pool.liveBytes;
+        const model = new NemotronH(config, createWeights(device, config, 5, format));
+        const values = [...model.parameters].map(([name, tensor]): [string, Tensor] => [name, cast(tensor, "f32")]);
+        const dense = new NemotronH(config, new Map(values));
+        const expected = (await evaluate(dense, inputs(21))).get("logits")!.data;
+        expect(largestError((await evaluate(model, inputs(21))).get("logits")!.data, expected)).toBeLessThan(2e-5);
+        const pieces = await evaluateIncremental(model, inputs(21), [17, 1, 1, 1, 1]);
+        expect(largestError(pieces.logits, expected)).toBeLessThan(2e-5);
+        model.dispose();
+        dense.dispose();
+        expect(device.pool.liveBytes).toBe(before);
+      });
+    }
+
     for (const format of ["q8", "q4"] as const) {
       test(`${format} computes what its weights stand for, in one piece and token by token`, async () => {
         const before = device.pool.liveBytes;

@@ -49,6 +49,10 @@ export default opSamples({
         args: (r) => [r.normal([18, 24]), r.half(r.normal([20, 24]), dtype), r.half(r.normal([20]), dtype)],
       },
       { name: `odd weights in ${dtype}`, args: (r) => [r.normal([18, 23]), r.half(r.normal([19, 23]), dtype), null] },
+      {
+        name: `two rows, odd outputs, weights in ${dtype}`,
+        args: (r) => [r.normal([2, 36]), r.half(r.normal([21, 36]), dtype), r.normal([21])],
+      },
       { name: `one row, weights in ${dtype}`, args: (r) => [r.normal([1, 24]), r.half(r.normal([20, 24]), dtype), null] },
       {
         name: `all in ${dtype}`, ...rounded(dtype),

@@ -8,6 +8,7 @@ import { testAdapters } from "../support/adapters.ts";
 /** One small class of every tunable, in which candidates differ. */
 const SMALL: Readonly<Record<string, string>> = {
   "matmul/product": "m=64 n=32 k=32 batches=2 transA=false transB=true halves=true",
+  "quant/product": "m=2 n=64 k=64 format=q4",
   "mamba2/ssd_scan": "heads=4 seqlen=64 headdim=16 dstate=16 chunk_size=16",
 };
 

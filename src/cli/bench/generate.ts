@@ -7,7 +7,7 @@ import type { NemotronHConfig } from "../../models/config.ts";
 import { disposeCache, type ModelCache, NemotronH, stepContext } from "../../models/nemotron_h.ts";
 import { createWeights, type WeightFormat } from "../../models/parameters.ts";
 import { argmax } from "../../ops/sample.ts";
-import { BLOCK_LAYOUTS } from "../../tensor/blocks.ts";
+import { BLOCK_LAYOUTS, isBlockFormat } from "../../tensor/blocks.ts";
 import { openDevice } from "../../tensor/device.ts";
 import { scope, unscoped } from "../../tensor/scope.ts";
 import { findConfig } from "../models.ts";
@@ -32,7 +32,7 @@ export function decodeBytes(
 
 /** Bytes per weight; of blocks with their part of the block's f16 scale. */
 function weightBytes(format: WeightFormat): number {
-  if (format === "f32") return 4;
+  if (!isBlockFormat(format)) return format === "f32" ? 4 : 2;
   const { bits, block } = BLOCK_LAYOUTS[format];
   return bits / 8 + 2 / block;
 }

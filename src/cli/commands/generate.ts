@@ -39,8 +39,8 @@ export const generate = defineCommand({
     },
     weights: {
       type: "string", choices: WEIGHT_FORMATS, default: "f32",
-      help: "How matrices lie in memory: f32, or in blocks of 32 values of 8 or 4 bits with a scale (tables of tokens " +
-        "never below 8).",
+      help: "How matrices lie in memory: f32, f16 or bf16, or in blocks of 32 values of 8 or 4 bits with a scale " +
+        "(tables of tokens never below 8).",
     },
     adapter: {
       type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
