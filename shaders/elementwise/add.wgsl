@@ -1,8 +1,9 @@
 // add: y = a + b. accumulate: dst += src, in place.
 //
-// `count` elements of V: vec4f where the size is a multiple of 4 (condition `vec4`). One invocation makes
-// EACH of them, WG apart, so that neighbours touch neighbouring memory.
+// `count` elements of V: vec4f where the size is a multiple of 4 (condition `vec4`). lib/share says which
+// of them an invocation makes.
 import package::lib::index::workgroup_index;
+import package::lib::share::first_element;
 
 @if(vec4) alias V = vec4f;
 @else alias V = f32;
@@ -20,17 +21,29 @@ struct Params {
 
 override WG: u32 = 64;
 override EACH: u32 = 4;
+override APART: u32 = 64;
 
 @compute @workgroup_size(WG)
 fn add(
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
   @builtin(local_invocation_index) lane: u32,
 ) {
-  let first = workgroup_index(wid, nwg) * WG * EACH + lane;
-  for (var n = 0u; n < EACH; n++) {
-    let i = first + n * WG;
-    if (i < params.count) {
-      y[i] = a[i] + b[i];
+  let first = first_element(workgroup_index(wid, nwg), lane);
+  for (var n = 0u; n < EACH; n += 4u) {
+    let i = first + n * APART;
+    if (i + 3u * APART < params.count) {
+      let s0 = a[i] + b[i];
+      let s1 = a[i + APART] + b[i + APART];
+      let s2 = a[i + 2u * APART] + b[i + 2u * APART];
+      let s3 = a[i + 3u * APART] + b[i + 3u * APART];
+      y[i] = s0;
+      y[i + APART] = s1;
+      y[i + 2u * APART] = s2;
+      y[i + 3u * APART] = s3;
+    } else {
+      for (var j = i; j < min(i + 4u * APART, params.count); j += APART) {
+        y[j] = a[j] + b[j];
+      }
     }
   }
 }
@@ -40,11 +53,22 @@ fn accumulate(
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
   @builtin(local_invocation_index) lane: u32,
 ) {
-  let first = workgroup_index(wid, nwg) * WG * EACH + lane;
-  for (var n = 0u; n < EACH; n++) {
-    let i = first + n * WG;
-    if (i < params.count) {
-      dst[i] += src[i];
+  let first = first_element(workgroup_index(wid, nwg), lane);
+  for (var n = 0u; n < EACH; n += 4u) {
+    let i = first + n * APART;
+    if (i + 3u * APART < params.count) {
+      let s0 = dst[i] + src[i];
+      let s1 = dst[i + APART] + src[i + APART];
+      let s2 = dst[i + 2u * APART] + src[i + 2u * APART];
+      let s3 = dst[i + 3u * APART] + src[i + 3u * APART];
+      dst[i] = s0;
+      dst[i + APART] = s1;
+      dst[i + 2u * APART] = s2;
+      dst[i + 3u * APART] = s3;
+    } else {
+      for (var j = i; j < min(i + 4u * APART, params.count); j += APART) {
+        dst[j] += src[j];
+      }
     }
   }
 }

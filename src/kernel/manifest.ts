@@ -253,6 +253,7 @@ export const manifest = {
     overrides: {
       WG: "u32",
       EACH: "u32",
+      APART: "u32",
     },
     conditions: ["vec4"],
     entries: {
@@ -353,6 +354,7 @@ export const manifest = {
     overrides: {
       WG: "u32",
       EACH: "u32",
+      APART: "u32",
     },
     conditions: ["relu2","silu","vec4"],
     entries: {
@@ -371,6 +373,7 @@ export const manifest = {
     overrides: {
       WG: "u32",
       EACH: "u32",
+      APART: "u32",
     },
     conditions: ["silu","vec4"],
     entries: {

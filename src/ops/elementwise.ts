@@ -7,13 +7,14 @@ import { defineOp } from "./op.ts";
 
 const WG = 64;
 
-/** How `size` elements are shared out: few invocations with much work each suit a CPU, many suit a GPU. */
+/** How `size` elements are shared out (shaders/lib/share.wgsl): stretches for a CPU, interleaved for a GPU. */
 function spread(device: Device, size: number) {
   const isWide = size % 4 === 0;
   const count = isWide ? size / 4 : size;
-  const EACH = device.info.isSoftware ? 16 : 2;
+  const { isSoftware } = device.info;
+  const [WG, EACH] = [isSoftware ? 64 : 256, 4];
   return {
-    count, constants: { WG, EACH }, conditions: isWide ? ["vec4" as const] : [],
+    count, constants: { WG, EACH, APART: isSoftware ? 1 : WG }, conditions: isWide ? ["vec4" as const] : [],
     workgroups: [Math.ceil(count / (WG * EACH))] as [number],
   };
 }
