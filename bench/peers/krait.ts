@@ -1,6 +1,6 @@
 import {
   type BlockTensor, type Device, evaluateIncremental, Generator, NemotronH, type NemotronHConfig, ops, scope, Tape,
-  type Tensor,
+  type Tensor, type TensorDType,
 } from "../../src/index.ts";
 import {
   type Case, type Input, ATTENTION, CASES, DT_RAW, EPS, FACTOR, LEARNING_RATE, LLM, MLP, SSD, decays,
@@ -37,8 +37,8 @@ export function kraitEngine(device: Device): Engine {
     async prepare(wanted) {
       if (wanted.model) return preparedModel(device, wanted, wanted.model);
       const made: Tensor[] = [];
-      const put = ({ data, shape }: Input) => {
-        const tensor = device.tensor(data, shape);
+      const put = ({ data, shape }: Input, dtype: TensorDType = "f32") => {
+        const tensor = device.tensor(data, shape, dtype);
         made.push(tensor);
         return tensor;
       };
@@ -124,21 +124,21 @@ function preparedModel(device: Device, wanted: Case, config: NemotronHConfig): P
   };
 }
 
-function build(wanted: Case, inputs: Inputs, put: (input: Input) => Tensor): Chain {
+function build(wanted: Case, inputs: Inputs, put: (input: Input, dtype?: TensorDType) => Tensor): Chain {
   const input = (name: string) => inputs[name]!;
   const filled = (shape: number[], value: number | Float32Array): Tensor => {
     const size = shape.reduce((a, b) => a * b, 1);
     return put({ shape, data: typeof value === "number" ? new Float32Array(size).fill(value) : value });
   };
-  const start = put(input("x"));
+  const start = put(input("x"), wanted.name.includes("f16") ? "f16" : "f32");
   switch (wanted.name) {
     case "matmul_f32_512": case "matmul_f32_1024": {
       const w = put(input("w"));
       return { start, step: (x) => matmul(x, w, {}) };
     }
     case "matmul_f16_512": case "matmul_f16_1024": {
-      const w = put(input("w"));
-      return { start, note: "stored as f32", step: (x) => matmul(x, w, {}) };
+      const w = put(input("w"), "f16");
+      return { start, note: "f16 storage, f32 sums", step: (x) => matmul(x, w, {}) };
     }
     case "matvec_q4_4096": case "matvec_q8_4096": {
       const w = quantize(put(input("w")), wanted.name.includes("q4") ? "q4" : "q8");
