@@ -3,7 +3,7 @@ import type { AdapterHandle, AdapterInfo } from "./adapters.ts";
 import { DeviceLostError, GpuError, OutOfMemoryError } from "./errors.ts";
 import { BufferPool, type PooledBuffer, sizeClass } from "./pool.ts";
 import { Profiler } from "./profiler.ts";
-import { type Graph, Stream } from "./stream.ts";
+import { Graph, Stream } from "./stream.ts";
 
 /** A contiguous range of a pooled buffer: what a kernel is bound to. */
 export interface BufferView {
@@ -16,7 +16,8 @@ export interface BufferView {
 export interface GpuOptions {
   /**
    * "adapter": all that the adapter offers (default);
-   * "default": WebGPU's guaranteed limits and no optional feature.
+   * "default": WebGPU's guaranteed limits and no optional feature. The environment variable
+   * `KRAIT_LIMITS=default` asks for it where the caller leaves it open.
    */
   limits?: "adapter" | "default";
   /** Most bytes of storage buffers to hold; default: whatever the driver gives. */
@@ -163,8 +164,26 @@ export class Gpu {
     this.assertUsable();
   }
 
+  /**
+   * Goes through `step` for the sake of its kernels alone: they begin to compile, and nothing runs or takes
+   * memory. What `step` makes must not be used afterwards; a capture inside it captures nothing.
+   */
+  rehearse(step: () => void): void {
+    this.stream.beginCapture();
+    this.#rehearsing = true;
+    try {
+      step();
+    } finally {
+      this.#rehearsing = false;
+      this.stream.dropCapture();
+    }
+  }
+
+  #rehearsing = false;
+
   /** Records `step` without running it; `replay` runs it, as often as wanted, on the same buffers. */
   capture<T>(step: () => T): { graph: Graph; result: T } {
+    if (this.#rehearsing) return { result: step(), graph: Graph.none };
     this.stream.beginCapture();
     let result: T;
     try {

@@ -56,6 +56,14 @@ export class Graph {
     this.blocks = blocks;
     this.memory = memory;
   }
+  /** Stands for what a rehearsal would have captured. */
+  static get none(): Graph {
+    const arena = { open: false, destroyed: true, tenants: [], physicals: [], clock: () => 0 };
+    const graph = new Graph([], [], arena, [], { peak: 0, live: 0, total: 0, tensors: 0, buffers: 0 });
+    graph.disposed = true;
+    return graph;
+  }
+
   /** Launches in one replay. */
   get launches(): number {
     return this.commands.length;

@@ -89,6 +89,12 @@ export class Speculation {
     this.#taken = [];
   }
 
+  /** Captures what a pass replays, so that it begins to compile. */
+  prepare(): void {
+    const captured = (this.#captured ??= this.#capture());
+    for (let taken = 1; taken <= this.#n + 1; taken++) captured.commit[taken] ??= this.#captureCommit(taken);
+  }
+
   /** Drafts after `token` (drawn, not yet run), verifies, and takes what was accepted into the caches. */
   async pass(token: number): Promise<Pass> {
     const n = this.#n;

@@ -24,13 +24,17 @@ export class PipelineCache {
   readonly #pipelines = new Map<string, Pipeline>();
   readonly #layouts = new Map<string, { group: GPUBindGroupLayout; pipeline: GPUPipelineLayout }>();
   readonly #modules = new Map<string, { module: GPUShaderModule; linked: Linked }>();
-  /** Milliseconds during which at least one compile was running. */
-  compileMs = 0;
+  #compiledMs = 0;
   #running = 0;
   #since = 0;
 
   constructor(gpu: Gpu) {
     this.#gpu = gpu;
+  }
+
+  /** Milliseconds during which at least one compile was running, up to now. */
+  get compileMs(): number {
+    return this.#compiledMs + (this.#running > 0 ? performance.now() - this.#since : 0);
   }
 
   /** Pipelines compiled or being compiled. */
@@ -83,7 +87,7 @@ export class PipelineCache {
       }, async (error: unknown) => {
         throw await explain(request, compiled.module, compiled.linked, error);
       }).finally(() => {
-        if (--this.#running === 0) this.compileMs += performance.now() - this.#since;
+        if (--this.#running === 0) this.#compiledMs += performance.now() - this.#since;
       }),
     };
     handle.ready.catch(() => {}); // reported by the stream when the dispatch comes up

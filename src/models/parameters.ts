@@ -108,6 +108,18 @@ export function storeParameter(
   });
 }
 
+/** Every parameter in its format, of any contents: for going through a model's motions (`device.rehearse`). */
+export function emptyWeights(
+  device: Device, config: NemotronHConfig, weights: WeightFormat = "f32",
+): Map<string, Weight> {
+  return new Map(listParameters(config).map((parameter): [string, Weight] => {
+    const format = formatOf(parameter, weights);
+    const tensor = device.empty(parameter.shape);
+    if (format === "f32") return [parameter.name, tensor];
+    return [parameter.name, isBlockFormat(format) ? quantize(tensor, format) : cast(tensor, format)];
+  }));
+}
+
 /** The format in which a parameter is stored. */
 function formatOf({ kind, shape }: Parameter, weights: WeightFormat): WeightFormat {
   if (!MATRICES.has(kind)) return "f32";

@@ -36,7 +36,9 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
   const handle = typeof wanted === "object"
     ? wanted
     : chooseAdapter(await listAdapters(), wanted).handle;
-  const open = async () => new Device(await requestGpuDevice(handle, options), handle.info, options);
+  const limits = options.limits ?? (environment("KRAIT_LIMITS") === "default" ? "default" : "adapter");
+  const asked = { ...options, limits };
+  const open = async () => new Device(await requestGpuDevice(handle, asked), handle.info, asked);
   const device = await open();
   const tuning = environment("KRAIT_TUNER") === "off" ? false : options.tuning ?? "cached";
   if (tuning === false) return device;

@@ -1,10 +1,11 @@
-import { Generator } from "../../infer/engine.ts";
+import { type GenerateOptions, Generator } from "../../infer/engine.ts";
 import { generateText, type TextRun } from "../../infer/text.ts";
+import { pipelinesOf } from "../../kernel/pipelines.ts";
 import { openDevice } from "../../tensor/device.ts";
 import { WEIGHT_FORMATS } from "../../models/parameters.ts";
 import { UsageError } from "../../tensor/errors.ts";
 import { defineCommand } from "../args.ts";
-import { findTokenizer, openModel } from "../models.ts";
+import { findConfig, findTokenizer, modelFolder, openModel } from "../models.ts";
 import { colours, wantsColour } from "../terminal.ts";
 
 export const generate = defineCommand({
@@ -58,30 +59,47 @@ export const generate = defineCommand({
     }
     const device = await openDevice(options.adapter ? { adapter: options.adapter } : {});
     try {
-      const { model, folder } = await openModel(device, options.model, { weights: options.weights });
-      const weightBytes = device.pool.liveBytes;
-      const { tokenizer } = findTokenizer(folder, model.config.vocab_size);
-      const prompt = options.prompt === undefined
-        ? parseIds(options.promptTokens!)
-        : [...(tokenizer.bosId === null ? [] : [tokenizer.bosId]), ...tokenizer.encode(options.prompt)];
-      const generator = new Generator(model, prompt.length + options.maxTokens + options.draft);
-      const run: TextRun = generateText(generator, tokenizer, prompt, {
-        maxTokens: options.maxTokens, draft: options.draft, stopStrings: options.stop, signal,
+      const folder = modelFolder(options.model);
+      const config = findConfig(folder);
+      const settings: GenerateOptions = {
+        maxTokens: options.maxTokens, draft: options.draft,
         sampling: {
           temperature: options.temperature, top_k: options.topK, top_p: options.topP, min_p: options.minP,
           seed: options.seed,
         },
-      });
+      };
+      const pipelines = pipelinesOf(device);
+      const prepare = () => {
+        const { tokenizer } = findTokenizer(folder, config.vocab_size);
+        const prompt = options.prompt === undefined
+          ? parseIds(options.promptTokens!)
+          : [...(tokenizer.bosId === null ? [] : [tokenizer.bosId]), ...tokenizer.encode(options.prompt)];
+        Generator.warmUp(device, config, prompt.length, { ...settings, weights: options.weights });
+        return { tokenizer, prompt };
+      };
+      // Kernels compile while the weights are read. What is wrong with the weights is said first.
+      const loading = openModel(device, options.model, { weights: options.weights });
+      const preparing = Promise.resolve().then(prepare);
+      await Promise.allSettled([loading, preparing]);
+      const { model } = await loading;
+      const { tokenizer, prompt } = await preparing;
+      const weightBytes = device.pool.liveBytes;
+      const generator = new Generator(model, prompt.length + options.maxTokens + options.draft);
+      const run: TextRun =
+        generateText(generator, tokenizer, prompt, { ...settings, stopStrings: options.stop, signal });
       if (!options.json && options.prompt !== undefined) stdout.write(options.prompt);
       let text = "";
+      let firstMs = 0;
       for await (const piece of run.pieces) {
+        firstMs ||= performance.now(); // since the process started
         text += piece;
         if (!options.json) stdout.write(piece);
       }
       const { stats } = generator;
       const speed = (1000 * Math.max(0, stats.tokens - 1)) / Math.max(stats.decodeMs, 1e-9);
       const summary = {
-        text, tokens: run.tokens, prompt_tokens: stats.promptTokens, prefill_ms: stats.prefillMs,
+        text, tokens: run.tokens, prompt_tokens: stats.promptTokens, first_token_ms: firstMs,
+        compile_ms: pipelines.compileMs, prefill_ms: stats.prefillMs,
         decode_ms: stats.decodeMs, tokens_per_s: speed,
         weights: options.weights, weight_bytes: weightBytes,
         passes: stats.passes, drafted: stats.drafted, accepted: stats.accepted,
@@ -97,7 +115,8 @@ export const generate = defineCommand({
         stderr.write(colours(wantsColour(stderr, env)).dim(
           `${stats.tokens} tokens, ${speed.toFixed(1)} tokens/s after a prompt of ${stats.promptTokens} in ` +
           `${stats.prefillMs.toFixed(0)} ms${drafts}, ${(weightBytes / 2 ** 20).toFixed(1)} MiB of ${options.weights} ` +
-          `weights, on ${device.info.id}\n`));
+          `weights, on ${device.info.id}; the first after ${(firstMs / 1000).toFixed(2)} s in all, kernels compiled ` +
+          `for ${(pipelines.compileMs / 1000).toFixed(2)} s\n`));
       }
       generator.dispose();
     } finally {
