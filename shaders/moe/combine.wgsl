@@ -1,6 +1,7 @@
 // Sum over the K rows of each token, in the order of k:
 //   out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]]   (condition `weighted`)
 //   out[t] = sum_k y[token_slot[t * K + k]]                       (otherwise; the backward pass of permute)
+// added to base[t] under the condition `based`.
 //
 //   y [T * K, D], topk_weight [T, K] -> out [T, D], in elements of V: vec4f where D is a multiple of 4
 //
@@ -24,6 +25,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> token_slot: array<u32>;
 @if(weighted) @group(0) @binding(2) var<storage, read> topk_weight: array<f32>;
 @group(0) @binding(3) var<storage, read_write> out: array<V>;
+@if(based) @group(0) @binding(4) var<storage, read> base: array<V>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 @compute @workgroup_size(WG)
@@ -57,6 +59,10 @@ fn combine(
       s3 += w * y[row + c3];
     }
     let at = token * params.cols + c;
+    @if(based) { s0 += base[at]; }
+    @if(based) { s1 += base[token * params.cols + c1]; }
+    @if(based) { s2 += base[token * params.cols + c2]; }
+    @if(based) { s3 += base[token * params.cols + c3]; }
     out[at] = s0;
     if (c + step < params.cols) { out[at + step] = s1; }
     if (c + 2u * step < params.cols) { out[at + 2u * step] = s2; }

@@ -1298,6 +1298,7 @@ export const manifest = {
       y: { binding: 0, access: "read" },
       token_slot: { binding: 1, access: "read" },
       out: { binding: 3, access: "read_write" },
+      base: { binding: 4, access: "read" },
       topk_weight: { binding: 2, access: "read" },
     },
     params: {
@@ -1309,9 +1310,9 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: ["vec4","weighted"],
+    conditions: ["based","vec4","weighted"],
     entries: {
-      combine: ["out","params","token_slot","topk_weight","y"],
+      combine: ["base","out","params","token_slot","topk_weight","y"],
     },
   },
   "moe/expert_bias": {

@@ -1,5 +1,4 @@
 import { recompute } from "../autograd/recompute.ts";
-import { add } from "../ops/elementwise.ts";
 import { rms_norm } from "../ops/rms_norm.ts";
 import type { Device } from "../tensor/device.ts";
 import { scope } from "../tensor/scope.ts";
@@ -54,8 +53,7 @@ export class Block {
       const normed = rms_norm(x, this.norm, this.eps);
       if (mixer instanceof Mamba2) return mixer.forward(normed, context, cache as Mamba2Cache | null, x);
       if (mixer instanceof Attention) return mixer.forward(normed, context, cache as KVCache | null, x);
-      if (mixer instanceof MLP) return mixer.forward(normed, x);
-      return add(x, mixer.forward(normed, context));
+      return mixer instanceof MLP ? mixer.forward(normed, x) : mixer.forward(normed, context, x);
     });
   }
 }

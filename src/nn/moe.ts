@@ -1,7 +1,6 @@
-import { relu2 } from "../ops/elementwise.ts";
 import { grouped_linear } from "../ops/grouped_linear.ts";
 import { linear } from "../ops/linear.ts";
-import { moe_permute, moe_plan, moe_unpermute } from "../ops/moe.ts";
+import { moe_plan, moe_unpermute } from "../ops/moe.ts";
 import { router } from "../ops/router.ts";
 import { promote } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
@@ -62,8 +61,8 @@ export class MoE {
       : null;
   }
 
-  /** (batch, seqlen, hidden) -> (batch, seqlen, hidden) */
-  forward(x_BLD: Tensor, context: ForwardContext): Tensor {
+  /** (batch, seqlen, hidden) -> (batch, seqlen, hidden), plus the residual */
+  forward(x_BLD: Tensor, context: ForwardContext, residual: Tensor | null = null): Tensor {
     const { hidden, n_routed_experts: E, num_experts_per_tok: K, n_group, topk_group, norm_topk_prob } =
       this.sizes;
     const x_TD = x_BLD.reshape([-1, hidden]);
@@ -74,12 +73,12 @@ export class MoE {
     context.routing?.push(promote({ layer: this.path, logits, weight, index }));
     const plan = moe_plan(index, E);
     const inner = this.latent ? linear(x_TD, this.latent.fc1, this.latent.fc1_bias) : x_TD;
-    const expert_in = moe_permute(inner, plan, K);
-    const up = grouped_linear(expert_in, this.up, plan.offsets);
-    const expert_out = grouped_linear(relu2(up), this.down, plan.offsets);
+    const up = grouped_linear(inner, this.up, plan.offsets, { permute: { ...plan, topk: K }, activation: "relu2" });
+    const expert_out = grouped_linear(up, this.down, plan.offsets);
+    const rest = residual && residual.reshape([-1, hidden]);
+    const base = this.shared ? this.shared.forward(x_TD, rest) : rest;
+    if (!this.latent) return moe_unpermute(expert_out, weight, plan, base).reshape(x_BLD.shape);
     const combined = moe_unpermute(expert_out, weight, plan);
-    const routed = this.latent ? linear(combined, this.latent.fc2, this.latent.fc2_bias) : combined;
-    const out = this.shared ? this.shared.forward(x_TD, routed) : routed;
-    return out.reshape(x_BLD.shape);
+    return linear(combined, this.latent.fc2, this.latent.fc2_bias, base).reshape(x_BLD.shape);
   }
 }

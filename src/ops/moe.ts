@@ -137,45 +137,55 @@ export const moe_permute = defineOp({
   backward({ token_slot, shape, K }: { token_slot: Tensor; shape: readonly number[]; K: number }, [dy]) {
     if (!dy) return [];
     const dx = dy.device.empty(shape);
-    // Without the condition `weighted` the weights are bound but never read, so any tensor will do.
-    combine(dy, token_slot, token_slot, dx, K, []);
+    combine(dy, token_slot, null, null, dx, K);
     return [dx];
   },
 });
 
-function combine(
-  y: Tensor, token_slot: Tensor, topk_weight: Tensor, out: Tensor, topk: number, weighted: ("weighted")[],
+/** out[t] = base[t] + sum of the rows of token t, times their weights where there are any. */
+export function combine(
+  y: Tensor, token_slot: Tensor, topk_weight: Tensor | null, base: Tensor | null, out: Tensor, topk: number,
 ): void {
   const [tokens, D] = out.shape as [number, number];
   const { cols, parts, conditions } = columns(D, out.device.info.isSoftware ? 16 : 4);
   launch("moe/combine", {
-    bind: { y, token_slot, topk_weight, out }, params: { tokens, cols, parts, topk },
-    conditions: [...conditions, ...weighted],
+    // What is not read has to be bound all the same.
+    bind: { y, token_slot, topk_weight: topk_weight ?? y, base: base ?? y, out },
+    params: { tokens, cols, parts, topk },
+    conditions: [
+      ...conditions, ...(topk_weight ? ["weighted" as const] : []), ...(base ? ["based" as const] : []),
+    ],
     workgroups: groupsFor(D === 0 ? 0 : tokens * parts),
   });
 }
 
 /**
- * Adds the rows of each token in the order of k: out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]].
+ * Adds the rows of each token in the order of k: out[t] = base[t] + sum_k topk_weight[t, k] * y[slot], with
+ * slot = token_slot[t * K + k].
  *
  * @param y            f32 [T * K, D], rows in expert order
  * @param topk_weight  f32 [T, K]
- * @returns f32 [T, D]; differentiable in y and topk_weight
+ * @param base         f32 [T, D], or null
+ * @returns f32 [T, D]; differentiable in y, topk_weight and base
  * @throws ShapeError for row counts that do not belong together
  */
 export const moe_unpermute = defineOp({
   name: "moe_unpermute",
-  forward(ctx, y: Tensor, topk_weight: Tensor, plan: MoePlan): Tensor {
+  forward(ctx, y: Tensor, topk_weight: Tensor, plan: MoePlan, base: Tensor | null = null): Tensor {
     check(topk_weight.shape.length === 2, "moe_unpermute", "topk_weight", "[T, K]", topk_weight);
     const [T, K] = topk_weight.shape as [number, number];
     check(y.shape.length === 2 && y.shape[0] === T * K, "moe_unpermute", "y", `[${T * K}, D]`, y);
     checkPlan("moe_unpermute", plan, T * K);
-    const out = y.device.empty([T, y.shape[1]!]);
-    combine(y, plan.token_slot, topk_weight, out, K, ["weighted"]);
+    const shape = [T, y.shape[1]!];
+    if (base) check(base.shape.join() === shape.join(), "moe_unpermute", "base", `[${shape.join(", ")}]`, base);
+    const out = y.device.empty(shape);
+    combine(y, plan.token_slot, topk_weight, base, out, K);
     ctx.save({ y, topk_weight, token_slot: plan.token_slot });
     return out;
   },
-  backward({ y, topk_weight, token_slot }: { y: Tensor; topk_weight: Tensor; token_slot: Tensor }, [dout]) {
+  backward(
+    { y, topk_weight, token_slot }: { y: Tensor; topk_weight: Tensor; token_slot: Tensor }, [dout], needs,
+  ) {
     if (!dout) return [];
     const dy = y.device.empty(y.shape);
     const dweight = y.device.empty(topk_weight.shape);
@@ -187,6 +197,6 @@ export const moe_unpermute = defineOp({
       params: { choices, cols, topk: topk_weight.shape[1]! }, conditions, constants: { LANES },
       workgroups: groupsFor(choices * LANES),
     });
-    return [dy, dweight];
+    return [dy, dweight, null, needs[3] ? dout : null];
   },
 });

@@ -72,10 +72,12 @@ export function moe_permute_vjp(
 }
 
 /** out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]]; y [T * K, D], topk_weight [T, K]; [T, D]. */
-export function moe_unpermute(y: NdArray, topk_weight: NdArray, { token_slot }: Plan): NdArray {
+export function moe_unpermute(
+  y: NdArray, topk_weight: NdArray, { token_slot }: Plan, base: NdArray | null = null,
+): NdArray {
   const [T, K] = topk_weight.shape as [number, number];
   const D = y.shape[1]!;
-  const out = ndarray([T, D]);
+  const out = ndarray([T, D], base?.data.slice());
   token_slot.data.forEach((slot, choice) => {
     const t = Math.floor(choice / K);
     for (let d = 0; d < D; d++) out.data[t * D + d]! += topk_weight.data[choice]! * y.data[slot * D + d]!;
@@ -85,7 +87,7 @@ export function moe_unpermute(y: NdArray, topk_weight: NdArray, { token_slot }: 
 
 /** dy[slot] = topk_weight * dout[t]; dtopk_weight[t, k] = dot(dout[t], y[slot]). */
 export function moe_unpermute_vjp(
-  [dout]: Grads, y: NdArray, topk_weight: NdArray, { token_slot }: Plan,
+  [dout]: Grads, y: NdArray, topk_weight: NdArray, { token_slot }: Plan, base: NdArray | null = null,
 ): (NdArray | null)[] {
   const K = topk_weight.shape[1]!;
   const D = y.shape[1]!;
@@ -100,5 +102,5 @@ export function moe_unpermute_vjp(
       }
     });
   }
-  return [dy, dweight, null];
+  return [dy, dweight, null, (base && dout) ?? null];
 }

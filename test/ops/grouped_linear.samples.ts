@@ -15,6 +15,28 @@ function grouped(name: string, counts: number[], [N, K]: [number, number], ...op
   };
 }
 
+/** Rows of tokens, of which each goes to `topk` experts in some order. */
+function permuted(name: string, counts: number[], widths: [number, number], topk: number, options = {}): Sample {
+  const S = counts.reduce((a, b) => a + b, 0);
+  const plain = grouped(name, counts, widths);
+  return {
+    ...plain,
+    args: (r) => {
+      const [, weight, offsets] = plain.args(r) as [unknown, unknown, unknown];
+      const order = Array.from({ length: S }, (_, i) => i);
+      for (let i = S - 1; i > 0; i--) {
+        const j = Math.floor(r.next() * (i + 1));
+        [order[i], order[j]] = [order[j]!, order[i]!];
+      }
+      const inverse = order.map((_, choice) => order.indexOf(choice));
+      return [
+        r.normal([S / topk, widths[1]]), weight, offsets,
+        { ...options, permute: { slot_token: r.of([S], order, "u32"), token_slot: r.of([S], inverse, "u32"), topk } },
+      ];
+    },
+  };
+}
+
 /** The same with some arguments stored in a half. */
 function halves(sample: Sample, positions: number[], dtype: "f16" | "bf16"): Sample {
   return {
@@ -47,6 +69,13 @@ export default opSamples({
       halves(grouped(`few rows, weights in ${dtype}`, [1, 0, 2], [18, 20]), [1], dtype),
       halves({ ...grouped(`all in ${dtype}`, uneven, [20, 16]), ...rounded(dtype) }, [0, 1], dtype),
     ]),
+    grouped("relu2", uneven, [20, 16], { activation: "relu2" }),
+    grouped("relu2, few rows", [1, 0, 2], [18, 20], { activation: "relu2" }),
+    permuted("in the order of tokens", [5, 0, 17, 2], [20, 16], 3),
+    permuted("in the order of tokens, odd widths", [5, 0, 17, 2], [19, 13], 2),
+    permuted("in the order of tokens, relu2", [5, 0, 17, 2], [20, 16], 4, { activation: "relu2" }),
+    permuted("in the order of tokens, few rows", [1, 0, 2, 1], [18, 20], 2, { activation: "relu2" }),
+    permuted("in the order of tokens, workgroup tile", [5, 0, 70, 1], [70, 12], 2, { kernel: "tile" }),
     grouped("no rows", [0, 0, 0], [8, 12]),
   ],
   errors: [

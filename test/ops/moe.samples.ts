@@ -125,8 +125,21 @@ export default [
         args: (r) => [r.normal([38, 300]), r.normal([19, 2]), plan(r, 19, 2, 8)], reduction: 300,
       },
       { name: "22 of 32", args: (r) => [r.normal([110, 4]), r.normal([5, 22]), plan(r, 5, 22, 32)] },
+      {
+        name: "added to a base",
+        args: (r) => [r.normal([38, 100]), r.normal([19, 2]), plan(r, 19, 2, 8), r.normal([19, 100])],
+      },
+      {
+        name: "added to a base, odd width",
+        args: (r) => [r.normal([38, 77]), r.normal([19, 2]), plan(r, 19, 2, 8), r.normal([19, 77])],
+      },
     ],
     errors: [
+      {
+        name: "a base of another shape",
+        args: (r) => [r.normal([6, 4]), r.normal([3, 2]), plan(r, 3, 2, 4), r.normal([3, 5])],
+        message: /moe_unpermute.*base.*\[3, 4\].*\[3, 5\]/,
+      },
       {
         name: "rows that do not match the weights",
         args: (r) => [r.normal([5, 4]), r.normal([3, 2]), plan(r, 3, 2, 4)],
