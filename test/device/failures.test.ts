@@ -134,8 +134,8 @@ await onEveryAdapter((device, open) => {
       const { shaderSource } = await vi.importActual<typeof import("../../src/kernel/sources.node.ts")>(
         "../../src/kernel/sources.node.ts");
       const lines = shaderSource("elementwise/add")!.split("\n");
-      const at = lines.findIndex((line) => line.includes("y[i] = a[i] + b[i];"));
-      lines[at] = "      y[i] = a[i] + undefined_name;";
+      const at = lines.findIndex((line) => line.includes("y[j] = a[j] + b[j];"));
+      lines[at] = "        y[j] = a[j] + undefined_name;";
       changed.set("elementwise/add", lines.join("\n"));
       try {
         const x = fresh.zeros([4]);
