@@ -10,6 +10,10 @@
 // One workgroup computes one row of out: lane i walks over the keys i, i + WG, ... with an online softmax in
 // registers, and the lanes' results are combined in the order of the lanes. Masks are lengths here, so no
 // infinity arises; an idle lane has weight zero.
+//
+// Condition `parts`: the keys are cut into parts of `length`, a workgroup has one of them, and out is
+// [B, L, Hq, nparts, HEAD_VEC4 + 1] of vec4f: what decode_merge puts together. Parts beyond the last key are
+// left as they are. Otherwise there is one part.
 import package::lib::index::workgroup_index;
 
 override WG: u32 = 8;
@@ -22,6 +26,8 @@ struct Params {
   nheads: u32,
   nkv_heads: u32,
   head_dim: u32,
+  length: u32,
+  nparts: u32,
   scale: f32,
 }
 
@@ -32,7 +38,7 @@ struct Params {
 @else @group(0) @binding(2) var<storage, read> key: array<f32>;
 @if(vec4) @group(0) @binding(3) var<storage, read> value: array<vec4f>;
 @else @group(0) @binding(3) var<storage, read> value: array<f32>;
-@if(vec4) @group(0) @binding(4) var<storage, read_write> out: array<vec4f>;
+@if(vec4 || parts) @group(0) @binding(4) var<storage, read_write> out: array<vec4f>;
 @else @group(0) @binding(4) var<storage, read_write> out: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
@@ -78,7 +84,7 @@ fn value_at(row: u32, d: u32) -> vec4f {
   return value[row * params.head_dim + d];
 }
 
-fn store(row: u32, d: u32, x: vec4f) {
+@if(!parts) fn store(row: u32, d: u32, x: vec4f) {
   @if(vec4) { out[row * HEAD_VEC4 + d] = x; }
   @else {
     for (var i = 0u; i < 4u; i++) {
@@ -92,20 +98,24 @@ fn decode_attention(
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
   @builtin(local_invocation_index) lane: u32,
 ) {
-  let row = workgroup_index(wid, nwg); // (b * L + t) * Hq + h
-  if (row >= params.rows) { return; }
+  let group = workgroup_index(wid, nwg);
+  let row = group % params.rows; // (b * L + t) * Hq + h
+  let part = group / params.rows;
+  if (part >= params.nparts) { return; }
   let head = row % params.nheads;
   let t = row / params.nheads % params.seqlen;
   let b = row / (params.nheads * params.seqlen);
   let first = (b * params.nkv_heads + head / (params.nheads / params.nkv_heads)) * params.capacity;
-  let count = min(position[0] + t + 1u, params.capacity);
+  let begin = part * params.length;
+  let end = min(begin + params.length, min(position[0] + t + 1u, params.capacity));
+  if (begin >= end) { return; }
 
   var query: array<vec4f, MAX_VEC4>;
   var sum: array<vec4f, MAX_VEC4>;
   for (var d = 0u; d < HEAD_VEC4; d++) { query[d] = params.scale * query_at(row, d); }
   var peak = -1e30;
   var weight = 0.0;
-  for (var j = lane; j < count; j += WG) {
+  for (var j = begin + lane; j < end; j += WG) {
     var dots = vec4f();
     for (var d = 0u; d < HEAD_VEC4; d++) { dots += query[d] * key_at(first + j, d); }
     let score = dots.x + dots.y + dots.z + dots.w;
@@ -128,6 +138,12 @@ fn decode_attention(
   for (var d = lane; d < HEAD_VEC4; d += WG) {
     var x = vec4f();
     for (var i = 0u; i < WG; i++) { x += exp(largest[i] - top) * partial[i * HEAD_VEC4 + d]; }
-    store(row, d, x / all);
+    @if(parts) { out[(row * params.nparts + part) * (HEAD_VEC4 + 1u) + d] = x; }
+    @else { store(row, d, x / all); }
+  }
+  @if(parts) {
+    if (lane == 0u) {
+      out[(row * params.nparts + part) * (HEAD_VEC4 + 1u) + HEAD_VEC4] = vec4f(top, all, 0.0, 0.0);
+    }
   }
 }

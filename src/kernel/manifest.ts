@@ -204,15 +204,69 @@ export const manifest = {
       nheads: "u32",
       nkv_heads: "u32",
       head_dim: "u32",
+      length: "u32",
+      nparts: "u32",
       scale: "f32",
     },
     overrides: {
       WG: "u32",
       HEAD_VEC4: "u32",
     },
-    conditions: ["vec4","wide"],
+    conditions: ["parts","vec4","wide"],
     entries: {
       decode_attention: ["key","out","params","position","q","value"],
+    },
+  },
+  "attention/decode_attention_team": {
+    bindings: {
+      q: { binding: 0, access: "read" },
+      position: { binding: 1, access: "read" },
+      key: { binding: 2, access: "read" },
+      value: { binding: 3, access: "read" },
+      out: { binding: 4, access: "read_write" },
+    },
+    params: {
+      batch: "u32",
+      seqlen: "u32",
+      capacity: "u32",
+      nheads: "u32",
+      nkv_heads: "u32",
+      length: "u32",
+      nparts: "u32",
+      scale: "f32",
+      four: "u32",
+    },
+    overrides: {
+      WG: "u32",
+      HEAD_VEC4: "u32",
+    },
+    conditions: ["octo","parts","subgroups"],
+    entries: {
+      decode_attention_team: ["key","out","params","position","q","value"],
+    },
+  },
+  "attention/decode_merge": {
+    bindings: {
+      parts: { binding: 0, access: "read" },
+      position: { binding: 1, access: "read" },
+      out: { binding: 2, access: "read_write" },
+    },
+    params: {
+      rows: "u32",
+      seqlen: "u32",
+      capacity: "u32",
+      nheads: "u32",
+      head_dim: "u32",
+      length: "u32",
+      nparts: "u32",
+    },
+    overrides: {
+      WG: "u32",
+      HEAD_VEC4: "u32",
+    },
+    conditions: ["vec4"],
+    entries: {
+      decode_merge: ["out","params","parts","position"],
     },
   },
   "attention/kv_cache": {

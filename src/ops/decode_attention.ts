@@ -4,6 +4,11 @@ import type { Tensor } from "../tensor/tensor.ts";
 import { defineOp } from "./op.ts";
 
 const WG = 64;
+const MERGE_WG = 32;
+const TEAM_WG = 8; // two quads
+const ONE_PART = 256; // positions of a cache that one launch goes through
+const SHORTEST_PART = 64; // of a longer cache; a multiple of the 16 keys that a quad meets at a time
+const MOST_PARTS = 32;
 
 /**
  * softmax(scale * q K^T) V of new tokens over a cache that holds them already.
@@ -32,18 +37,45 @@ export const decode_attention = defineOp({
       Hkv > 0 && Hq % Hkv === 0, "decode_attention", "the number of key heads", `a divisor of ${Hq}`, Hkv);
     check(
       position.size === 1 && position.dtype === "u32", "decode_attention", "position", "u32 [1]", position);
+    if (capacity === 0) return q.device.zeros(q.shape);
     const out = q.device.empty(q.shape);
+    const { info, hasSubgroups } = q.device;
     const rows = B * L * Hq;
     const HEAD_VEC4 = Math.ceil(Dh / 4);
-    // The lanes' results meet in workgroup memory: 1008 vectors. A processor wants few lanes and barriers.
-    const lanes = Math.min(q.device.info.isSoftware ? 4 : 16, Math.floor(1008 / HEAD_VEC4));
-    const conditions: ("vec4" | "wide")[] = Dh % 4 === 0 ? ["vec4"] : [];
-    if (HEAD_VEC4 > 16) conditions.push("wide");
-    launch("attention/decode_attention", {
-      bind: { q, key: k_cache, value: v_cache, position, out },
-      params: { rows, seqlen: L, capacity, nheads: Hq, nkv_heads: Hkv, head_dim: Dh, scale },
-      constants: { WG: lanes, HEAD_VEC4 }, conditions, workgroups: [rows],
-    });
+    // The parts follow from the capacity alone: a captured step serves every position.
+    const needed = Math.max(SHORTEST_PART, 16 * Math.ceil(capacity / (16 * MOST_PARTS)));
+    const length = capacity <= ONE_PART ? capacity : needed;
+    const nparts = Math.ceil(capacity / length);
+    const divided = nparts > 1;
+    const sums = divided ? q.device.empty([rows, nparts, HEAD_VEC4 + 1, 4]) : out;
+    const bind = { q, key: k_cache, value: v_cache, position, out: sums };
+    const params = { seqlen: L, capacity, nheads: Hq, nkv_heads: Hkv, length, nparts, scale };
+    const parts = divided ? ["parts" as const] : [];
+    if (info.isSoftware && hasSubgroups && Dh % 4 === 0) {
+      const teams = B * Hkv * Math.ceil((L * Hq) / Hkv / 4) * Math.ceil(HEAD_VEC4 / 16) * nparts;
+      launch("attention/decode_attention_team", {
+        bind, params: { ...params, batch: B, four: 4 }, constants: { WG: TEAM_WG, HEAD_VEC4 },
+        conditions: ["subgroups", ...parts], workgroups: [rows === 0 ? 0 : Math.ceil((4 * teams) / TEAM_WG)],
+      });
+    } else {
+      // The lanes' results meet in workgroup memory: 1008 vectors. A processor wants few lanes and barriers.
+      const lanes = Math.min(info.isSoftware ? 4 : 16, Math.floor(1008 / HEAD_VEC4));
+      const conditions: ("vec4" | "wide" | "parts")[] = [...parts];
+      if (Dh % 4 === 0) conditions.push("vec4");
+      if (HEAD_VEC4 > 16) conditions.push("wide");
+      launch("attention/decode_attention", {
+        bind, params: { ...params, rows, head_dim: Dh }, constants: { WG: lanes, HEAD_VEC4 }, conditions,
+        workgroups: [rows * nparts],
+      });
+    }
+    if (divided) {
+      launch("attention/decode_merge", {
+        bind: { parts: sums, position, out },
+        params: { rows, seqlen: L, capacity, nheads: Hq, head_dim: Dh, length, nparts },
+        constants: { WG: MERGE_WG, HEAD_VEC4 }, conditions: Dh % 4 === 0 ? ["vec4"] : [],
+        workgroups: [Math.ceil((rows * HEAD_VEC4) / MERGE_WG)],
+      });
+    }
     return out;
   },
 });
