@@ -1,5 +1,5 @@
 /** Reverse-mode differentiation over recorded ops. */
-import { add } from "../ops/elementwise.ts";
+import { accumulate as addTo, add } from "../ops/elementwise.ts";
 import { noGrad, recordOps, type OpRecord } from "../ops/op.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
@@ -23,15 +23,16 @@ export class Tape {
 
   /**
    * Walks back from `outputs` with the gradients `seeds` (for a scalar loss: a tensor of one element, 1).
+   * @param places where the gradients of leaves are put, by the leaf's key; elsewhere those of other leaves
    * @returns the gradients of all leaves that require one and were reached. The tape is empty afterwards.
    */
-  backward(outputs: readonly Tensor[], seeds: readonly Tensor[]): GradientMap {
+  backward(outputs: readonly Tensor[], seeds: readonly Tensor[], places?: GradientMap): GradientMap {
     const gradients: GradientMap = new Map();
     const produced = new Set(this.#records.flatMap((record) => record.outputs.map((output) => output.key)));
     try {
       outputs.forEach((output, i) => accumulate(gradients, output.key, seeds[i]!.retain()));
       for (let record = this.#records.pop(); record; record = this.#records.pop()) {
-        walkBack(record, gradients);
+        walkBack(record, gradients, places);
       }
     } catch (error) {
       for (const gradient of gradients.values()) gradient.release();
@@ -53,7 +54,7 @@ export class Tape {
 }
 
 /** Turns the gradients of one op's outputs into those of its inputs, and frees what the op saved. */
-function walkBack(record: OpRecord, gradients: GradientMap): void {
+function walkBack(record: OpRecord, gradients: GradientMap, places?: GradientMap): void {
   const incoming = record.outputs.map(({ key }) => {
     const gradient = gradients.get(key) ?? null;
     gradients.delete(key);
@@ -66,7 +67,7 @@ function walkBack(record: OpRecord, gradients: GradientMap): void {
       const results = record.backward(shaped);
       for (const { key, argument } of record.inputs) {
         const result = results[argument];
-        if (result) accumulate(gradients, key, result.retain());
+        if (result) accumulate(gradients, key, result.retain(), places?.get(key));
       }
     });
   } finally {
@@ -75,9 +76,19 @@ function walkBack(record: OpRecord, gradients: GradientMap): void {
   }
 }
 
-/** Adds to the gradient under `key`; takes over the caller's reference. */
-function accumulate(gradients: GradientMap, key: number, gradient: Tensor): void {
+/** Adds to the gradient under `key`, in its place if it has one; takes over the caller's reference. */
+function accumulate(gradients: GradientMap, key: number, gradient: Tensor, place?: Tensor): void {
   const existing = gradients.get(key);
+  if (place) {
+    if (!existing) gradients.set(key, place.retain());
+    try {
+      if (!existing) place.copyFrom(gradient);
+      else scope(() => noGrad(() => addTo(place, gradient.reshape(place.shape))));
+    } finally {
+      gradient.release();
+    }
+    return;
+  }
   if (!existing) {
     gradients.set(key, gradient);
     return;

@@ -150,6 +150,11 @@ export class BufferPool {
     return taken;
   }
 
+  /** Most bytes of one buffer. */
+  get largestBytes(): number {
+    return this.#maxBuffer;
+  }
+
   retain(buffer: PooledBuffer): void {
     buffer.refs++;
   }

@@ -1654,18 +1654,17 @@ export const manifest = {
       v: { binding: 3, access: "read_write" },
       hyper: { binding: 4, access: "read" },
       grad_scale: { binding: 5, access: "read" },
+      slabs: { binding: 6, access: "read" },
     },
     params: {
       count: "u32",
-      decay: "u32",
     },
     overrides: {
       WG: "u32",
-      EACH: "u32",
     },
-    conditions: ["vec4"],
+    conditions: [],
     entries: {
-      adamw: ["grad","grad_scale","hyper","m","param","params","v"],
+      adamw: ["grad","grad_scale","hyper","m","param","params","slabs","v"],
     },
   },
   "optim/global_norm": {

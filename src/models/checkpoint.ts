@@ -12,7 +12,7 @@ import { listParameters, type Parameter, resolveTensors, tensorsOf } from "./che
 import { type NemotronHConfig, serialiseConfig } from "./config.ts";
 import type { HostArray, Outputs } from "./evaluate.ts";
 import { NemotronH } from "./nemotron_h.ts";
-import { checkFits, storeParameter, type WeightFormat } from "./parameters.ts";
+import { checkFits, storeParameter, trainableParameters, type WeightFormat } from "./parameters.ts";
 
 /**
  * Finds every parameter in a checkpoint and hands it over, one after the other.
@@ -51,13 +51,14 @@ export async function loadModel(
   }
   checkFits(device, config, weights);
   const reader = await openTensors(folder);
-  const parameters = new Map<string, Weight>();
+  let parameters = new Map<string, Weight>();
   try {
+    if (trainable) parameters = unscoped(() => trainableParameters(device, config));
     await readParameters(config, reader, async (name, values, parameter) => {
       const data = await values();
-      const tensor = unscoped(() => storeParameter(device, parameter, data, weights));
-      if (tensor instanceof Tensor) tensor.requiresGrad = trainable && parameter.trainable;
-      parameters.set(name, tensor);
+      const made = parameters.get(name);
+      if (made instanceof Tensor) made.write(data);
+      else parameters.set(name, unscoped(() => storeParameter(device, parameter, data, weights)));
     }, folder.name);
     return new NemotronH(config, parameters);
   } catch (error) {

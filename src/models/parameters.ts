@@ -13,6 +13,7 @@ import { sizeOf } from "../tensor/ndarray.ts";
 import { fillNormal, fillUniform, type RandomKey } from "../tensor/philox.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
 import { storageBytes, type Tensor } from "../tensor/tensor.ts";
+import { together } from "../tensor/together.ts";
 import { type Parameter, type ParameterKind, listParameters } from "./checkpoint_names.ts";
 import type { NemotronHConfig } from "./config.ts";
 
@@ -57,12 +58,27 @@ export function checkFits(device: Device, config: NemotronHConfig, weights: Weig
  */
 export function createParameters(device: Device, config: NemotronHConfig, seed: number): Map<string, Tensor> {
   checkFits(device, config);
-  return unscoped(() => new Map(listParameters(config).map((parameter, i) => {
-    const tensor = device.tensor(
-      initialValues(config, parameter, { seed, stream: i, step: 0 }), parameter.shape);
-    tensor.requiresGrad = parameter.trainable;
-    return [parameter.name, tensor];
-  })));
+  return unscoped(() => {
+    const parameters = trainableParameters(device, config);
+    listParameters(config).forEach((parameter, i) => {
+      parameters.get(parameter.name)!.write(initialValues(config, parameter, { seed, stream: i, step: 0 }));
+    });
+    return parameters;
+  });
+}
+
+/**
+ * All parameters of a model, of any contents, by canonical name. Those that are trained lie side by side, so
+ * that one launch updates all of them.
+ */
+export function trainableParameters(device: Device, config: NemotronHConfig): Map<string, Tensor> {
+  const list = listParameters(config);
+  const trained = together(device, list.filter(({ trainable }) => trainable).map(({ shape }) => shape)).values();
+  return new Map(list.map(({ name, shape, trainable }) => {
+    const tensor = trainable ? trained.next().value! : device.empty(shape);
+    tensor.requiresGrad = trainable;
+    return [name, tensor];
+  }));
 }
 
 /** The same draws for a model that only runs, with its matrices in a format: see `storeParameter`. */

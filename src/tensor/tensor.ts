@@ -95,8 +95,28 @@ export class Tensor implements BufferView {
     if (sizeOf(shape) > this.size) {
       throw new ShapeError(`prefix: [${this.shape}] is smaller than [${shape}].`);
     }
+    return this.#view(this.byteOffset, shape);
+  }
+
+  /**
+   * Elements under another shape, from number `first` on, a multiple of 64: what a kernel binds starts at a
+   * multiple of 256 bytes. Shares memory, but not the gradient.
+   * @throws ShapeError when they do not lie in this tensor, or start elsewhere; DTypeError for halves.
+   */
+  range(first: number, shape: readonly number[]): Tensor {
+    if (isHalf(this.dtype)) {
+      throw new DTypeError(`range: expected elements of four bytes, found ${this.dtype}.`);
+    }
+    if (first % 64 !== 0 || first < 0 || first + sizeOf(shape) > this.size) {
+      throw new ShapeError(
+        `range: expected [${shape}] from a multiple of 64 in [${this.shape}], found one from ${first}.`);
+    }
+    return this.#view(this.byteOffset + 4 * first, shape);
+  }
+
+  #view(byteOffset: number, shape: readonly number[]): Tensor {
     this.device.pool.retain(this.storage);
-    return new Tensor(this.device, this.storage, this.byteOffset, [...shape], this.dtype);
+    return new Tensor(this.device, this.storage, byteOffset, [...shape], this.dtype);
   }
 
   retain(): this {

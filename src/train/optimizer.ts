@@ -1,9 +1,10 @@
 import type { GradientMap } from "../autograd/tape.ts";
-import { adamw } from "../ops/adamw.ts";
+import type { PooledBuffer } from "../gpu/pool.ts";
+import { adamw, stretchTable } from "../ops/adamw.ts";
 import { clip_scale, global_norm } from "../ops/global_norm.ts";
 import type { Device } from "../tensor/device.ts";
 import { unscoped } from "../tensor/scope.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { Tensor } from "../tensor/tensor.ts";
 
 export interface AdamWOptions {
   /** Decay rates of the two moments. */
@@ -17,25 +18,56 @@ export interface AdamWOptions {
   readonly decays?: (name: string, parameter: Tensor) => boolean;
 }
 
+/** Parameters that lie in one buffer, and what belongs to them, laid out as they are. */
+interface Group {
+  readonly param: Tensor;
+  readonly grad: Tensor;
+  readonly m: Tensor;
+  readonly v: Tensor;
+  readonly table: Tensor;
+}
+
 /**
  * AdamW over named parameters. All that changes from step to step (learning rate, bias corrections) lies in a
- * small tensor, so that a captured update can be replayed.
+ * small tensor, so that a captured update can be replayed. An update takes one launch for every buffer in
+ * which there are parameters.
  */
 export class AdamW {
   readonly options: AdamWOptions;
   /** First and second moment by parameter name. */
   readonly moments: ReadonlyMap<string, { readonly m: Tensor; readonly v: Tensor }>;
-  readonly #parameters: ReadonlyMap<string, Tensor>;
+  /** Where an update finds gradients, by `Tensor.key` of their parameters; zero until they are written. */
+  readonly gradients: GradientMap = new Map();
+  readonly #groups: Group[] = [];
   readonly #hyper: Tensor;
 
   constructor(device: Device, parameters: ReadonlyMap<string, Tensor>, options: AdamWOptions) {
     this.options = options;
-    this.#parameters = parameters;
-    [this.#hyper, this.moments] = unscoped(() => [
-      device.zeros([8]),
-      new Map([...parameters].map(([name, { shape }]) =>
-        [name, { m: device.zeros(shape), v: device.zeros(shape) }])),
-    ]);
+    const decays = options.decays ?? decaysByDefault;
+    const moments = new Map<string, { m: Tensor; v: Tensor }>();
+    this.#hyper = unscoped(() => {
+      const hyper = device.zeros([8]);
+      for (const members of byBuffer(parameters)) {
+        const start = members[0]![1].byteOffset / 4;
+        const last = members.at(-1)![1];
+        const size = Math.ceil((last.byteOffset / 4 - start + last.size) / 4) * 4;
+        const [grad, m, v] = [device.zeros([size]), device.zeros([size]), device.zeros([size])];
+        const stretches = members.map(([name, parameter]) => {
+          const { key, shape, byteOffset } = parameter;
+          const first = byteOffset / 4 - start;
+          this.gradients.set(key, grad.range(first, shape));
+          moments.set(name, { m: m.range(first, shape), v: v.range(first, shape) });
+          return { first, size: parameter.size, decays: decays(name, parameter) };
+        });
+        const { storage, byteOffset } = members[0]![1];
+        device.pool.retain(storage);
+        const param = new Tensor(device, storage, byteOffset, [size], "f32");
+        this.#groups.push({ param, grad, m, v, table: stretchTable(device, stretches) });
+      }
+      return hyper;
+    });
+    // In the order of the parameters: files list them so.
+    this.moments = new Map([...parameters.keys()].map((name) => [name, moments.get(name)!]));
   }
 
   /** Sets the learning rate of update number `step` (from 0). */
@@ -48,26 +80,46 @@ export class AdamW {
   }
 
   /**
-   * Records one update of every parameter that has a gradient; one without counts as zero and still decays.
+   * Records one update of every parameter; one without a gradient counts as zero and still decays.
+   * @param gradients by `Tensor.key`; what does not lie in its place in `this.gradients` is copied there
    * @returns the global gradient norm before clipping, [1]
    */
   update(gradients: GradientMap): Tensor {
-    // In the order of the parameters, whatever that of the gradients: the sum's last bits depend on it.
-    const norm = global_norm([...this.#parameters.values()].flatMap(({ key }) => gradients.get(key) ?? []));
+    for (const [key, place] of this.gradients) {
+      const gradient = gradients.get(key);
+      if (!gradient) place.clear();
+      else if (gradient.storage !== place.storage) place.copyFrom(gradient);
+    }
+    const norm = global_norm(this.#groups.map(({ grad }) => grad));
     const scale = clip_scale(norm, this.options.clip);
-    const decays = this.options.decays ?? decaysByDefault;
-    for (const [name, parameter] of this.#parameters) {
-      const { m, v } = this.moments.get(name)!;
-      const gradient = gradients.get(parameter.key) ?? parameter.device.zeros(parameter.shape);
-      adamw(parameter, gradient.reshape(parameter.shape), m, v, this.#hyper, scale, decays(name, parameter));
+    for (const { param, grad, m, v, table } of this.#groups) {
+      adamw(param, grad, m, v, table, this.#hyper, scale);
     }
     return norm;
   }
 
+  /** Sets every gradient to zero. */
+  clearGradients(): void {
+    for (const { grad } of this.#groups) grad.clear();
+  }
+
   dispose(): void {
     this.#hyper.dispose();
+    for (const tensor of this.gradients.values()) tensor.dispose();
     for (const { m, v } of this.moments.values()) for (const tensor of [m, v]) tensor.dispose();
+    for (const group of this.#groups) for (const tensor of Object.values(group)) tensor.dispose();
   }
+}
+
+/** Parameters with those of one buffer side by side, in the order in which they lie there. */
+function byBuffer(parameters: ReadonlyMap<string, Tensor>): [string, Tensor][][] {
+  const groups = new Map<PooledBuffer, [string, Tensor][]>();
+  for (const [name, parameter] of parameters) {
+    const group = groups.get(parameter.storage);
+    if (group) group.push([name, parameter]);
+    else groups.set(parameter.storage, [[name, parameter]]);
+  }
+  return [...groups.values()].map((group) => group.sort(([, a], [, b]) => a.byteOffset - b.byteOffset));
 }
 
 /** Matrices decay; norms, biases and the scalars of the state space (A_log, D, dt_bias) do not. */

@@ -61,7 +61,6 @@ interface Captured {
   readonly scalars: Tensor;
   /** Tokens per expert, one u32 tensor per MoE layer. */
   readonly loads: readonly Tensor[];
-  readonly sums: GradientMap;
   /** d total / d loss of one micro-batch. */
   readonly seed: Tensor;
 }
@@ -108,7 +107,8 @@ export class Trainer {
     this.optimizer.prepare(this.steps, lr);
     const captured = (this.#captured ??= this.#capture());
     if (captured.update) {
-      for (const tensor of [captured.scalars, ...captured.loads, ...captured.sums.values()]) tensor.clear();
+      for (const tensor of [captured.scalars, ...captured.loads]) tensor.clear();
+      this.optimizer.clearGradients();
     }
     for (const batch of batches) {
       this.#write(batch);
@@ -129,7 +129,7 @@ export class Trainer {
     };
   }
 
-  /** Memory of a micro-batch's activations and gradients; null before the first step. */
+  /** Memory of a micro-batch's activations; null before the first step. */
   get memory(): GraphMemory | null {
     return this.#captured?.micro.memory ?? null;
   }
@@ -157,8 +157,8 @@ export class Trainer {
     }
     this.#evaluation?.loss.dispose();
     if (this.#captured) {
-      const { scalars, loads, sums, seed } = this.#captured;
-      for (const tensor of [scalars, seed, ...loads, ...sums.values()]) tensor.dispose();
+      const { scalars, loads, seed } = this.#captured;
+      for (const tensor of [scalars, seed, ...loads]) tensor.dispose();
     }
     this.optimizer.dispose();
     const { input_ids, targets, seq_idx, mtp } = this.#inputs;
@@ -177,17 +177,11 @@ export class Trainer {
       const scalars = device.zeros([4 + mtp_depths]);
       const loads = this.#moeLayers().map(({ bias }) => device.zeros(bias.shape, "u32"));
       const seed = device.tensor([1 / micros], []);
-      const sums: GradientMap = new Map();
-      if (micros > 1) {
-        for (const { key, shape, requiresGrad } of this.model.parameters.values()) {
-          if (requiresGrad) sums.set(key, device.zeros(shape));
-        }
-      }
-      const held = { scalars, loads, sums, seed };
+      const held = { scalars, loads, seed };
       const micro = device.capture(() => scope(() => this.#recordMicroBatch(held))).graph;
       if (micros === 1) return { micro, update: null, ...held };
       try {
-        const update = device.capture(() => scope(() => this.#recordUpdate(sums, scalars, loads))).graph;
+        const update = device.capture(() => scope(() => this.#recordUpdate(this.optimizer.gradients, scalars, loads))).graph;
         return { micro, update, ...held };
       } catch (error) {
         device.stream.disposeGraph(micro);
@@ -196,21 +190,22 @@ export class Trainer {
     });
   }
 
-  #recordMicroBatch({ scalars, loads, sums, seed }: Omit<Captured, "micro" | "update">): void {
+  #recordMicroBatch({ scalars, loads, seed }: Omit<Captured, "micro" | "update">): void {
     const { accumulate: micros, mtp_depths } = this.options;
     if (micros === 1) for (const tensor of [scalars, ...loads]) tensor.clear();
     const tape = new Tape();
     let gradients: GradientMap = new Map();
     try {
       const loss = tape.run(() => this.model.loss(this.#inputs, this.options));
-      gradients = tape.backward([loss.total], [seed]);
+      const places = this.optimizer.gradients;
+      gradients = tape.backward([loss.total], [seed], micros === 1 ? places : undefined);
       accumulate(scalars, scale(packScalars(this.#device, loss, mtp_depths), 1 / micros));
       loss.routing.forEach(({ index, layer }) => {
         const i = this.#moeLayers().findIndex(({ path }) => path === layer);
         expert_load(loads[i]!, index);
       });
       if (micros === 1) this.#recordUpdate(gradients, scalars, loads);
-      else for (const [key, sum] of sums) {
+      else for (const [key, sum] of places) {
         const gradient = gradients.get(key);
         if (gradient) accumulate(sum, gradient.reshape(sum.shape));
       }

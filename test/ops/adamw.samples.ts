@@ -3,45 +3,62 @@ import * as ref from "../../src/reference/adamw.ts";
 import { type Draw, opSamples } from "./suite.ts";
 
 /** The state after `step - 1` earlier steps; the corrections belong to the betas as f32 holds them. */
-const args = (shape: number[], step: number, decay: boolean, scale = 1) => (r: Draw) => {
+const args = (size: number, rows: readonly number[], step: number, scale = 1) => (r: Draw) => {
   const [beta1, beta2] = [Math.fround(0.9), Math.fround(0.999)];
   const hyper = [3e-3, beta1, beta2, 1e-8, 0.1, 1 - beta1 ** step, 1 - beta2 ** step, 0];
   const started = step > 1 ? 1 : 0;
-  const [m, v] = [r.normal(shape, 0.1 * started), r.uniform(shape, 0, 0.01 * started)];
-  return [r.normal(shape), r.normal(shape, 0.1), m, v, r.of([8], hyper), r.of([1], [scale]), decay];
+  const [m, v] = [r.normal([size], 0.1 * started), r.uniform([size], 0, 0.01 * started)];
+  const table = r.of([rows.length / 3, 3], rows, "u32");
+  return [r.normal([size]), r.normal([size], 0.1), m, v, table, r.of([8], hyper), r.of([1], [scale])];
 };
 
 /** A call with tensors of these shapes. */
-const shaped = (r: Draw, param: number[], grad: number[], hyper: number[]) => [
-  r.normal(param), r.normal(grad), r.normal(param), r.normal(param), r.normal(hyper), r.normal([1]), true,
+const shaped = (r: Draw, param: number[], grad: number[], table: number[], hyper: number[]) => [
+  r.normal(param), r.normal(grad), r.normal(param), r.normal(param), r.integers(table, 0, 1, "u32"),
+  r.normal(hyper), r.normal([1]),
 ];
 
 export default opSamples({
   op: adamw, reference: ref.adamw,
   samples: [
-    { name: "no elements", args: args([0, 4], 1, true) },
-    { name: "the first step", args: args([8, 12], 1, true) },
-    { name: "a later step", args: args([5, 52], 100, true) },
-    { name: "without decay", args: args([64], 3, false) },
-    { name: "a clipped gradient", args: args([64], 3, true, 0.01) },
-    { name: "an odd size", args: args([7, 11], 2, true) },
-    { name: "one element", args: args([1], 2, true) },
-    { name: "several workgroups and a rest", args: args([3, 1372], 2, true) },
-    { name: "several workgroups of an odd size", args: args([1031], 2, true) },
+    { name: "no elements", args: args(0, [], 1) },
+    { name: "no slabs", args: args(8, [], 1) },
+    { name: "the first step", args: args(96, [0, 24, 1], 1) },
+    { name: "a later step", args: args(260, [0, 65, 1], 100) },
+    { name: "without decay", args: args(64, [0, 16, 0], 3) },
+    { name: "a clipped gradient", args: args(64, [0, 16, 1], 3, 0.01) },
+    { name: "one vector", args: args(4, [0, 1, 1], 2) },
+    { name: "slabs and gaps", args: args(4120, [0, 1, 0, 16, 576, 1, 576, 1029, 0], 2) },
+    { name: "an empty slab", args: args(16, [2, 2, 1, 0, 1, 1], 2) },
     {
       name: "a gradient of zero",
-      args: (r) => args([9], 1, true)(r).with(1, r.normal([9], 0)),
+      args: (r) => args(12, [0, 3, 1], 1)(r).with(1, r.normal([12], 0)),
     },
   ],
   errors: [
     {
+      name: "parameters that are no whole vectors",
+      args: (r) => shaped(r, [6], [6], [1, 3], [8]),
+      message: /adamw.*param.*multiple of 4.*\[6\]/,
+    },
+    {
       name: "a gradient of another shape",
-      args: (r) => shaped(r, [4], [2, 2], [8]),
+      args: (r) => shaped(r, [4], [2, 2], [1, 3], [8]),
       message: /adamw.*grad.*\[4\].*\[2, 2\]/,
     },
     {
+      name: "a table of another width",
+      args: (r) => shaped(r, [4], [4], [1, 2], [8]),
+      message: /adamw.*table.*\[slabs, 3\].*\[1, 2\]/,
+    },
+    {
+      name: "a table of signed numbers",
+      args: (r) => shaped(r, [4], [4], [1, 3], [8]).with(4, r.integers([1, 3], 0, 1)),
+      message: /adamw.*table.*u32.*i32/,
+    },
+    {
       name: "too few hyper-parameters",
-      args: (r) => shaped(r, [4], [4], [7]),
+      args: (r) => shaped(r, [4], [4], [1, 3], [7]),
       message: /adamw.*hyper.*\[8\].*\[7\]/,
     },
   ],
