@@ -37,5 +37,6 @@ export { generateText } from "./infer/text.ts";
 export type { Sampling } from "./infer/sampling.ts";
 export { KraitWorker, WorkerError } from "./worker/client.ts";
 export type {
-  AdapterSummary, CheckpointFiles, Failure, Phase, TrainingEvent, TrainOptions, TrainResult, WriteOptions, WriteResult,
+  AdapterSummary, CheckpointFiles, Failure, Phase, TrainingEvent, TrainOptions, TrainResult, WriteOptions,
+    WriteResult,
 } from "./worker/protocol.ts";

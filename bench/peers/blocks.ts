@@ -19,7 +19,8 @@ export function f32ToF16(x: number): number {
   const shift = 1.5 * 2 ** (exponent + 42);
   const rounded = size + shift - shift;
   const field = Math.max((bitsOf(rounded) >>> 23) - 127, -15);
-  return sign | (field < -14 ? rounded * 2 ** 24 : ((field + 15) << 10) | ((rounded * 2 ** (10 - field)) & 1023));
+  return sign | (field < -14 ? rounded * 2 ** 24 : ((field + 15) << 10) | (
+    (rounded * 2 ** (10 - field)) & 1023));
 }
 
 /** The value of f16 bits of a finite number. */
@@ -49,7 +50,8 @@ export interface Blocks {
  */
 export function toBlocks(values: Float32Array, bits: 4 | 8): Blocks {
   const count = values.length / BLOCK;
-  if (!Number.isInteger(count)) throw new Error(`Blocks need a multiple of 32 values, found ${values.length}.`);
+  if (!Number.isInteger(count)) throw new Error(
+    `Blocks need a multiple of 32 values, found ${values.length}.`);
   const [codes, scales] = [new Int8Array(values.length), new Float32Array(count)];
   const [low, high, divisor] = bits === 4 ? [-8, 7, -8] : [-127, 127, 127];
   for (let b = 0; b < count; b++) {
@@ -73,12 +75,13 @@ export function fromBlocks({ codes, scales }: Blocks): Float32Array {
 
 /** Two 4-bit codes a byte, each plus 8: byte i of a block holds code 2i below code 2i + 1. */
 export function packedInOrder({ codes }: Blocks): Uint8Array {
-  return Uint8Array.from({ length: codes.length / 2 }, (_, i) => (codes[2 * i]! + 8) | ((codes[2 * i + 1]! + 8) << 4));
+  return Uint8Array.from({ length: codes.length / 2 }, (_, i) => (codes[2 * i]! + 8) | (
+    (codes[2 * i + 1]! + 8) << 4));
 }
 
 /**
- * The blocks as GGUF files have them: the scale's two bytes, then 32 bytes of codes (Q8_0) or 16 (Q4_0), where
- * byte i holds code i plus 8 below code i + 16 plus 8.
+ * The blocks as GGUF files have them: the scale's two bytes, then 32 bytes of codes (Q8_0) or 16 (Q4_0),
+ * where byte i holds code i plus 8 below code i + 16 plus 8.
  */
 export function ggufBlocks({ bits, codes, scales }: Blocks): Uint8Array {
   const size = 2 + (BLOCK * bits) / 8;

@@ -3,7 +3,8 @@ import { type Blocks, ggufBlocks } from "./blocks.ts";
 
 /** A whole number is written as u32, a list of them as i32; `{ float }` as f32. */
 export type Setting =
-  | number | string | boolean | { readonly float: number } | readonly number[] | readonly string[] | Float32Array;
+  | number | string | boolean | { readonly float: number } | readonly number[] | readonly string[
+    ] | Float32Array;
 
 export interface GgufTensor {
   readonly name: string;
@@ -67,7 +68,8 @@ function writeSetting(to: Writer, value: Setting): void {
     to.u32(TYPE.f32);
     to.f32(value.float);
   } else {
-    const type = value instanceof Float32Array ? TYPE.f32 : typeof value[0] === "string" ? TYPE.string : TYPE.i32;
+    const type = value instanceof Float32Array ? TYPE.f32 : typeof value[
+      0] === "string" ? TYPE.string : TYPE.i32;
     to.u32(TYPE.array);
     to.u32(type);
     to.u64(value.length);

@@ -33,7 +33,8 @@ export function parameterShapes(config: NemotronHConfig): [name: string, shape: 
   const { moe_intermediate_size: F, moe_shared_expert_intermediate_size: S } = config;
   const inner = H * config.mamba_head_dim;
   const channels = inner + 2 * config.n_groups * config.ssm_state_size;
-  const [heads, kv] = [config.num_attention_heads, config.num_key_value_heads].map((n) => n * config.head_dim);
+  const [heads, kv] = [config.num_attention_heads, config.num_key_value_heads].map(
+    (n) => n * config.head_dim);
   const ff = config.intermediate_size as number;
   const mixers: Record<string, Record<string, number[]>> = {
     M: {
@@ -69,7 +70,8 @@ export function hybridWeights(config: NemotronHConfig): Weights {
   return Object.fromEntries(parameterShapes(config).map(([name, shape], seed): [string, Input] => {
     const uniform = (low: number, high: number) =>
       random(seed, shape, 1).data.map((x) => low + ((high - low) * (x / Math.sqrt(3) + 1)) / 2);
-    const near = (centre: number, deviation: number) => random(seed, shape, deviation).data.map((x) => centre + x);
+    const near = (centre: number, deviation: number) => random(seed, shape, deviation).data.map(
+      (x) => centre + x);
     const deviation = name.includes("embeddings")
       ? 1 : 1 / Math.sqrt(shape.at(-1)! * (/(?:out|o|down)_proj/.test(name) ? layers : 1));
     const data =
@@ -87,8 +89,8 @@ export function hybridWeights(config: NemotronHConfig): Weights {
 }
 
 /**
- * Three special pieces, and the bytes that a tokenizer falls back to. They are not marked as bytes below: then
- * a tokenizer finds them by their names all the same, but each alone is shown as valid text.
+ * Three special pieces, and the bytes that a tokenizer falls back to. They are not marked as bytes below:
+ * then a tokenizer finds them by their names all the same, but each alone is shown as valid text.
  */
 const SPECIAL = ["<unk>", "<s>", "</s>", ...Array.from(
   { length: 256 }, (_, i) => `<0x${i.toString(16).toUpperCase().padStart(2, "0")}>`)];
@@ -107,7 +109,8 @@ export function prompt(length: number): number[] {
 }
 
 /** Logits after the last token of `tokens`, less their mean. */
-export function expectedLogits(config: NemotronHConfig, weights: Weights, tokens: readonly number[]): number[] {
+export function expectedLogits(config: NemotronHConfig, weights: Weights, tokens: readonly number[]): number[
+  ] {
   const eps = config.layer_norm_epsilon;
   const get = (name: string): NdArray => {
     const { shape, data } = weights[name]!;
@@ -126,7 +129,8 @@ export function expectedLogits(config: NemotronHConfig, weights: Weights, tokens
     x = ndarray(x.shape, x.data.map((value, at) => value + y.data[at]!));
   });
   const D = config.hidden_size;
-  const last = reference.rms_norm(ndarray([1, D], x.data.slice((L - 1) * D)), get("backbone.norm_f.weight"), eps);
+  const last = reference.rms_norm(ndarray([1, D], x.data.slice((L - 1) * D)), get("backbone.norm_f.weight"),
+    eps);
   return centred(Array.from(reference.linear(last, get("lm_head.weight"), null).data));
 }
 
@@ -192,7 +196,8 @@ function experts(config: NemotronHConfig, x: NdArray, get: Get): NdArray {
   };
   for (let t = 0; t < x.shape[1]!; t++) {
     const score = [...logits.data.subarray(t * E, (t + 1) * E)].map((v) => 1 / (1 + Math.exp(-v)));
-    const chosen = score.map((_, e) => e).sort((a, b) => score[b]! + bias[b]! - score[a]! - bias[a]!).slice(0, K);
+    const chosen = score.map((_, e) => e).sort((a, b) => score[b]! + bias[b]! - score[a]! - bias[a]!).slice(0,
+      K);
     const total = chosen.reduce((sum, e) => sum + score[e]!, 0);
     const row = ndarray([1, D], x.data.slice(t * D, (t + 1) * D));
     for (const e of chosen) {

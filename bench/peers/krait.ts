@@ -1,5 +1,6 @@
 import {
-  type BlockTensor, type Device, evaluateIncremental, Generator, NemotronH, type NemotronHConfig, ops, scope, Tape,
+  type BlockTensor, type Device, evaluateIncremental, Generator, NemotronH, type NemotronHConfig, ops, scope,
+    Tape,
   type Tensor, type TensorDType,
 } from "../../src/index.ts";
 import {
@@ -86,7 +87,8 @@ function prepared(device: Device, chain: Chain, dispose: () => void): Prepared {
 
 /** Generation by the public API, with the same weights as the others. */
 function preparedModel(device: Device, wanted: Case, config: NemotronHConfig): Prepared {
-  const model = new NemotronH(config, new Map(Object.entries(wanted.inputs()).map(([name, { data, shape }]): [string, Weight] => {
+  const model = new NemotronH(config, new Map(
+    Object.entries(wanted.inputs()).map(([name, { data, shape }]): [string, Weight] => {
     const tensor = device.tensor(data, shape);
     if (!isMatrix(name)) return [name, tensor];
     const blocks = quantize(tensor, "q4"); // the values are multiples of its scales already

@@ -10,7 +10,8 @@ type Ids = readonly number[];
 interface Sequence {
   clearHistory(): Promise<void>;
   evaluate(ids: Ids, options: object): AsyncGenerator<number>;
-  controlledEvaluate(input: readonly unknown[]): Promise<(undefined | { next: { logits: Map<number, number> } })[]>;
+  controlledEvaluate(input: readonly unknown[]): Promise<(
+    undefined | { next: { logits: Map<number, number> } })[]>;
 }
 interface Model {
   readonly gpuLayers: number;
@@ -77,7 +78,8 @@ export async function llamaEngine(gpu: "vulkan" | null): Promise<Engine> {
         async sample(indices) {
           await sequence.clearHistory();
           const ids = prompt(LLM.check);
-          const input = ids.map((id, i) => (i < ids.length - 1 ? id : [id, { generateNext: { logits: true } }]));
+          const input = ids.map((id, i) => (
+            i < ids.length - 1 ? id : [id, { generateNext: { logits: true } }]));
           const { logits } = (await sequence.controlledEvaluate(input)).at(-1)!.next;
           const all = centred(Array.from({ length: config.vocab_size }, (_, i) => logits.get(i) ?? NaN));
           return indices.map((i) => all[i]!);

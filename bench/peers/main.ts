@@ -160,9 +160,11 @@ async function warmUp(run: (n: number) => Promise<number>, { least = 1, most }: 
 /** The sources' commit, with a plus sign where they were changed; null outside of a clone. */
 function commit(): string | null {
   const git = (...args: string[]) =>
-    execFileSync("git", args, { cwd: path("."), encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] }).trim();
+    execFileSync("git", args, { cwd: path("."), encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] }).trim(
+      );
   try {
-    const changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/shaders", ":/bench/peers");
+    const changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/shaders",
+      ":/bench/peers");
     return git("rev-parse", "--short=10", "HEAD") + (changed ? "+" : "");
   } catch {
     return null;

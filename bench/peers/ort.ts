@@ -69,7 +69,8 @@ function copySharedWrites(): void {
   const write = GPUQueue.prototype.writeBuffer as (this: GPUQueue, ...args: unknown[]) => undefined;
   GPUQueue.prototype.writeBuffer = function (this: GPUQueue, buffer, offset, data, from = 0, size?) {
     const view = data as Uint8Array;
-    if (!(view.buffer instanceof SharedArrayBuffer)) return write.call(this, buffer, offset, data, from, size);
+    if (!(view.buffer instanceof SharedArrayBuffer)) return write.call(this, buffer, offset, data, from,
+      size);
     return write.call(this, buffer, offset, view.slice(from, size === undefined ? undefined : from + size));
   } as GPUQueue["writeBuffer"];
 }

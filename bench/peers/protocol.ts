@@ -113,7 +113,9 @@ export async function slope(n: number, time: (links: number) => Promise<number>)
   throw new Error(`A chain of ${more + 1} links never took longer than one link.`);
 }
 
-/** How often a round repeats an op of `ms` so that it lasts about `target` milliseconds; `least` to `most`. */
+/**
+ * How often a round repeats an op of `ms` so that it lasts about `target` milliseconds; `least` to `most`.
+ */
 export function repetitions(ms: number, target: number, most: number, least = 1): number {
   return Math.min(most, Math.max(least, Math.round(target / Math.max(ms, 1e-3))));
 }

@@ -86,7 +86,8 @@ export async function wllamaEngine(device: "webgpu" | "cpu"): Promise<Engine> {
         throw new Error("It would compute on the CPU: the adapter lacks what it needs, such as f16.");
       }
       const complete = (length: number, tokens: number, more: object = {}) => llama.createCompletion({
-        prompt: textOf(prompt(length)), max_tokens: tokens, temperature: 0, cache_prompt: false, ignore_eos: true,
+        prompt: textOf(prompt(length)), max_tokens: tokens, temperature: 0, cache_prompt: false,
+          ignore_eos: true,
         ...more,
       });
       return {

@@ -1,9 +1,15 @@
-/** Errors that the GPU layer raises. Each message is one sentence naming the thing, what was expected and what was found. */
+/**
+ * Errors that the GPU layer raises. Each message is one sentence naming the thing, what was expected and what
+ * was found.
+ */
 
 /** Base of the errors below, for callers that treat them alike. */
 export class GpuLayerError extends Error {}
 
-/** The device is gone: the driver reset it, the page or the process destroyed it. Nothing made on it can be used again. */
+/**
+ * The device is gone: the driver reset it, the page or the process destroyed it. Nothing made on it can be
+ * used again.
+ */
 export class DeviceLostError extends GpuLayerError {
   override readonly name = "DeviceLostError";
   readonly reason: string;
@@ -25,7 +31,10 @@ export class OutOfMemoryError extends GpuLayerError {
   }
 }
 
-/** A shader did not compile or a pipeline was refused. The message carries file, line and the linked source around it. */
+/**
+ * A shader did not compile or a pipeline was refused. The message carries file, line and the linked source
+ * around it.
+ */
 export class ShaderError extends GpuLayerError {
   override readonly name = "ShaderError";
 }

@@ -1,5 +1,6 @@
 /** Milliseconds of `runs` calls of `work`, each waited for; the smallest first. */
-export async function sortedTimes(runs: number, work: () => void, finish: () => Promise<void>): Promise<number[]> {
+export async function sortedTimes(runs: number, work: () => void,
+  finish: () => Promise<void>): Promise<number[]> {
   const times: number[] = [];
   for (let i = 0; i < runs; i++) {
     const start = performance.now();

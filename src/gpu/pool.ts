@@ -290,7 +290,8 @@ function layOut(tenants: readonly Tenant[]): { size: number; of: Tenant[] }[] {
 
 /** The largest sum of bytes alive at one time. */
 function largestLive(tenants: readonly Tenant[]): number {
-  const changes = tenants.flatMap(({ start, end, bytes }) => [{ at: start, bytes }, { at: end, bytes: -bytes }])
+  const changes = tenants.flatMap(
+    ({ start, end, bytes }) => [{ at: start, bytes }, { at: end, bytes: -bytes }])
     .sort((a, b) => a.at - b.at || a.bytes - b.bytes);
   let [live, most] = [0, 0];
   for (const { bytes } of changes) most = Math.max(most, live += bytes);

@@ -143,7 +143,8 @@ export class Stream {
       }
     }
     const command = {
-      kind: "dispatch" as const, pipeline, group: this.#capture ? null : bind(), uniforms: block, offset, workgroups,
+      kind: "dispatch" as const, pipeline, group: this.#capture ? null : bind(), uniforms: block, offset,
+        workgroups,
     };
     this.#capture?.unbound.push({ command, bind });
     this.#record(command, touched);

@@ -32,7 +32,8 @@ export async function rehearse(
   });
   const zeros = () => new Int32Array(batch * seqlen);
   const micro = {
-    batch, seqlen, ids: new Int32Array(batch * (seqlen + 1)), input_ids: zeros(), labels: zeros(), seq_idx: zeros(),
+    batch, seqlen, ids: new Int32Array(batch * (seqlen + 1)), input_ids: zeros(), labels: zeros(),
+      seq_idx: zeros(),
     scored: batch * seqlen,
   };
   await trainer.step(Array.from({ length: accumulate }, () => micro));

@@ -26,7 +26,8 @@ export interface TuneOptions<D extends Gpu> {
   readonly known?: readonly Decision[];
   /** Called with every decision as it is made. */
   readonly onDecision?: (decision: Decision) => void | Promise<void>;
-  readonly onProgress?: (progress: { tunable: string; class: string; candidate: string; spentMs: number }) => void;
+  readonly onProgress?: (progress: { tunable: string; class: string; candidate: string; spentMs: number }) =>
+    void;
   readonly signal?: AbortSignal;
 }
 
@@ -34,7 +35,9 @@ export const DEFAULT_BUDGET_MS = 10_000;
 /** A kernel that compiles longer than this would cost more than it saves. */
 const COMPILE_LIMIT_MS = 6_000;
 const ROUNDS = 5;
-/** One timing lasts at least this long, by repeating the launches: waiting for the GPU costs 0.1 ms itself. */
+/**
+ * One timing lasts at least this long, by repeating the launches: waiting for the GPU costs 0.1 ms itself.
+ */
 const MIN_TIMING_MS = 3;
 const MAX_REPEATS = 64;
 /** In the first round a candidate slower than the best by this factor is out. */
@@ -173,7 +176,8 @@ async function measureClass(
       progress(candidate);
     });
     if (times === null) return decision(null, {});
-    const ms = Object.fromEntries([...times].map(([name, values]) => [name, median(values.sort((a, b) => a - b))]));
+    const ms = Object.fromEntries([...times].map(
+      ([name, values]) => [name, median(values.sort((a, b) => a - b))]));
     const best = Object.keys(ms).reduce((a, b) => (ms[b]! < ms[a]! ? b : a));
     return decision(ms[best]! < MARGIN * ms[fallback]! ? best : fallback, ms);
   } catch (error) {

@@ -6,7 +6,9 @@
  */
 import type { Gpu } from "../gpu/gpu.ts";
 
-/** The facts that a choice depends on; plain values, so that they can be written into a file and read back. */
+/**
+ * The facts that a choice depends on; plain values, so that they can be written into a file and read back.
+ */
 export type Shape = Readonly<Record<string, number | string | boolean>>;
 
 /** Elements of a result: real numbers are compared within the tolerance, whole ones exactly. */
@@ -84,7 +86,8 @@ export function parseClass(text: string): Shape | null {
     const [, name, value] = /^(\w+)=([\w.+-]+)$/.exec(part) ?? [];
     if (name === undefined || value === undefined || name === "__proto__") return null;
     const number = Number(value);
-    shape[name] = value === "true" || value === "false" ? value === "true" : Number.isNaN(number) ? value : number;
+    shape[name] = value === "true" || value === "false" ? value === "true" : Number.isNaN(
+      number) ? value : number;
   }
   return shape;
 }
@@ -111,7 +114,8 @@ export class Choices {
   readonly #measured = new Map<string, string>();
   readonly #pinned = new Map<string, string>();
 
-  choose<D extends Gpu, S extends Shape, C extends string>(device: D, tunable: Tunable<D, S, C>, shape: S): C {
+  choose<D extends Gpu, S extends Shape, C extends string>(
+    device: D, tunable: Tunable<D, S, C>, shape: S): C {
     const representative = tunable.classOf(shape);
     const text = classText(representative);
     const key = `${tunable.name} ${text}`;
@@ -154,7 +158,8 @@ export class Choices {
   /** What was decided so far, to be pinned elsewhere. */
   table(): ChoiceTable {
     const table: Record<string, Record<string, string>> = {};
-    for (const { tunable, class: text, choice } of this.#used.values()) (table[tunable] ??= {})[text] = choice;
+    for (const { tunable, class: text, choice } of this.#used.values()) (table[tunable] ??= {})[text] =
+      choice;
     return table;
   }
 

@@ -29,7 +29,8 @@ export class TunerCache {
 
   constructor(device: Gpu, store: TunerStore = tunerStore) {
     const { info, gpuDevice } = device;
-    const { maxComputeWorkgroupStorageSize: memory, maxComputeInvocationsPerWorkgroup: size } = gpuDevice.limits;
+    const { maxComputeWorkgroupStorageSize: memory, maxComputeInvocationsPerWorkgroup: size } =
+      gpuDevice.limits;
     this.#about = {
       adapter: `${info.vendor} ${info.architecture} ${info.name}`, driver: info.description,
       features: `${[...gpuDevice.features].sort().join()} ${memory} ${size}`,
@@ -104,9 +105,11 @@ function isDecision(value: unknown): value is Decision {
   if (typeof value !== "object" || value === null) return false;
   const { tunable, class: text, choice, default: fallback, ms, rejected } = value as Record<string, unknown>;
   const holds = (record: unknown, type: string) =>
-    typeof record === "object" && record !== null && Object.values(record).every((entry) => typeof entry === type);
+    typeof record === "object" && record !== null && Object.values(record).every(
+      (entry) => typeof entry === type);
   return typeof tunable === "string" && tunables.has(tunable) && typeof text === "string" &&
-    parseClass(text) !== null && (choice === null || typeof choice === "string") && typeof fallback === "string" &&
+    parseClass(text) !== null && (choice === null || typeof choice === "string") &&
+      typeof fallback === "string" &&
     holds(ms, "number") && holds(rejected, "string");
 }
 

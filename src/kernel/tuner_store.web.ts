@@ -19,7 +19,8 @@ function settled<T>(request: IDBRequest<T>): Promise<T> {
   });
 }
 
-async function within<T>(mode: IDBTransactionMode, work: (table: IDBObjectStore) => IDBRequest<T>): Promise<T> {
+async function within<T>(mode: IDBTransactionMode, work: (table: IDBObjectStore) =>
+  IDBRequest<T>): Promise<T> {
   const database = await open();
   try {
     return await settled(work(database.transaction(TABLE, mode).objectStore(TABLE)));

@@ -96,8 +96,10 @@ export class NemotronH {
     const backbone = weights.at("backbone");
     this.config = config;
     const all = [...parameters];
-    this.parameters = new Map(all.filter((entry): entry is [string, Tensor] => !(entry[1] instanceof BlockTensor)));
-    this.quantised = new Map(all.filter((entry): entry is [string, BlockTensor] => entry[1] instanceof BlockTensor));
+    this.parameters = new Map(all.filter(
+      (entry): entry is [string, Tensor] => !(entry[1] instanceof BlockTensor)));
+    this.quantised = new Map(all.filter(
+      (entry): entry is [string, BlockTensor] => entry[1] instanceof BlockTensor));
     this.embeddings = backbone.takeWeight("embeddings.weight", [V, D]);
     this.device = this.embeddings.device;
     const build = (specs: readonly LayerSpec[], at: Weights) => specs.map((spec, i) =>

@@ -103,15 +103,16 @@ export function uploadWeights(
   checkFits(device, config, weights);
   return unscoped(() => new Map(listParameters(config).map((parameter) => {
     const given = values.get(parameter.name);
-    if (!given) throw new ConfigError(`The model needs a parameter ${parameter.name}, but no values were given.`);
+    if (!given) throw new ConfigError(
+      `The model needs a parameter ${parameter.name}, but no values were given.`);
     return [parameter.name, storeParameter(device, parameter, given, weights)];
   })));
 }
 
 /**
  * Puts a parameter on the device in a format: matrices of products and tables of tokens. Norms, biases,
- * convolutions, the state space and the router stay f32, and so do matrices whose rows are not whole blocks of
- * the format. The f32 values of a matrix in another format are on the device only until it is made.
+ * convolutions, the state space and the router stay f32, and so do matrices whose rows are not whole blocks
+ * of the format. The f32 values of a matrix in another format are on the device only until it is made.
  */
 export function storeParameter(
   device: Device, parameter: Parameter, values: Float32Array, weights: WeightFormat,
@@ -124,7 +125,9 @@ export function storeParameter(
   });
 }
 
-/** Every parameter in its format, of any contents: for going through a model's motions (`device.rehearse`). */
+/**
+ * Every parameter in its format, of any contents: for going through a model's motions (`device.rehearse`).
+ */
 export function emptyWeights(
   device: Device, config: NemotronHConfig, weights: WeightFormat = "f32",
 ): Map<string, Weight> {
@@ -147,7 +150,8 @@ function formatOf({ kind, shape }: Parameter, weights: WeightFormat): WeightForm
 }
 
 const MATRICES: ReadonlySet<ParameterKind> = new Set([
-  "embedding", "head", "expert", "mamba_linear", "attention_linear", "mlp_linear", "shared_linear", "latent_linear",
+  "embedding", "head", "expert", "mamba_linear", "attention_linear", "mlp_linear", "shared_linear",
+    "latent_linear",
   "mtp_linear",
 ]);
 

@@ -73,7 +73,8 @@ export class MoE {
     context.routing?.push(promote({ layer: this.path, logits, weight, index }));
     const plan = moe_plan(index, E);
     const inner = this.latent ? linear(x_TD, this.latent.fc1, this.latent.fc1_bias) : x_TD;
-    const up = grouped_linear(inner, this.up, plan.offsets, { permute: { ...plan, topk: K }, activation: "relu2" });
+    const up = grouped_linear(inner, this.up, plan.offsets,
+      { permute: { ...plan, topk: K }, activation: "relu2" });
     const expert_out = grouped_linear(up, this.down, plan.offsets);
     const rest = residual && residual.reshape([-1, hidden]);
     const base = this.shared ? this.shared.forward(x_TD, rest) : rest;

@@ -11,6 +11,8 @@ export interface AttentionOptions {
   readonly seq_idx?: Tensor | null;
   /** Whether a query sees only keys up to its own position, as by default, or all of them. */
   readonly causal?: boolean;
+  /** Which kernels compute it; default: those that suit the adapter. Teams need subgroups. */
+  readonly kernel?: "team" | "tile";
 }
 
 interface Saved {
@@ -33,11 +35,11 @@ const DELTA_WG = 64;
  * Two structures compute the same: teams of four or eight invocations with everything in their registers, for
  * adapters where loads and barriers are dear, and workgroup tiles, for GPUs and without subgroups.
  */
-function plan(q: Tensor, k: Tensor, { scale, seq_idx, causal = true }: AttentionOptions) {
+function plan(q: Tensor, k: Tensor, { scale, seq_idx, causal = true, kernel }: AttentionOptions) {
   const [batch, seqlen, nheads, Dh] = q.shape as [number, number, number, number];
   const [, kv_seqlen, nkv_heads] = k.shape as [number, number, number];
   const { info, hasSubgroups } = q.device;
-  const tiled = !info.isSoftware || !hasSubgroups;
+  const tiled = !hasSubgroups || (kernel === undefined ? !info.isSoftware : kernel === "tile");
   const conditions = seq_idx ? ["seq_idx" as const] : [];
   const octo = info.subgroupMinSize === 8 && info.subgroupMaxSize === 8;
   const lanes = octo ? 8 : 4;
@@ -131,8 +133,8 @@ function resized(x: Tensor, cols: number): Tensor {
  * @throws ShapeError for shapes that do not belong together
  *
  * Numerics  f32 throughout, online softmax; saves the log-sum-exp [B, Hq, L]. Sums have a fixed order.
- * Cost      2 B Hq L Lk Dh multiply-adds forward (half of it where causal with Lk = L), 3.5 times that backward.
- * Source    Dao 2023, FlashAttention-2 (arXiv 2307.08691).
+ * Cost      2 B Hq L Lk Dh multiply-adds forward (half of it where causal with Lk = L), 3.5 times that
+ * backward. Source    Dao 2023, FlashAttention-2 (arXiv 2307.08691).
  */
 export const attention = defineOp({
   name: "attention",

@@ -58,7 +58,8 @@ export const linear_blocks = defineOp({
   ): Tensor {
     const weight = valueShape("linear", codes, scales, format);
     const K = x.shape.at(-1) ?? 0;
-    check(weight.length === 2 && weight[1] === K && x.shape.length > 0, "linear", "weight", `[N, ${K}]`, weight);
+    check(weight.length === 2 && weight[1] === K && x.shape.length > 0, "linear", "weight", `[N, ${K}]`,
+      weight);
     const N = weight[0]!;
     if (bias) check(bias.shape.length === 1 && bias.shape[0] === N, "linear", "bias", `[${N}]`, bias);
     const shape = [...x.shape.slice(0, -1), N];
@@ -69,7 +70,8 @@ export const linear_blocks = defineOp({
     const y = x.device.empty(shape);
     ctx.save({ codes, scales, shape: x.shape, format, offsets: null, squared: activation ? y : null });
     record({
-      kernel: kernel ?? choose(x.device, blockTuning, { m: sizeOf(x.shape.slice(0, -1)), n: N, k: K, format }), x, codes, scales, y, format, bias, residual,
+      kernel: kernel ?? choose(x.device, blockTuning,
+        { m: sizeOf(x.shape.slice(0, -1)), n: N, k: K, format }), x, codes, scales, y, format, bias, residual,
       relu2: activation === "relu2",
     });
     return y;
@@ -116,7 +118,8 @@ export const grouped_linear_blocks = defineOp({
     check(weight.length === 3 && weight[2] === K, "grouped_linear", "weight", `[E, N, ${K}]`, weight);
     const [E, N] = weight as [number, number, number];
     check(
-      offsets.shape.length === 1 && offsets.size === E + 1, "grouped_linear", "offsets", `[${E + 1}]`, offsets);
+      offsets.shape.length === 1 && offsets.size === E + 1, "grouped_linear", "offsets", `[${E + 1}]`,
+        offsets);
     const y = x.device.empty([S, N]);
     ctx.save({ codes, scales, shape: x.shape, format, offsets, squared: null });
     record({ kernel: kernel ?? kernelFor(x.device, S, true), x, codes, scales, y, format, offsets });
@@ -188,7 +191,8 @@ interface BlockProduct {
 }
 
 function record(
-  { kernel, x, codes, scales, y, format, bias = null, residual = null, relu2 = false, offsets = null }: BlockProduct,
+  { kernel, x, codes, scales, y, format, bias = null, residual = null, relu2 = false, offsets =
+    null }: BlockProduct,
 ): void {
   const [n, k] = [y.shape.at(-1)!, x.shape.at(-1)!];
   const m = y.size / Math.max(n, 1);

@@ -18,7 +18,8 @@ export const cast = defineOp({
   halves: [0],
   forward(_ctx, x: Tensor, dtype: TensorDType): Tensor {
     for (const format of [x.dtype, dtype]) {
-      if (!isFloat(format)) throw new DTypeError(`cast: the format must be f32, f16 or bf16, found ${format}.`);
+      if (!isFloat(format)) throw new DTypeError(
+        `cast: the format must be f32, f16 or bf16, found ${format}.`);
     }
     const y = x.device.empty(x.shape, dtype);
     convert(x, y);
@@ -33,7 +34,8 @@ export function convert(x: Tensor, y: Tensor): void {
   launch("elementwise/convert", {
     bind: { x, y }, params: { count: x.size }, constants: { WG, EACH },
     conditions: [
-      ...(isHalf(x.dtype) ? [`x_${x.dtype}` as const] : []), ...(isHalf(y.dtype) ? [`y_${y.dtype}` as const] : []),
+      ...(isHalf(x.dtype) ? [`x_${x.dtype}` as const] : []), ...(
+        isHalf(y.dtype) ? [`y_${y.dtype}` as const] : []),
     ],
     workgroups: [Math.ceil(x.size / 2 / (WG * EACH))],
   });

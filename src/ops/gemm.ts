@@ -27,8 +27,8 @@ export interface Matrix {
 }
 
 /**
- * c = a b: a [m, k], b [k, n], c [m, n] with neighbouring columns, `batches` times; each f32, f16 or bf16. Sums
- * are f32; the epilogue is, in this order: bias, relu2, relu2_of, residual, accumulate.
+ * c = a b: a [m, k], b [k, n], c [m, n] with neighbouring columns, `batches` times; each f32, f16 or bf16.
+ * Sums are f32; the epilogue is, in this order: bias, relu2, relu2_of, residual, accumulate.
  */
 export interface Product {
   readonly m: number;
@@ -67,7 +67,9 @@ const WANTED = { quad: 4, tile: 128, tile_large: 128 } as const;
 const SPLIT_K = 128;
 const WG = 32; // of sum_rows and grouped_tiles
 
-/** What the choice of a product's kernel depends on; `trans` as in matmul, `halves` when a or b is stored so. */
+/**
+ * What the choice of a product's kernel depends on; `trans` as in matmul, `halves` when a or b is stored so.
+ */
 type ProductShape = {
   readonly m: number; readonly n: number; readonly k: number; readonly batches: number;
   readonly transA: boolean; readonly transB: boolean; readonly halves: boolean;
@@ -107,7 +109,9 @@ const productTuning = defineTunable({
   tolerance: ({ k }) => 8 * Math.sqrt(Math.max(k, 1)) * 2 ** -24,
 });
 
-/** The kernel for products on a device: the wanted one where it can run, or the one that suits the adapter. */
+/**
+ * The kernel for products on a device: the wanted one where it can run, or the one that suits the adapter.
+ */
 export function productKernel(device: Device, wanted?: string): ProductKernel {
   if (wanted === "tile" || wanted === "tile_large") return wanted;
   return device.hasSubgroups && (wanted === "quad" || device.info.isSoftware) ? "quad" : "tile";
@@ -132,7 +136,8 @@ export function product(p: Product): void {
   const splits = splitsOf(p, kernel, tiles);
   const plan = { kernel, rows4, row_tiles, tiles, splits };
   // Halves are written in whole vectors: a pair that two invocations share would be torn.
-  const indirect = isHalf(c.tensor.dtype) && (splits > 1 || p.accumulate || !inVectors(c, c.row) || n % 4 !== 0);
+  const indirect = isHalf(c.tensor.dtype) && (
+    splits > 1 || p.accumulate || !inVectors(c, c.row) || n % 4 !== 0);
   const whole = indirect ? device.empty(c.tensor.shape) : c.tensor;
   if (indirect && p.accumulate) convert(c.tensor, whole);
   if (splits === 1) run(p, plan, { ...c, tensor: whole });
@@ -156,7 +161,8 @@ interface Plan {
 function splitsOf(p: Product, kernel: ProductKernel, tiles: number): number {
   const { m, n, k, c, batches = 1 } = p;
   const whole = !c.offset && c.tensor.size === batches * m * n;
-  if (p.bias || p.relu2 || p.relu2_of || p.residual || p.tiles || p.offsets || !whole || tiles === 0) return 1;
+  if (p.bias || p.relu2 || p.relu2_of || p.residual || p.tiles || p.offsets || !whole ||
+    tiles === 0) return 1;
   const workgroups = tiles / TILE[kernel].per_workgroup;
   return Math.max(1, Math.min(Math.ceil(WANTED[kernel] / workgroups), Math.floor(k / SPLIT_K), 16));
 }
@@ -214,7 +220,9 @@ export function converted(x: Tensor, dtype: FloatDType): Tensor {
   return x.dtype === dtype ? x : cast(x, dtype);
 }
 
-/** The format of a product: what was asked for, or that of both factors where they are the same half, or f32. */
+/**
+ * The format of a product: what was asked for, or that of both factors where they are the same half, or f32.
+ */
 export function productDType(a: Tensor, b: Tensor, wanted: FloatDType | undefined): FloatDType {
   return wanted ?? (isHalf(a.dtype) && a.dtype === b.dtype ? a.dtype : "f32");
 }
@@ -228,7 +236,9 @@ function conditions<C extends string>(held: Readonly<Record<C, boolean>>): C[] {
   return (Object.keys(held) as C[]).filter((condition) => held[condition]);
 }
 
-/** The kernel for a product of f32 x with so few rows that only reading the weight counts; null for others. */
+/**
+ * The kernel for a product of f32 x with so few rows that only reading the weight counts; null for others.
+ */
 export function vectorKernel(x: Tensor, weight: Tensor, rows: number): VectorKernel | null {
   if (!readsInVectors(x, weight)) return null;
   if (x.device.info.isSoftware) return rows <= 2 ? "matvec_quad" : null;
@@ -243,9 +253,12 @@ export function readsInVectors(x: Tensor, weight: Tensor): boolean {
 /** What happens to the elements of a product before they are stored, as in `Product`. */
 export type Epilogue = Pick<Product, "bias" | "relu2" | "residual">;
 
-/** y = x W^T with an epilogue: x [m, k], weight [n, k]; with `offsets` u32 [experts + 1] a matrix per expert. */
+/**
+ * y = x W^T with an epilogue: x [m, k], weight [n, k]; with `offsets` u32 [experts + 1] a matrix per expert.
+ */
 export function vectorProduct(
-  kernel: VectorKernel, x: Tensor, weight: Tensor, y: Tensor, { bias, relu2 = false, residual }: Epilogue = {},
+  kernel: VectorKernel, x: Tensor, weight: Tensor, y: Tensor, { bias, relu2 = false, residual }: Epilogue =
+    {},
   offsets: Tensor | null = null,
 ): void {
   const [n, k] = weight.shape.slice(-2) as [number, number];

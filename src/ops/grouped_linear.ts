@@ -46,7 +46,8 @@ const dense: Op<
     const { permute, activation } = options;
     const K = x.shape[1]!;
     const S = x.shape[0]! * (permute?.topk ?? 1);
-    if (permute) check(permute.slot_token.size === S, name, "permute", `made for ${S} choices`, permute.slot_token);
+    if (permute) check(permute.slot_token.size === S, name, "permute", `made for ${S} choices`,
+      permute.slot_token);
     check(weight.shape.length === 3 && weight.shape[2] === K, name, "weight", `[E, N, ${K}]`, weight);
     const [E, N] = weight.shape as [number, number, number];
     check(offsets.shape.length === 1 && offsets.size === E + 1, name, "offsets", `[${E + 1}]`, offsets);

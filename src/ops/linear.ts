@@ -65,9 +65,9 @@ const dense: Op<
 });
 
 /**
- * y = activation(x W^T + bias) + residual, in one launch. x, weight, bias and residual may be f32, f16 or bf16;
- * sums are f32, and so are the gradients. What belongs to an activation with a residual is not kept: use two ops
- * there.
+ * y = activation(x W^T + bias) + residual, in one launch. x, weight, bias and residual may be f32, f16 or
+ * bf16; sums are f32, and so are the gradients. What belongs to an activation with a residual is not kept:
+ * use two ops there.
  *
  * @param x         [..., K]
  * @param weight    [N, K], or block-quantised (`quantize`): then without a gradient

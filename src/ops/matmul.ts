@@ -2,7 +2,8 @@ import { check } from "../tensor/check.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import {
-  type FloatDType, type Matrix, product, productDType, type ProductKernel, sumRows, type VectorKernel, vectorKernel,
+  type FloatDType, type Matrix, product, productDType, type ProductKernel, sumRows, type VectorKernel,
+    vectorKernel,
   vectorProduct,
 } from "./gemm.ts";
 import { defineOp, type Op } from "./op.ts";

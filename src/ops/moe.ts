@@ -177,7 +177,8 @@ export const moe_unpermute = defineOp({
     check(y.shape.length === 2 && y.shape[0] === T * K, "moe_unpermute", "y", `[${T * K}, D]`, y);
     checkPlan("moe_unpermute", plan, T * K);
     const shape = [T, y.shape[1]!];
-    if (base) check(base.shape.join() === shape.join(), "moe_unpermute", "base", `[${shape.join(", ")}]`, base);
+    if (base) check(base.shape.join() === shape.join(), "moe_unpermute", "base", `[${shape.join(", ")}]`,
+      base);
     const out = y.device.empty(shape);
     combine(y, plan.token_slot, topk_weight, base, out, K);
     ctx.save({ y, topk_weight, token_slot: plan.token_slot });

@@ -64,8 +64,8 @@ const scanTuning = defineTunable({
  * @returns       y (B, L, H, P) and final_state (B, H, P, N) f32
  *
  * Numerics  exponents and states in f32; exp only of values <= 0.
- * Cost      by chunks about B L H (Q (P + N G/H) + 4 P N) multiply-adds in nine launches; see also `ssd_walk`.
- * Throws    ShapeError for shapes that do not fit.
+ * Cost      by chunks about B L H (Q (P + N G/H) + 4 P N) multiply-adds in nine launches; see also
+ * `ssd_walk`. Throws    ShapeError for shapes that do not fit.
  * Source    Dao & Gu 2024 (arXiv 2405.21060) section 6.
  * Tested    test/ops/ssd_scan.samples.ts against reference/ssd_scan.ts
  */

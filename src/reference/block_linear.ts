@@ -38,5 +38,6 @@ export function grouped_linear_blocks_vjp(
   grads: readonly (NdArray | null)[], x: NdArray, codes: NdArray, scales: NdArray, offsets: NdArray,
   { format }: Options,
 ): (NdArray | null)[] {
-  return [grouped_linear_vjp(grads, x, dequantize_blocks(codes, scales, format), offsets)[0]!, null, null, null];
+  return [grouped_linear_vjp(grads, x, dequantize_blocks(codes, scales, format), offsets)[0]!, null, null,
+    null];
 }

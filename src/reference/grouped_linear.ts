@@ -30,7 +30,9 @@ function products(x: NdArray, weight: NdArray, offsets: NdArray, options: Option
   return h;
 }
 
-/** y[s] = activation(weight[e] x[row of s]) for offsets[e] <= s < offsets[e + 1]. weight [E, N, K] -> [S, N]. */
+/**
+ * y[s] = activation(weight[e] x[row of s]) for offsets[e] <= s < offsets[e + 1]. weight [E, N, K] -> [S, N].
+ */
 export function grouped_linear(
   x: NdArray, weight: NdArray, offsets: NdArray, options: Options = {},
 ): NdArray {
@@ -39,7 +41,9 @@ export function grouped_linear(
   return y;
 }
 
-/** dh = dy, times 2 max(h, 0) with relu2; dx sums weight[e]^T dh[s], dweight[e] sums dh[s] x^T of its rows. */
+/**
+ * dh = dy, times 2 max(h, 0) with relu2; dx sums weight[e]^T dh[s], dweight[e] sums dh[s] x^T of its rows.
+ */
 export function grouped_linear_vjp(
   [dy]: readonly (NdArray | null)[], x: NdArray, weight: NdArray, offsets: NdArray, options: Options = {},
 ): (NdArray | null)[] {

@@ -18,7 +18,10 @@ function affine(x: NdArray, weight: NdArray, bias: NdArray | null): NdArray {
   return h;
 }
 
-/** y = activation(x W^T + bias) + residual. x [..., K], weight [N, K], bias [N], residual [..., N] -> [..., N]. */
+/**
+ * y = activation(x W^T + bias) + residual. x [..., K], weight [N, K], bias [N], residual [..., N] -> [...,
+ * N].
+ */
 export function linear(
   x: NdArray, weight: NdArray, bias: NdArray | null, residual: NdArray | null = null, options: Options = {},
 ): NdArray {
@@ -28,7 +31,9 @@ export function linear(
   return y;
 }
 
-/** dh = dy, times 2 max(h, 0) with relu2; dx = dh W, dW = dh^T x, dbias = sum of dh over rows, dresidual = dy. */
+/**
+ * dh = dy, times 2 max(h, 0) with relu2; dx = dh W, dW = dh^T x, dbias = sum of dh over rows, dresidual = dy.
+ */
 export function linear_vjp(
   [dy]: readonly (NdArray | null)[], x: NdArray, weight: NdArray, bias: NdArray | null,
   residual: NdArray | null = null, options: Options = {},

@@ -42,7 +42,8 @@ export const RECIPE: Recipe = {
   steps: 300, seed: 0, batch: 8, seqlen: 128, accumulate: 1,
   lr: 4e-3, min_lr: 4e-5, schedule: "wsd", warmup: 20, decay: 100,
   beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1,
-  mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, bias_rate: 1e-3, recompute: false, eval_every: 0, eval_rows: 0,
+  mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, bias_rate: 1e-3, recompute: false, eval_every: 0,
+    eval_rows: 0,
 };
 
 /**

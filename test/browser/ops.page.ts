@@ -1,5 +1,5 @@
 import { openDevice } from "../../src/tensor/device.ts";
-import { checkError, checkSample, type OpSamples } from "../ops/suite.ts";
+import { checkError, checkSample, type OpSamples, samplesOn } from "../ops/suite.ts";
 
 export interface OpsResult {
   readonly adapter: string;
@@ -25,7 +25,7 @@ export default async function ops(): Promise<OpsResult> {
     }
   };
   for (const spec of Object.values(modules).flatMap((module) => module.default)) {
-    for (const sample of spec.samples) {
+    for (const sample of samplesOn(device.info.id, spec)) {
       samples++;
       await attempt(() => checkSample(device, spec, sample));
     }

@@ -41,7 +41,8 @@ describe("bench", () => {
     const lines = jsonLines(readFileSync(out, "utf8"));
     expect(lines).toHaveLength(2);
     expect(lines[0]).toEqual(jsonLines(first.stdout)[0]);
-    expect(lines[0]).toMatchObject({ suite: "overhead", case: "replay_1000", runs: 1, node: process.version });
+    expect(lines[0]).toMatchObject(
+      { suite: "overhead", case: "replay_1000", runs: 1, node: process.version });
     for (const key of ["ms", "ratio"]) expect(lines[0]![key]).toBeGreaterThan(0);
     for (const key of ["adapter", "adapter_name", "krait", "date"]) expect(lines[0]![key]).toMatch(/./);
 
@@ -53,7 +54,8 @@ describe("bench", () => {
   }));
 
   test("says what it does not know", async () => {
-    expect((await krait(["bench", "kernel"])).stderr).toContain("The suite must be one of ceilings, kernels,");
+    expect((await krait(["bench", "kernel"])).stderr).toContain(
+      "The suite must be one of ceilings, kernels,");
     expect((await krait(["bench", "report", "train"])).stderr).toContain("runs no suite beside it");
     expect((await krait(["bench", "report", "--results", fixture("micro.json")])).stderr)
       .toContain("a folder with .jsonl files, found");
@@ -115,15 +117,19 @@ describe("train and generate", () => {
 
 describe("other inputs", () => {
   test("jsonl, a tokenizer.json, accumulation and a trace", () => withFolder(async (folder) => {
-    const [config, data, trace] = ["config.json", "lines.jsonl", "trace.json"].map((name) => join(folder, name));
+    const [config, data, trace] = ["config.json", "lines.jsonl", "trace.json"].map(
+      (name) => join(folder, name));
     writeFileSync(config!, readFileSync(fixture("micro.json"), "utf8")
-      .replace('"vocab_size": 260', '"vocab_size": 1024').replace('"eos_token_id": 256', '"eos_token_id": 2'));
-    const lines = text.split("\n").filter((line) => line.length > 40).map((line) => JSON.stringify({ text: line }));
+      .replace('"vocab_size": 260', '"vocab_size": 1024').replace('"eos_token_id": 256',
+        '"eos_token_id": 2'));
+    const lines = text.split("\n").filter((line) => line.length > 40).map(
+      (line) => JSON.stringify({ text: line }));
     writeFileSync(data!, `${lines.join("\n")}\n`);
     const out = join(folder, "run");
     const run = await krait([
       "train", "--config", config!, "--tokenizer", fixture("tokenizer.json"), "--data", data!, "--out", out,
-      "--steps", "2", "--batch", "2", "--seqlen", "32", "--accumulate", "2", "--schedule", "cosine", "--eval-rows", "2",
+      "--steps", "2", "--batch", "2", "--seqlen", "32", "--accumulate", "2", "--schedule", "cosine",
+        "--eval-rows", "2",
       "--trace", trace!, "--json",
     ]);
     expect(run.code, run.stderr).toBe(0);

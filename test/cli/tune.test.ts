@@ -8,14 +8,16 @@ interface Report {
   readonly classes: number;
   readonly undecided: number;
   readonly spent_ms: number;
-  readonly decisions: readonly { choice: string | null; ms: Record<string, number>; rejected: Record<string, string> }[];
+  readonly decisions: readonly { choice: string | null; ms: Record<string, number>; rejected: Record<string,
+    string> }[];
 }
 
 const small = ["--config", fixture("micro.json"), "--batch", "1", "--seqlen", "16", "--prompt", "8"];
 
 describe("tune", () => {
   test("measures, keeps, shows a table, goes on and starts over", () => withFolder(async (folder) => {
-    const tune = (...args: string[]) => krait(["tune", ...small, ...args], undefined, { KRAIT_TUNER: "", KRAIT_CACHE: folder });
+    const tune = (...args: string[]) => krait(
+      ["tune", ...small, ...args], undefined, { KRAIT_TUNER: "", KRAIT_CACHE: folder });
     const report = async (...args: string[]) => {
       const { code, stdout, stderr } = await tune("--json", ...args);
       expect(code, stderr).toBe(0);

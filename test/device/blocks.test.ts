@@ -8,7 +8,8 @@ import { scope } from "../../src/tensor/scope.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
 import { onEveryAdapter } from "../support/devices.ts";
 
-const wave = (count: number, step: number) => Float32Array.from({ length: count }, (_, i) => Math.sin(i * step));
+const wave = (count: number, step: number) => Float32Array.from(
+  { length: count }, (_, i) => Math.sin(i * step));
 
 await onEveryAdapter((device) => {
   describe("block tensors", () => {

@@ -113,7 +113,8 @@ await onEveryAdapter((device, open) => {
   describe("shader errors", () => {
     test("one in an imported file is reported with that file, the line and the text around it", async () => {
       const fresh = await open();
-      const broken = ["// Folding.", "fn workgroup_index(wid: vec3u, nwg: vec3u) -> u32 {", "  return 1.5;", "}"];
+      const broken = ["// Folding.", "fn workgroup_index(wid: vec3u, nwg: vec3u) -> u32 {", "  return 1.5;",
+        "}"];
       changed.set("lib/index", broken.join("\n"));
       try {
         const x = fresh.zeros([4]);

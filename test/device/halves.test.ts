@@ -3,7 +3,8 @@ import { add } from "../../src/ops/elementwise.ts";
 import { onEveryAdapter } from "../support/devices.ts";
 
 await onEveryAdapter((device) => {
-  test.each(["f16", "bf16"] as const)("%s tensors take half the bytes and read back what was rounded", async (dtype) => {
+  test.each(["f16", "bf16"] as const)("%s tensors take half the bytes and read back what was rounded",
+    async (dtype) => {
     const x = device.tensor([1, 2, 1 + 2 ** -12, -3, 0.5], [5], dtype);
     expect(x.byteLength).toBe(12);
     expect([...await x.read()]).toEqual([1, 2, 1, -3, 0.5]);

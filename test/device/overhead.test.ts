@@ -8,7 +8,8 @@ import { scale } from "../../src/ops/elementwise.ts";
 import { onEveryAdapter } from "../support/devices.ts";
 
 await onEveryAdapter((device) => {
-  test("a thousand tiny launches are replayed in one submission, in about the time of hand-written calls", async () => {
+  test("a thousand tiny launches are replayed in one submission, in about the time of hand-written calls",
+    async () => {
     const x = device.tensor([1, 2, 3, 4], [4]);
     const { graph } = device.capture(() => {
       for (let i = 0; i < 1000; i++) scale(x, 1 + i % 3).dispose();

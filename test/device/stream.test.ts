@@ -144,7 +144,8 @@ await onEveryAdapter((device, open) => {
       for (let program = 0; program < 6; program++) {
         const x = device.tensor(new Float32Array(64).fill(1), [64]);
         const steps = Array.from({ length: 80 }, () => ({
-          from: draw.next(), size: 16 + 16 * Math.floor(40 * draw.next()), drop: draw.next(), factor: 1 + draw.next() / 9,
+          from: draw.next(), size: 16 + 16 * Math.floor(40 * draw.next()), drop: draw.next(),
+            factor: 1 + draw.next() / 9,
         }));
         const run = () => {
           const alive: { tensor: Tensor; value: number }[] = [];

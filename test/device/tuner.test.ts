@@ -38,7 +38,8 @@ const folder = mkdtempSync(join(tmpdir(), "krait-tuner-"));
 afterAll(() => rmSync(folder, { recursive: true }));
 
 /** Runs `tune` on the classes of `ways`. */
-async function decide(open: () => Promise<Device>, ways: readonly string[], options = {}): Promise<Decision[]> {
+async function decide(open: () => Promise<Device>, ways: readonly string[], options = {}): Promise<Decision[
+  ]> {
   const classes = ways.map((each) => ({ tunable: doubling.name, class: `n=4096 ways=${each}` }));
   return tune({ open, classes, ...options });
 }
@@ -55,7 +56,8 @@ await onEveryAdapter((device, openAnother) => {
     expect(back!.ms["many"]! / back!.ms["once"]!).toBeGreaterThan(2);
   });
 
-  test("a candidate with another result, an error or a lost device is rejected, with the reason", async () => {
+  test("a candidate with another result, an error or a lost device is rejected, with the reason", async (
+    ) => {
     const decisions = await decide(open, ["many.wrong.broken.lost.whole.once"]);
     expect(decisions).toHaveLength(1);
     const { choice, rejected } = decisions[0]!;
@@ -88,7 +90,8 @@ await onEveryAdapter((device, openAnother) => {
     expect(tried.some((text) => text.endsWith("many.once"))).toBe(false);
     // What was found slow or wrong is not tried again, even where nothing was chosen.
     const known = { ...second[1]!, choice: null, rejected: { wrong: "is wrong" } };
-    expect(await decide(open, ["once.wrong"], { known: [known] })).toMatchObject([{ choice: "once", ms: {} }]);
+    expect(await decide(open, ["once.wrong"], { known: [known] })).toMatchObject(
+      [{ choice: "once", ms: {} }]);
   });
 
   test("measuring leaves no memory behind", async () => {
@@ -111,7 +114,8 @@ await onEveryAdapter((device, openAnother) => {
     for (const dispose of [a, b]) dispose.dispose();
   });
 
-  test("a device keeps its choice; one opened later takes what was measured, and may pin others", async () => {
+  test("a device keeps its choice; one opened later takes what was measured, and may pin others", async (
+    ) => {
     const shape = { n: 100, ways: "many.once.wrong" };
     const text = "n=128 ways=many.once.wrong";
     const [used, later, third] = [await open(), await open(), await open()];
@@ -212,7 +216,8 @@ describe("opening a device", async () => {
       try {
         const first = await openDevice({ adapter: adapter! });
         await new TunerCache(first).save({
-          tunable: doubling.name, class: "n=64 ways=many.once", choice: "once", default: "many", ms: {}, rejected: {},
+          tunable: doubling.name, class: "n=64 ways=many.once", choice: "once", default: "many", ms: {},
+            rejected: {},
         });
         first.destroy();
         if (tuner === "/dev/null") process.env["KRAIT_CACHE"] = tuner;

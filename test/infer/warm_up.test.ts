@@ -8,7 +8,8 @@ import { onEveryAdapter } from "../support/devices.ts";
 
 await onEveryAdapter((_, open) => {
   for (const draft of [0, 2]) {
-    test(`warming up with ${draft} drafts compiles what the first token needs, and takes no memory`, async () => {
+    test(`warming up with ${draft} drafts compiles what the first token needs, and takes no memory`, async (
+      ) => {
       const device = await open();
       const config = preset("unit");
       const pipelines = pipelinesOf(device);

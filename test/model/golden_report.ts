@@ -9,7 +9,8 @@ import { testAdapters } from "../support/adapters.ts";
 import { checkGoldenCase } from "./golden.ts";
 
 const root = process.argv[2] ?? fileURLToPath(new URL("../fixtures/golden", import.meta.url));
-const cases = readdirSync(root, { withFileTypes: true }).filter((entry) => entry.isDirectory()).map(({ name }) => name).sort();
+const cases = readdirSync(root, { withFileTypes: true }).filter((entry) => entry.isDirectory()).map(
+  ({ name }) => name).sort();
 const rows: string[][] = [];
 for (const handle of await testAdapters()) {
   const device = await openDevice({ adapter: handle });

@@ -34,10 +34,12 @@ await onEveryAdapter((device) => {
       test(`${format} computes what its weights stand for`, async () => {
         const before = device.pool.liveBytes;
         const model = new NemotronH(config, createWeights(device, config, 5, format));
-        const values = [...model.parameters].map(([name, tensor]): [string, Tensor] => [name, cast(tensor, "f32")]);
+        const values = [...model.parameters].map(
+          ([name, tensor]): [string, Tensor] => [name, cast(tensor, "f32")]);
         const dense = new NemotronH(config, new Map(values));
         const expected = (await evaluate(dense, inputs(21))).get("logits")!.data;
-        expect(largestError((await evaluate(model, inputs(21))).get("logits")!.data, expected)).toBeLessThan(2e-5);
+        expect(largestError((await evaluate(model, inputs(21))).get("logits")!.data, expected)).toBeLessThan(
+          2e-5);
         const pieces = await evaluateIncremental(model, inputs(21), [17, 1, 1, 1, 1]);
         expect(largestError(pieces.logits, expected)).toBeLessThan(2e-5);
         model.dispose();
@@ -51,7 +53,8 @@ await onEveryAdapter((device) => {
         const before = device.pool.liveBytes;
         const model = new NemotronH(config, createWeights(device, config, 5, format));
         expect([...model.quantised.keys()].some((name) => name.endsWith("experts.up_proj"))).toBe(true);
-        const values: [string, Tensor][] = [...model.quantised].map(([name, blocks]) => [name, dequantize(blocks)]);
+        const values: [string, Tensor][] =
+          [...model.quantised].map(([name, blocks]) => [name, dequantize(blocks)]);
         const dense = new NemotronH(config, new Map([...model.parameters, ...values]));
         const [found, expected] = [await evaluate(model, inputs(21)), await evaluate(dense, inputs(21))];
         for (const name of ["logits", "mtp.logits", "loss"]) {
@@ -94,10 +97,12 @@ await onEveryAdapter((device) => {
 
       const generator = new Generator(model, 40);
       const tokens: number[] = [];
-      for await (const token of generator.generate([1, 2, 3], { maxTokens: 12, draft: 2 })) tokens.push(token);
+      for await (const token of generator.generate([1, 2, 3], { maxTokens: 12, draft: 2 })) tokens.push(
+        token);
       expect(tokens).toHaveLength(12);
       generator.dispose();
-      await expect(loadModel(device, config, folder, true, "q8")).rejects.toThrow(/trained must be f32, found q8/);
+      await expect(loadModel(device, config, folder, true, "q8")).rejects.toThrow(
+        /trained must be f32, found q8/);
       model.dispose();
       expect(device.pool.liveBytes).toBe(before);
     });

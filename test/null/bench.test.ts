@@ -25,7 +25,8 @@ describe("lines", () => {
 
   test("tokens a second are held against the products that they need", () => {
     const line = benchLine(
-      { suite: "train", case: "step", times, unit: "tokens/s", work: 600, bound: { by: "matmul", work: 3e9 } },
+      { suite: "train", case: "step", times, unit: "tokens/s", work: 600,
+        bound: { by: "matmul", work: 3e9 } },
       2000);
     expect(line).toMatchObject({ rate: 200_000, achieved: 1000, share: 0.5 });
   });
@@ -34,7 +35,8 @@ describe("lines", () => {
     expect(benchLine({ suite: "growth", case: "m", times: [], unit: "bytes", work: 123456 }, null))
       .toMatchObject({ ms: null, min_ms: null, max_ms: null, rate: 123456, share: null, bound: null });
     const line = benchLine(
-      { suite: "roofline", case: "k", times: [0, 0], unit: "us", work: 4, bound: { by: "copy", work: 1 } }, 8);
+      { suite: "roofline", case: "k", times: [0, 0], unit: "us", work: 4, bound: { by: "copy", work: 1 } },
+        8);
     expect(line).toMatchObject({ ms: 0, rate: 0, achieved: null, share: null });
   });
 });
@@ -109,7 +111,8 @@ describe("the report", () => {
 
   test.each(["{", "null", "3", '{"suite":"s","case":"c"}', '{"suite":1,"case":"c","adapter":"a"}'])(
     "%j is no result", (bad) => {
-      expect(() => readLines(`${line({})}\n${bad}\n`, "f.jsonl")).toThrow("f.jsonl, line 2: a result must be");
+      expect(() => readLines(`${line({})}\n${bad}\n`, "f.jsonl")).toThrow(
+        "f.jsonl, line 2: a result must be");
     });
 
   test("results go into the page, whatever they say", () => {

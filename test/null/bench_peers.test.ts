@@ -4,7 +4,8 @@ import {
 } from "../../bench/peers/blocks.ts";
 import { CASES } from "../../bench/peers/cases.ts";
 import { encodeGguf } from "../../bench/peers/gguf.ts";
-import { DENSE, MOE, expectedLogits, hybridGguf, parameterShapes, prompt, textOf } from "../../bench/peers/hybrid.ts";
+import { DENSE, MOE, expectedLogits, hybridGguf, parameterShapes, prompt,
+  textOf } from "../../bench/peers/hybrid.ts";
 import { encodeModel } from "../../bench/peers/onnx.ts";
 import { PEERS } from "../../bench/peers/peers.ts";
 import {
@@ -126,7 +127,8 @@ test("the cases that reports count on, and every peer has cases", () => {
 });
 
 test("the summary leaves out wrong answers and other processors", () => {
-  const line = (name: string, peer: string, ratio: number, peer_ok = true, peer_kind: "gpu" | "cpu" = "gpu") =>
+  const line = (name: string, peer: string, ratio: number, peer_ok = true, peer_kind: "gpu" | "cpu" =
+    "gpu") =>
     ({ case: name, peer, ratio, peer_ok, peer_kind });
   expect(summarise([
     line("a", "slow", 5), line("a", "wrong", 0.5, false), line("a", "fast", 2), line("b", "wrong", 3, false),
@@ -142,7 +144,8 @@ test("blocks of 32 keep multiples of their scale, and round others to the neares
     for (let b = 0; b < 10; b++) {
       const part = [...values.subarray(32 * b, 32 * b + 32)];
       const step = Math.max(...part.map(Math.abs)) / (bits === 4 ? 8 : 127);
-      // 7 is the last code upwards where the largest value is negative, so the far end is cut by a whole step.
+      // 7 is the last code upwards where the largest value is negative, so the far end is cut by a whole
+      // step.
       const most = bits === 4 ? 1.001 * step : 0.51 * step;
       part.forEach((x, i) => expect(Math.abs(once[32 * b + i]! - x)).toBeLessThan(most));
     }
@@ -254,7 +257,8 @@ test("a GGUF file: settings of every type, tensors at multiples of 32", () => {
 
 /** All parameters of a model, each filled with one number. */
 const filled = (config: NemotronHConfig) => Object.fromEntries(listParameters(config).map(
-  ({ name, shape }) => [name, { shape, data: new Float32Array(shape.reduce((a, b) => a * b, 1)).fill(0.5) }]));
+  ({ name, shape }) => [name, { shape, data: new Float32Array(shape.reduce((a, b) => a * b, 1)).fill(
+    0.5) }]));
 
 test("the small hybrid as a GGUF file holds every parameter once", () => {
   const small = (config: NemotronHConfig): NemotronHConfig => ({

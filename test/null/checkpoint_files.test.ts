@@ -275,8 +275,8 @@ describe("on a real disk", () => {
       expect(new Set(await saved.read("weights.bin"))).toEqual(new Set([saved.step % 251]));
       next = saved.step + 1;
     }
-    // A kill between a folder's last rename and the switch leaves a finished folder of this step, which stays unchanged
-    // while the next one is written beside it.
+    // A kill between a folder's last rename and the switch leaves a finished folder of this step, which stays
+    // unchanged while the next one is written beside it.
     const name = await saveCheckpoint(localFileLayer(), root, next, OLD, { keep: 1 });
     expect(name).toMatch(new RegExp(`^step-${String(next).padStart(8, "0")}(-2)?$`));
     expect(readdirSync(root)).toEqual(["latest", name]);

@@ -11,9 +11,12 @@ import { FormatError } from "../../src/tensor/errors.ts";
 
 const golden = new URL("../fixtures/golden/", import.meta.url).pathname;
 const tiny = parseConfig({
-  hybrid_override_pattern: "M*-ME", vocab_size: 260, hidden_size: 128, num_attention_heads: 4, num_key_value_heads: 2,
-  head_dim: 32, mamba_num_heads: 8, mamba_head_dim: 32, ssm_state_size: 32, n_groups: 2, intermediate_size: 256,
-  n_routed_experts: 8, num_experts_per_tok: 2, moe_intermediate_size: 64, moe_shared_expert_intermediate_size: 128,
+  hybrid_override_pattern: "M*-ME", vocab_size: 260, hidden_size: 128, num_attention_heads: 4,
+    num_key_value_heads: 2,
+  head_dim: 32, mamba_num_heads: 8, mamba_head_dim: 32, ssm_state_size: 32, n_groups: 2,
+    intermediate_size: 256,
+  n_routed_experts: 8, num_experts_per_tok: 2, moe_intermediate_size: 64,
+    moe_shared_expert_intermediate_size: 128,
   moe_latent_size: 64, num_nextn_predict_layers: 1,
 });
 

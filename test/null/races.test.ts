@@ -104,7 +104,8 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     constants: { WG: 16 }, workgroups: [4],
   },
   "matmul/matmul_tile:matmul_tile": {
-    bind: { a: normal(90), b: normal(108), c: 30, bias: normal(6), tiles: 1, table: 1, extra: 1 }, params: MATMUL,
+    bind: { a: normal(90), b: normal(108), c: 30, bias: normal(6), tiles: 1, table: 1, extra: 1 },
+      params: MATMUL,
     conditions: ["bias"], workgroups: [1],
   },
   "matmul/matvec:matvec": {
@@ -170,14 +171,17 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
   },
   "quant/block_matvec:block_matvec": {
     bind: {
-      x: normal(2 * 64), codes: integers(6 * 16, 2 ** 31), scales: integers(6, 2 ** 14), y: 12, bias: normal(6),
+      x: normal(2 * 64), codes: integers(6 * 16, 2 ** 31), scales: integers(6, 2 ** 14), y: 12, bias: normal(
+        6),
       offsets: 1, residual: 1,
     },
-    params: { m: 2, n: 6, k: 64, experts: 0 }, constants: { WG: 16 }, conditions: ["bias"], workgroups: [2], rewrite: HALVES,
+    params: { m: 2, n: 6, k: 64, experts: 0 }, constants: { WG: 16 }, conditions: ["bias"], workgroups: [2],
+      rewrite: HALVES,
   },
   "quant/block_tile:block_tile": {
     bind: {
-      x: normal(3 * 32), codes: integers(6 * 8, 2 ** 31), scales: integers(3, 2 ** 14), y: 18, bias: normal(6),
+      x: normal(3 * 32), codes: integers(6 * 8, 2 ** 31), scales: integers(3, 2 ** 14), y: 18, bias: normal(
+        6),
       tiles: 1, residual: 1,
     },
     params: { m: 3, n: 6, k: 32, row_tiles: 1 }, conditions: ["bias"], workgroups: [1], rewrite: HALVES,

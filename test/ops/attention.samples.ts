@@ -66,6 +66,13 @@ export default opSamples({
       name: "all keys, odd length, groups of two heads",
       args: args({ B: 2, L: 37, Hq: 4, Hkv: 2, Dh: 8, causal: false }),
     },
+    {
+      name: "workgroup tile, more keys than queries",
+      args: (r: Draw) => {
+        const [q, k, v, options] = args({ B: 2, L: 35, Lk: 38, Hq: 2, Hkv: 1, Dh: 16 })(r);
+        return [q, k, v, { ...options as object, kernel: "tile" }];
+      },
+    },
     { name: "all keys, heads of 64", args: args({ L: 35, Hq: 2, Hkv: 1, Dh: 64, causal: false }) },
     {
       name: "all keys, heads of 128", reduction: 128,

@@ -6,8 +6,8 @@ import type { Tensor } from "../../src/tensor/tensor.ts";
 import { testAdapters } from "../support/adapters.ts";
 import { Draw } from "./suite.ts";
 
-// With one key a row's weight is 1 whatever its score, so the gradients of query and key are zero: the op suite, which
-// measures errors by the largest entry, cannot say how near to zero is near enough.
+// With one key a row's weight is 1 whatever its score, so the gradients of query and key are zero: the op
+// suite, which measures errors by the largest entry, cannot say how near to zero is near enough.
 for (const handle of await testAdapters()) {
   describe(handle.info.id, async () => {
     const device = await openDevice({ adapter: handle });

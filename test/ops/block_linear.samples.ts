@@ -70,7 +70,8 @@ export default [
       {
         name: "a residual beside an activation", message: /linear.*residual.*null beside an activation/,
         args: (r) => [
-          r.normal([2, 32]), ...blocks(r, [8, 32], "q4"), null, r.normal([2, 8]), { format: "q4", activation: "relu2" },
+          r.normal([2, 32]), ...blocks(r, [8, 32], "q4"), null, r.normal([2, 8]),
+            { format: "q4", activation: "relu2" },
         ],
       },
     ],

@@ -7,7 +7,8 @@ const shapes: Record<string, number[]> = {
 };
 /** Ties, subnormals, the largest finite values and what lies beyond. */
 const EDGES = [
-  0, -0, 1, -1, 1 + 2 ** -11, 1 + 3 * 2 ** -11, 1 + 2 ** -8, 1 + 3 * 2 ** -8, -1 - 2 ** -9, 65504, 65519, 65520,
+  0, -0, 1, -1, 1 + 2 ** -11, 1 + 3 * 2 ** -11, 1 + 2 ** -8, 1 + 3 * 2 ** -8, -1 - 2 ** -9, 65504, 65519,
+    65520,
   -65520, 1e6, -1e30, 2 ** -14, 2 ** -14 - 2 ** -25, 2 ** -24, 2 ** -25, 3 * 2 ** -25, 5e-7, -6e-8, 1e-20,
   3.3e38, -3.3895313892515355e38,
 ];
@@ -18,7 +19,8 @@ export default opSamples({
     ...(["f16", "bf16"] as const).flatMap((half) => [
       ...Object.entries(shapes).flatMap(([name, shape]) => [
         { name: `f32 to ${half}, ${name}`, args: (r: Draw) => [r.normal(shape), half], tolerance: 0 },
-        { name: `${half} to f32, ${name}`, args: (r: Draw) => [r.half(r.normal(shape), half), "f32"], tolerance: 0 },
+        { name: `${half} to f32, ${name}`, args: (r: Draw) => [r.half(r.normal(shape), half), "f32"],
+          tolerance: 0 },
       ]),
       { name: `edges of ${half}`, args: (r: Draw) => [r.of([EDGES.length], EDGES), half], tolerance: 0 },
       {

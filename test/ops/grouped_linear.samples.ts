@@ -16,7 +16,8 @@ function grouped(name: string, counts: number[], [N, K]: [number, number], ...op
 }
 
 /** Rows of tokens, of which each goes to `topk` experts in some order. */
-function permuted(name: string, counts: number[], widths: [number, number], topk: number, options = {}): Sample {
+function permuted(name: string, counts: number[], widths: [number, number], topk: number, options =
+  {}): Sample {
   const S = counts.reduce((a, b) => a + b, 0);
   const plain = grouped(name, counts, widths);
   return {
@@ -31,7 +32,8 @@ function permuted(name: string, counts: number[], widths: [number, number], topk
       const inverse = order.map((_, choice) => order.indexOf(choice));
       return [
         r.normal([S / topk, widths[1]]), weight, offsets,
-        { ...options, permute: { slot_token: r.of([S], order, "u32"), token_slot: r.of([S], inverse, "u32"), topk } },
+        { ...options, permute: { slot_token: r.of([S], order, "u32"), token_slot: r.of([S], inverse, "u32"),
+          topk } },
       ];
     },
   };
@@ -41,7 +43,8 @@ function permuted(name: string, counts: number[], widths: [number, number], topk
 function halves(sample: Sample, positions: number[], dtype: "f16" | "bf16"): Sample {
   return {
     ...sample,
-    args: (r) => sample.args(r).map((arg, i) => positions.includes(i) ? r.half(arg as HostTensor, dtype) : arg),
+    args: (r) => sample.args(r).map(
+      (arg, i) => positions.includes(i) ? r.half(arg as HostTensor, dtype) : arg),
   };
 }
 

@@ -29,7 +29,8 @@ export default opSamples({
       ([b, l, K, N]): Sample[] => [
         {
           name: `relu2 ${b} x ${l}, ${K} -> ${N}`,
-          args: (r) => [r.normal([b!, l!, K!]), r.normal([N!, K!]), r.normal([N!]), null, { activation: "relu2" }],
+          args: (r) => [r.normal([b!, l!, K!]), r.normal([N!, K!]), r.normal([N!]), null,
+            { activation: "relu2" }],
         },
         {
           name: `residual ${b} x ${l}, ${K} -> ${N}`,
@@ -37,7 +38,8 @@ export default opSamples({
         },
       ]),
     {
-      name: "relu2 without a bias", args: (r) => [r.normal([17, 16]), r.normal([9, 16]), null, null, { activation: "relu2" }],
+      name: "relu2 without a bias", args: (r) => [
+        r.normal([17, 16]), r.normal([9, 16]), null, null, { activation: "relu2" }],
     },
     {
       name: "residual without a bias", reduction: 600,
@@ -48,12 +50,14 @@ export default opSamples({
         name: `weights in ${dtype}`,
         args: (r) => [r.normal([18, 24]), r.half(r.normal([20, 24]), dtype), r.half(r.normal([20]), dtype)],
       },
-      { name: `odd weights in ${dtype}`, args: (r) => [r.normal([18, 23]), r.half(r.normal([19, 23]), dtype), null] },
+      { name: `odd weights in ${dtype}`, args: (r) => [
+        r.normal([18, 23]), r.half(r.normal([19, 23]), dtype), null] },
       {
         name: `two rows, odd outputs, weights in ${dtype}`,
         args: (r) => [r.normal([2, 36]), r.half(r.normal([21, 36]), dtype), r.normal([21])],
       },
-      { name: `one row, weights in ${dtype}`, args: (r) => [r.normal([1, 24]), r.half(r.normal([20, 24]), dtype), null] },
+      { name: `one row, weights in ${dtype}`, args: (r) => [
+        r.normal([1, 24]), r.half(r.normal([20, 24]), dtype), null] },
       {
         name: `all in ${dtype}`, ...rounded(dtype),
         args: (r) => [
@@ -64,17 +68,20 @@ export default opSamples({
       {
         name: `all in ${dtype}, odd, relu2`, ...rounded(dtype),
         args: (r) => [
-          r.half(r.normal([17, 23]), dtype), r.half(r.normal([19, 23]), dtype), r.half(r.normal([19]), dtype), null,
+          r.half(r.normal([17, 23]), dtype), r.half(r.normal([19, 23]), dtype), r.half(r.normal([19]), dtype),
+            null,
           { activation: "relu2" },
         ],
       },
       {
         name: `relu2 into ${dtype}`, ...rounded(dtype),
-        args: (r) => [r.normal([18, 24]), r.normal([20, 24]), null, null, { activation: "relu2", out: dtype }],
+        args: (r) => [r.normal([18, 24]), r.normal([20, 24]), null, null,
+          { activation: "relu2", out: dtype }],
       },
       {
         name: `one row, relu2 into ${dtype}`, ...rounded(dtype),
-        args: (r) => [r.normal([1, 24]), r.normal([21, 24]), r.normal([21]), null, { activation: "relu2", out: dtype }],
+        args: (r) => [r.normal([1, 24]), r.normal([21, 24]), r.normal([21]), null,
+          { activation: "relu2", out: dtype }],
       },
     ]),
   ],

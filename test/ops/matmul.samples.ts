@@ -18,7 +18,8 @@ function every(name: string, lead: number[], [M, N, K]: [number, number, number]
 }
 
 /** The same of two halves, into the same half. */
-function halves(name: string, sizes: [number, number, number], dtype: "f16" | "bf16", options = {}): Sample[] {
+function halves(name: string, sizes: [number, number, number], dtype: "f16" | "bf16", options = {}): Sample[
+  ] {
   return every(name, [], sizes, options).map((sample) => ({
     ...sample, ...rounded(dtype),
     args: (r) => sample.args(r).map((arg, i) => i < 2 ? r.half(arg as HostTensor, dtype) : arg),
@@ -57,7 +58,8 @@ export default opSamples({
       ...halves(`${dtype}, workgroup tile, odd`, [17, 69, 23], dtype, { kernel: "tile" }),
       {
         name: `${dtype} into f32`,
-        args: (r: Draw) => [r.half(r.normal([20, 24]), dtype), r.half(r.normal([24, 36]), dtype), { out: "f32" }],
+        args: (r: Draw) => [r.half(r.normal([20, 24]), dtype), r.half(r.normal([24, 36]), dtype),
+          { out: "f32" }],
       },
       {
         name: `f32 and ${dtype}`,

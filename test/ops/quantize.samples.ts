@@ -5,7 +5,9 @@ import { type Draw, type HostTensor, opSamples, type Sample } from "./suite.ts";
 
 const FORMATS = ["q8", "q4"] as const;
 
-/** Ties, blocks of zeros, a largest value that occurs with both signs, scales below and above what f16 holds. */
+/**
+ * Ties, blocks of zeros, a largest value that occurs with both signs, scales below and above what f16 holds.
+ */
 const EDGES = [
   Array.from({ length: 32 }, (_, i) => (i - 16) * 0.5),
   Array.from({ length: 32 }, (_, i) => 127 - i * 0.5),
@@ -28,7 +30,8 @@ export function blocks(r: Draw, shape: number[], format: "q8" | "q4"): [HostTens
 }
 
 const each = (sample: (format: "q8" | "q4") => Sample[]): Sample[] =>
-  FORMATS.flatMap((format) => sample(format).map((s) => ({ ...s, name: `${format}, ${s.name}`, tolerance: 0 })));
+  FORMATS.flatMap((format) => sample(format).map(
+    (s) => ({ ...s, name: `${format}, ${s.name}`, tolerance: 0 })));
 
 export default [
   opSamples({

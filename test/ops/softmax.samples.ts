@@ -27,6 +27,7 @@ export default opSamples({
     },
   ],
   errors: [
-    { name: "a scalar", args: (r) => [r.normal([])], message: /softmax: x must be \[\.\.\., N\], found \[\]/ },
+    { name: "a scalar", args: (r) => [r.normal([])],
+      message: /softmax: x must be \[\.\.\., N\], found \[\]/ },
   ],
 });

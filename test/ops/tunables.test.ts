@@ -35,7 +35,8 @@ for (const handle of await testAdapters()) {
 
       test(`${name}: all candidates agree`, async () => {
         const decisions = await tune({
-          open: () => openDevice({ adapter: handle }), classes: [{ tunable: name, class: text }], budgetMs: 40_000,
+          open: () => openDevice({ adapter: handle }), classes: [{ tunable: name, class: text }],
+            budgetMs: 40_000,
         });
         expect(decisions).toMatchObject([{ tunable: name, class: text }]);
         const { choice, rejected } = decisions[0]!;

@@ -27,7 +27,8 @@ async function start(measured: ChoiceTable) {
   const device = await openDevice({ adapter: adapter! });
   devices.push(device);
   device.choices.load(measured);
-  const run = new TrainingRun(new NemotronH(config, createParameters(device, config, 1)), recipe, corpus, corpus);
+  const run = new TrainingRun(new NemotronH(config, createParameters(device, config, 1)), recipe, corpus,
+    corpus);
   const step = async (count: number) => {
     const losses: number[] = [];
     for (let i = 0; i < count; i++) losses.push((await run.step()).total);
@@ -40,7 +41,8 @@ async function start(measured: ChoiceTable) {
 function others(device: Device): ChoiceTable {
   const table: Record<string, Record<string, string>> = {};
   for (const { tunable, class: text, choice } of device.choices.used) {
-    const other = tunables.get(tunable)!.candidates(device, parseClass(text)!).find((each) => each !== choice);
+    const other = tunables.get(tunable)!.candidates(device, parseClass(text)!).find(
+      (each) => each !== choice);
     if (tunable.startsWith("matmul/") && other !== undefined) (table[tunable] ??= {})[text] = other;
   }
   return table;
@@ -61,7 +63,8 @@ test("a resumed run computes with the kernels of the run before it, whatever was
     await save("whole", state);
     await save("old", old);
     await save("elsewhere", { ...state, kernels: { ...kernels!, adapter: "another" } });
-    await save("strange", { ...state, kernels: { ...kernels!, choices: { "matmul/product": null } } as never });
+    await save("strange", { ...state,
+      kernels: { ...kernels!, choices: { "matmul/product": null } } as never });
     const expected = await first.step(3);
 
     const resume = async (name: string) => {

@@ -230,7 +230,8 @@ describe("a small model with experts and two prediction depths", () => {
     expect(device.pool.liveBytes).toBe(before);
   });
 
-  test.each([false, true])("an allocation that fails leaves nothing behind; recompute %j", async (recompute) => {
+  test.each([false, true])("an allocation that fails leaves nothing behind; recompute %j", async (
+    recompute) => {
     const batches = [new BatchPacker(corpus, options).next()];
     const failures = await failEveryAllocation(device, async () => {
       const model = new NemotronH(config, createParameters(device, config, 1));

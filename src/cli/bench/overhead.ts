@@ -74,7 +74,8 @@ export async function replayOverhead(device: Device, runs = 15): Promise<ReplayO
   x.dispose();
   byHand.destroy();
   return {
-    times: totals.replay.toSorted((a, b) => a - b), replay_ms: median(totals.replay), hand_ms: median(totals.hand), ratio: median(ratios),
+    times: totals.replay.toSorted((a, b) => a - b), replay_ms: median(totals.replay), hand_ms: median(
+      totals.hand), ratio: median(ratios),
     replay_host_ms: median(hosts.replay), hand_host_ms: median(hosts.hand),
   };
 }

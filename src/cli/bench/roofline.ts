@@ -68,7 +68,8 @@ export function estimate(kernel: string, entry: string, launched: Launched): Est
   let bytes = 0;
   for (const [name, view] of Object.entries(bind)) {
     if (!view) continue;
-    if (seen.some((other) => other.storage === view.storage && other.byteOffset === view.byteOffset)) continue;
+    if (seen.some((other) => other.storage === view.storage &&
+      other.byteOffset === view.byteOffset)) continue;
     seen.push(view);
     // Of the experts' matrices at most one per row is read.
     const isStack = experts > 0 && /^(weight|codes|scales)$/.test(name);
@@ -188,7 +189,8 @@ async function profiled(
     await bench.add({
       suite: SUITE, case: `${what}: ${name}`, times, unit: "us", work: count, ...(bound ? { bound } : {}),
       details: {
-        step: what, kernel: name, count, bytes, flops, gb_s: bytes === null || ms === 0 ? null : bytes / ms / 1e6,
+        step: what, kernel: name, count, bytes, flops, gb_s: bytes === null ||
+          ms === 0 ? null : bytes / ms / 1e6,
         gflop_s: flops === null || ms === 0 ? null : flops / ms / 1e6, share_of_step: share,
       },
       minor: share < 0.01, remark: `${count} launches, ${(100 * share).toFixed(1)} % of the step`,

@@ -50,7 +50,8 @@ export async function benchTrain(bench: Bench): Promise<void> {
     const first_step_ms = performance.now() - cold;
     await run.step();
     const counts = () => [
-      device.stream.dispatches, device.stream.submits, device.pool.created, device.bindGroupsCreated] as const;
+      device.stream.dispatches, device.stream.submits, device.pool.created,
+        device.bindGroupsCreated] as const;
     const start = counts();
     const times: number[] = [];
     for (let i = 0; i < options.runs; i++) {

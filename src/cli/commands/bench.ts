@@ -96,7 +96,8 @@ export const bench = defineCommand({
   ],
   async run({ options, args, stdout, stderr, env }) {
     if (args.includes("report")) {
-      if (args.length > 1) throw new UsageError("report makes a page of results and runs no suite beside it.");
+      if (args.length > 1) throw new UsageError(
+        "report makes a page of results and runs no suite beside it.");
       const page = await writeReport(
         options.results ?? packagePath("bench/results"), options.out ?? packagePath("bench/report.html"));
       stdout.write(`${page.path}: ${page.lines} results of ${page.adapters.join(", ")}\n`);
@@ -142,7 +143,8 @@ export const bench = defineCommand({
       progress.done();
       device.destroy();
     }
-    if (peers && compared.length === 0) throw new KraitError("No peer could be compared with; stderr says why.");
+    if (peers && compared.length === 0) throw new KraitError(
+      "No peer could be compared with; stderr says why.");
     if (options.json) return;
     const c = colours(wantsColour(stdout, env));
     stdout.write(`${c.bold(`On ${device.info.name}, medians of up to ${options.runs} runs`)}\n`);

@@ -29,7 +29,8 @@ export const tune = defineCommand({
     batch: { type: "integer", min: 1, help: "Rows per micro-batch of its training; default as in train." },
     seqlen: { type: "integer", min: 1, help: "Positions per row; default as in train." },
     prompt: { type: "integer", min: 1, default: 256, help: "Tokens of a prompt." },
-    budget: { type: "string", value: "TIME", default: "10s", help: "Time to measure for, such as 500ms, 10s, 2min." },
+    budget: { type: "string", value: "TIME", default: "10s",
+      help: "Time to measure for, such as 500ms, 10s, 2min." },
     reset: { type: "boolean", help: "Forget earlier measurements of this adapter first." },
     json: { type: "boolean", help: "Print one JSON object instead of the table." },
   },
@@ -40,7 +41,8 @@ export const tune = defineCommand({
       throw new UsageError("The tuner is switched off by KRAIT_TUNER=off.");
     }
     const config = findConfig(options.config);
-    const open = () => openDevice({ ...(options.adapter ? { adapter: options.adapter } : {}), tuning: false });
+    const open = () => openDevice({ ...(options.adapter ? { adapter: options.adapter } : {}),
+      tuning: false });
     const sketch = await open();
     const cache = new TunerCache(sketch);
     const { info } = sketch;
@@ -55,7 +57,8 @@ export const tune = defineCommand({
     const name = (d: { tunable: string; class: string }) => `${d.tunable} ${d.class}`;
     const done = new Map(known.map((decision) => [name(decision), decision]));
     const total = classes.filter((each) => (done.get(name(each))?.choice ?? null) === null).length;
-    const progress = new Progress({ total, label: "class", silent: options.json || total === 0, stream: stderr, env });
+    const progress = new Progress({ total, label: "class", silent: options.json || total === 0,
+      stream: stderr, env });
     let finished = 0;
     const start = performance.now();
     await measure({
@@ -74,7 +77,8 @@ export const tune = defineCommand({
     const open_classes = classes.length - decisions.filter(({ choice }) => choice !== null).length;
     if (options.json) {
       stdout.write(`${JSON.stringify({
-        adapter: info.id, driver: info.description, cache: cache.place, budget_ms: budgetMs, spent_ms: spentMs,
+        adapter: info.id, driver: info.description, cache: cache.place, budget_ms: budgetMs,
+          spent_ms: spentMs,
         classes: classes.length, undecided: open_classes, decisions,
       })}\n`);
       return;
@@ -109,6 +113,7 @@ function candidatesText({ ms, rejected }: Decision): string {
 /** Milliseconds of "500ms", "10s", "2min" or a number of seconds. */
 function parseTime(text: string): number {
   const [, number, unit = "s"] = /^(\d+(?:\.\d+)?)\s*(ms|s|min|m)?$/.exec(text) ?? [];
-  if (number === undefined) throw new UsageError(`--budget must be a time such as 10s or 2min, found "${text}".`);
+  if (number === undefined) throw new UsageError(
+    `--budget must be a time such as 10s or 2min, found "${text}".`);
   return Number(number) * { ms: 1, s: 1000, m: 60_000, min: 60_000 }[unit as "ms"];
 }
