@@ -15,6 +15,7 @@ import package::lib::quad_scan::{Tile, Token, Rows, reorder, entering, leaving, 
 import package::lib::quad_scan::{scale_tile, scale_token, add_token, weigh, apply, update};
 import package::lib::quad_scan::{from_rows, to_rows};
 @if(subgroups) import package::lib::quad_scan::{gather_tile, reduce_tile, reduce_pairs};
+import package::lib::scan_loads::{load_B, load_C};
 
 struct Params {
   seqlen: u32,
@@ -41,14 +42,6 @@ override WG: u32 = 32;
 
 @if(p32) const P_SPAN: u32 = 32u;
 @else const P_SPAN: u32 = 16u;
-
-fn load_B(at: vec4u) -> mat4x4f {
-  return mat4x4f(B[at.x], B[at.y], B[at.z], B[at.w]);
-}
-
-fn load_C(at: vec4u) -> mat4x4f {
-  return mat4x4f(C[at.x], C[at.y], C[at.z], C[at.w]);
-}
 
 // Sixteen p of a row of x, from quad p.x on. Quads past the end repeat the last one; what comes of them is
 // not stored.

@@ -13,6 +13,7 @@ import package::lib::index::workgroup_index;
 import package::lib::quad_scan::{Tile, Token, Rows, reorder, entering, leaving, reaching, scale_columns};
 import package::lib::quad_scan::{scale_tile, scale_token, token_dots, apply_transposed, update, from_rows};
 @if(subgroups) import package::lib::quad_scan::{gather, gather_tile, gather_pairs, reduce_pairs, reduce_own};
+import package::lib::scan_loads::{load_B, load_C, load_dy, load_x};
 
 struct Params {
   batch: u32,
@@ -47,27 +48,6 @@ override CHUNK: u32 = 16; // blocks
 
 @if(n32) const SPAN: u32 = 32u;
 @else const SPAN: u32 = 16u;
-
-fn load_B(at: vec4u) -> mat4x4f {
-  return mat4x4f(B[at.x], B[at.y], B[at.z], B[at.w]);
-}
-
-fn load_C(at: vec4u) -> mat4x4f {
-  return mat4x4f(C[at.x], C[at.y], C[at.z], C[at.w]);
-}
-
-// Zero past the end of the head.
-fn load_x(row: u32, p: vec4u) -> Token {
-  let at = row + min(p, vec4u(params.headdim / 4u - 1u));
-  let inside = vec4f(p < vec4u(params.headdim / 4u));
-  return Token(inside.x * x[at.x], inside.y * x[at.y], inside.z * x[at.z], inside.w * x[at.w]);
-}
-
-fn load_dy(row: u32, p: vec4u) -> Token {
-  let at = row + min(p, vec4u(params.headdim / 4u - 1u));
-  let inside = vec4f(p < vec4u(params.headdim / 4u));
-  return Token(inside.x * dy[at.x], inside.y * dy[at.y], inside.z * dy[at.z], inside.w * dy[at.w]);
-}
 
 fn cell(state: u32, row: u32, n: u32) -> u32 {
   return ((state * params.headdim + row) * params.dstate + n) / 4u;

@@ -17,6 +17,7 @@ import package::lib::quad_scan::{Tile, Token, Rows, reorder, entering, leaving, 
 import package::lib::quad_scan::{scale_tile, scale_token, add_token, weigh, token_dots, token_dot};
 import package::lib::quad_scan::{apply, apply_transposed, update, from_rows, to_rows};
 @if(subgroups) import package::lib::quad_scan::{gather_tile, gather_pairs, reduce_tile, reduce_pairs};
+import package::lib::scan_loads::{load_B, load_C, load_dy, load_x};
 
 struct Params {
   batch: u32,
@@ -51,27 +52,6 @@ override CHUNK: u32 = 16; // blocks
 
 @if(n32) const SPAN: u32 = 32u;
 @else const SPAN: u32 = 16u;
-
-fn load_B(at: vec4u) -> mat4x4f {
-  return mat4x4f(B[at.x], B[at.y], B[at.z], B[at.w]);
-}
-
-fn load_C(at: vec4u) -> mat4x4f {
-  return mat4x4f(C[at.x], C[at.y], C[at.z], C[at.w]);
-}
-
-// Zero past the end of the head.
-fn load_x(row: u32, p: vec4u) -> Token {
-  let at = row + min(p, vec4u(params.headdim / 4u - 1u));
-  let inside = vec4f(p < vec4u(params.headdim / 4u));
-  return Token(inside.x * x[at.x], inside.y * x[at.y], inside.z * x[at.z], inside.w * x[at.w]);
-}
-
-fn load_dy(row: u32, p: vec4u) -> Token {
-  let at = row + min(p, vec4u(params.headdim / 4u - 1u));
-  let inside = vec4f(p < vec4u(params.headdim / 4u));
-  return Token(inside.x * dy[at.x], inside.y * dy[at.y], inside.z * dy[at.z], inside.w * dy[at.w]);
-}
 
 fn store_dx(at: u32, p: u32, sum: vec4f, skipped: vec4f) {
   if (p < params.headdim / 4u) {
