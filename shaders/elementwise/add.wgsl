@@ -1,4 +1,4 @@
-// add: y = a + b. accumulate: dst += src, in place.
+// y = a + b; with the condition `in_place`, y += b (a is bound and not read).
 //
 // `count` elements of V: vec4f where the size is a multiple of 4 (condition `vec4`). lib/share says which
 // of them an invocation makes.
@@ -11,8 +11,6 @@ import package::lib::share::first_element;
 @group(0) @binding(0) var<storage, read> a: array<V>;
 @group(0) @binding(1) var<storage, read> b: array<V>;
 @group(0) @binding(2) var<storage, read_write> y: array<V>;
-@group(0) @binding(3) var<storage, read_write> dst: array<V>;
-@group(0) @binding(4) var<storage, read> src: array<V>;
 
 struct Params {
   count: u32, // in V
@@ -23,6 +21,11 @@ override WG: u32 = 64;
 override EACH: u32 = 4;
 override APART: u32 = 64;
 
+fn sum(i: u32) -> V {
+  @if(in_place) return y[i] + b[i];
+  @else return a[i] + b[i];
+}
+
 @compute @workgroup_size(WG)
 fn add(
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
@@ -32,42 +35,17 @@ fn add(
   for (var n = 0u; n < EACH; n += 4u) {
     let i = first + n * APART;
     if (i + 3u * APART < params.count) {
-      let s0 = a[i] + b[i];
-      let s1 = a[i + APART] + b[i + APART];
-      let s2 = a[i + 2u * APART] + b[i + 2u * APART];
-      let s3 = a[i + 3u * APART] + b[i + 3u * APART];
+      let s0 = sum(i);
+      let s1 = sum(i + APART);
+      let s2 = sum(i + 2u * APART);
+      let s3 = sum(i + 3u * APART);
       y[i] = s0;
       y[i + APART] = s1;
       y[i + 2u * APART] = s2;
       y[i + 3u * APART] = s3;
     } else {
       for (var j = i; j < min(i + 4u * APART, params.count); j += APART) {
-        y[j] = a[j] + b[j];
-      }
-    }
-  }
-}
-
-@compute @workgroup_size(WG)
-fn accumulate(
-  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
-  @builtin(local_invocation_index) lane: u32,
-) {
-  let first = first_element(workgroup_index(wid, nwg), lane);
-  for (var n = 0u; n < EACH; n += 4u) {
-    let i = first + n * APART;
-    if (i + 3u * APART < params.count) {
-      let s0 = dst[i] + src[i];
-      let s1 = dst[i + APART] + src[i + APART];
-      let s2 = dst[i + 2u * APART] + src[i + 2u * APART];
-      let s3 = dst[i + 3u * APART] + src[i + 3u * APART];
-      dst[i] = s0;
-      dst[i + APART] = s1;
-      dst[i + 2u * APART] = s2;
-      dst[i + 3u * APART] = s3;
-    } else {
-      for (var j = i; j < min(i + 4u * APART, params.count); j += APART) {
-        dst[j] += src[j];
+        y[j] = sum(j);
       }
     }
   }

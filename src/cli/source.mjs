@@ -1,5 +1,6 @@
-// Lets plain Node run this clone's TypeScript: types are stripped file by file as they are imported, and the package
-// name resolves to `src` (export condition "source"). The packed package has `dist` and never loads this file.
+// Lets plain Node run this clone's TypeScript: types are stripped file by file as they are imported, and the
+// package name resolves to `src` (export condition "source"). The packed package has `dist` and never loads
+// this file.
 //
 //   node src/cli/source.mjs FILE.ts [ARGUMENTS...]
 import { readFileSync } from "node:fs";

@@ -298,8 +298,6 @@ export const manifest = {
       a: { binding: 0, access: "read" },
       b: { binding: 1, access: "read" },
       y: { binding: 2, access: "read_write" },
-      dst: { binding: 3, access: "read_write" },
-      src: { binding: 4, access: "read" },
     },
     params: {
       count: "u32",
@@ -309,10 +307,9 @@ export const manifest = {
       EACH: "u32",
       APART: "u32",
     },
-    conditions: ["vec4"],
+    conditions: ["in_place","vec4"],
     entries: {
       add: ["a","b","params","y"],
-      accumulate: ["dst","params","src"],
     },
   },
   "elementwise/columns": {

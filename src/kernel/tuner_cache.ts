@@ -74,7 +74,8 @@ export class TunerCache {
 export function encodeCache(decisions: readonly Decision[], identity: TunerIdentity): string {
   const sorted = [...decisions].sort((a, b) =>
     `${a.tunable} ${a.class}` < `${b.tunable} ${b.class}` ? -1 : 1);
-  return `${JSON.stringify({ format: FORMAT, ...identity, decisions: sorted } satisfies CacheText, null, 1)}\n`;
+  const cache: CacheText = { format: FORMAT, ...identity, decisions: sorted };
+  return `${JSON.stringify(cache, null, 1)}\n`;
 }
 
 /** Reads a cache text; an empty list unless all of it is what `encodeCache` writes for this identity. */

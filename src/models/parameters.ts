@@ -43,8 +43,8 @@ export function checkFits(device: Device, config: NemotronHConfig, weights: Weig
   }, 0);
   if (total > device.pool.ceilingBytes) {
     throw new OutOfMemoryError(
-      `The model is larger than the device: its parameters take ${total} bytes in ${weights}, but the memory pool ` +
-      `may hold at most ${device.pool.ceilingBytes}.`, total, device.pool.ceilingBytes);
+      `The model is larger than the device: its parameters take ${total} bytes in ${weights}, but the ` +
+      `memory pool may hold at most ${device.pool.ceilingBytes}.`, total, device.pool.ceilingBytes);
   }
 }
 
@@ -73,7 +73,8 @@ export function createParameters(device: Device, config: NemotronHConfig, seed: 
  */
 export function trainableParameters(device: Device, config: NemotronHConfig): Map<string, Tensor> {
   const list = listParameters(config);
-  const trained = together(device, list.filter(({ trainable }) => trainable).map(({ shape }) => shape)).values();
+  const shapes = list.filter(({ trainable }) => trainable).map(({ shape }) => shape);
+  const trained = together(device, shapes).values();
   return new Map(list.map(({ name, shape, trainable }) => {
     const tensor = trainable ? trained.next().value! : device.empty(shape);
     tensor.requiresGrad = trainable;

@@ -7,7 +7,7 @@ import { defineOp } from "./op.ts";
 
 const WG = 64;
 
-/** How `size` elements are shared out (shaders/lib/share.wgsl): stretches for a CPU, interleaved for a GPU. */
+/** How elements are shared out (shaders/lib/share.wgsl): in stretches for a CPU, interleaved for a GPU. */
 function spread(device: Device, size: number) {
   const isWide = size % 4 === 0;
   const count = isWide ? size / 4 : size;
@@ -35,7 +35,7 @@ export const add = defineOp({
     checkSameShape("add", "b", b, a);
     const y = a.device.empty(a.shape);
     const { count, ...how } = spread(a.device, a.size);
-    launch("elementwise/add", { entry: "add", bind: { a, b, y }, params: { count }, ...how });
+    launch("elementwise/add", { bind: { a, b, y }, params: { count }, ...how });
     return y;
   },
   backward: (_saved, [dy]) => [dy, dy],
@@ -52,8 +52,10 @@ export const accumulate = defineOp({
   mutates: [0],
   forward(_ctx, dst: Tensor, src: Tensor): Tensor[] {
     checkSameShape("accumulate", "src", src, dst);
-    const { count, ...how } = spread(dst.device, dst.size);
-    launch("elementwise/add", { entry: "accumulate", bind: { dst, src }, params: { count }, ...how });
+    const { count, conditions, ...how } = spread(dst.device, dst.size);
+    launch("elementwise/add", {
+      bind: { a: src, b: src, y: dst }, params: { count }, conditions: [...conditions, "in_place"], ...how,
+    });
     return [];
   },
 });

@@ -58,7 +58,7 @@ export const ssd_walk = defineOp({
     checkGroups(op, x, "B", B);
     const { device } = x;
     if (!device.hasSubgroups) {
-      throw new GpuError("ssd_walk needs a device with subgroups, which this one lacks; ssd_scan runs on any.");
+      throw new GpuError("ssd_walk needs a device with subgroups, which this one lacks; use ssd_scan.");
     }
     const [batch, seqlen, nheads, headdim] = x.shape as [number, number, number, number];
     const [, , ngroups, dstate] = B.shape as [number, number, number, number];

@@ -181,7 +181,8 @@ export class Trainer {
       const micro = device.capture(() => scope(() => this.#recordMicroBatch(held))).graph;
       if (micros === 1) return { micro, update: null, ...held };
       try {
-        const update = device.capture(() => scope(() => this.#recordUpdate(this.optimizer.gradients, scalars, loads))).graph;
+        const { gradients } = this.optimizer;
+        const update = device.capture(() => scope(() => this.#recordUpdate(gradients, scalars, loads))).graph;
         return { micro, update, ...held };
       } catch (error) {
         device.stream.disposeGraph(micro);

@@ -135,8 +135,8 @@ await onEveryAdapter((device, open) => {
       const { shaderSource } = await vi.importActual<typeof import("../../src/kernel/sources.node.ts")>(
         "../../src/kernel/sources.node.ts");
       const lines = shaderSource("elementwise/add")!.split("\n");
-      const at = lines.findIndex((line) => line.includes("y[j] = a[j] + b[j];"));
-      lines[at] = "        y[j] = a[j] + undefined_name;";
+      const at = lines.findIndex((line) => line.includes("return a[i] + b[i];"));
+      lines[at] = "  return a[i] + undefined_name;";
       changed.set("elementwise/add", lines.join("\n"));
       try {
         const x = fresh.zeros([4]);
@@ -151,7 +151,7 @@ await onEveryAdapter((device, open) => {
       const fresh = await open();
       const [x, y] = [fresh.zeros([4]), fresh.zeros([4])];
       launch("elementwise/add", {
-        entry: "add", bind: { a: x, b: x, y }, params: { count: 4 }, workgroups: [1],
+        bind: { a: x, b: x, y }, params: { count: 4 }, workgroups: [1],
         constants: { WG: 1_000_000 },
       });
       const error = await y.read().catch((thrown: unknown) => thrown);

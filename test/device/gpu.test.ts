@@ -9,6 +9,17 @@ import { scope } from "../../src/tensor/scope.ts";
 import { Draw } from "../ops/suite.ts";
 import { onEveryAdapter } from "../support/devices.ts";
 
+/** A kernel of two entries without a text: its launches are refused before that is missed. */
+const pair = {
+  bindings: {
+    a: { binding: 0, access: "read" }, b: { binding: 1, access: "read" },
+    y: { binding: 2, access: "read_write" }, dst: { binding: 3, access: "read_write" },
+  },
+  params: { count: "u32" }, overrides: { WG: "u32" }, conditions: [],
+  entries: { add: ["a", "b", "params", "y"], set: ["dst", "params"] },
+};
+Object.assign(manifest, { "test/pair": pair });
+
 test("a size class holds what was asked for, wastes little, and is its own class", () => {
   const sizes = [0, 1, 256, 257, 65536, 65537, 1 << 20].map(sizeClass);
   expect(sizes).toEqual([256, 256, 256, 512, 65536, 73728, 1 << 20]);
@@ -111,14 +122,13 @@ await onEveryAdapter((device, open) => {
     const foreign = other.zeros([8]);
     const params = { count: 2 };
     const workgroups = [1] as const;
-    const start = (options: object) =>
-      launch("elementwise/add", { entry: "add", workgroups, params, ...options } as never);
-    const refused = (options: object, message: RegExp) => {
-      expect(() => start(options)).toThrow(GpuError);
-      expect(() => start(options)).toThrow(message);
+    const start = (options: object, kernel = "elementwise/add") =>
+      launch(kernel as never, { workgroups, params, ...options } as never);
+    const refused = (options: object, message: RegExp, kernel?: string) => {
+      expect(() => start(options, kernel)).toThrow(GpuError);
+      expect(() => start(options, kernel)).toThrow(message);
     };
     refused({ bind: { a: x, b: x } }, /elementwise\/add \(add\) needs a tensor for y/);
-    refused({ bind: { a: x, b: x, y, dst: y } }, /elementwise\/add \(add\) does not use a binding dst/);
     refused({ bind: { a: x, b: x, y, nonsense: y } }, /does not use a binding nonsense/);
     refused({ bind: { a: x, b: x, y: x } }, /elementwise\/add would write a buffer .* bound a second time/);
     refused({ bind: { a: x, b: foreign, y } }, /b lies on another device/);
@@ -127,7 +137,9 @@ await onEveryAdapter((device, open) => {
     refused({ bind: { a: x, b: x, y }, constants: { TILE: 4 } }, /has no override TILE/);
     refused({ bind: { a: x, b: x, y }, conditions: ["fast"] }, /has no condition fast/);
     refused({ bind: { a: x, b: x, y }, entry: "subtract" }, /has no entry point subtract/);
-    refused({ bind: { a: x, b: x, y }, entry: undefined }, /entry points add, accumulate; a launch/);
+    refused({ bind: { a: x, b: x, y } }, /entry points add, set; a launch must name one/, "test/pair");
+    const otherEntry = { bind: { a: x, b: x, y, dst: y }, entry: "add" };
+    refused(otherEntry, /pair \(add\) does not use a binding dst/, "test/pair");
     refused({ bind: { a: x, b: x, y }, workgroups: [1, 65536] }, /from 0 to 65535, found 65536/);
     for (const bad of [-1, 1.5, NaN, Infinity]) {
       refused({ bind: { a: x, b: x, y }, workgroups: [bad] }, /whole number/);
@@ -141,7 +153,7 @@ await onEveryAdapter((device, open) => {
     const x = device.tensor(Float32Array.from({ length: size }, (_, i) => i), [size]);
     const y = device.zeros([size]);
     launch("elementwise/add", {
-      entry: "add", bind: { a: x, b: x, y }, params: { count: size }, workgroups: [size],
+      bind: { a: x, b: x, y }, params: { count: size }, workgroups: [size],
       constants: { WG: 1, EACH: 1 },
     });
     expect(await y.read()).toEqual(Float32Array.from({ length: size }, (_, i) => 2 * i));

@@ -2,7 +2,8 @@ import { describe, expect, test } from "vitest";
 import { conditionsOf, link } from "../../src/kernel/link.ts";
 
 const files: Record<string, string> = {
-  "lib/a": "const TWO = 2.0;\nfn twice(x: f32) -> f32 { return TWO * x; }\nfn unused(x: f32) -> f32 { return x; }\n",
+  "lib/a":
+    "const TWO = 2.0;\nfn twice(x: f32) -> f32 { return TWO * x; }\nfn unused(x: f32) -> f32 { return x; }\n",
   "lib/b": "import package::lib::a::twice;\nfn four(x: f32) -> f32 {\n  return twice(twice(x));\n}\n",
   kernel: [
     "// @if(comment) is no condition",

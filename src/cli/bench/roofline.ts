@@ -112,7 +112,7 @@ export function totals(events: readonly ProfileEvent[], estimates: readonly Esti
   const names = (list: readonly { name: string }[]) => list.map(({ name }) => name).join();
   if (names(events) !== names(estimates)) {
     throw new KraitError(
-      `A profile of ${events.length} launches does not belong to the ${estimates.length} that were recorded.`);
+      `A profile of ${events.length} launches does not belong to the ${estimates.length} recorded ones.`);
   }
   const found = new Map<string, KernelTotal>();
   events.forEach(({ name, durationUs }, i) => {

@@ -56,8 +56,9 @@ export const bench = defineCommand({
   name: "bench",
   summary: "Measure kernels, training and generation against what the adapter gives at best.",
   description:
-    "Every row shows its share of the ceiling that binds it: the best copy or the best product found on the " +
-    "same adapter in the same run. `krait bench report` makes a page of results that --out has collected.",
+    "Every row shows its share of the ceiling that binds it: the best copy or the best product found on " +
+    "the same adapter in the same run. `krait bench report` makes a page of results that --out has " +
+    "collected.",
   positionals: [{
     name: "SUITE", help: `${SUITE_NAMES.join(", ")}; default: all but peers. Or: report`, optional: true,
     many: true,

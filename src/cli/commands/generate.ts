@@ -40,8 +40,8 @@ export const generate = defineCommand({
     },
     weights: {
       type: "string", choices: WEIGHT_FORMATS, default: "f32",
-      help: "How matrices lie in memory: f32, f16 or bf16, or in blocks of 32 values of 8 or 4 bits with a scale " +
-        "(tables of tokens never below 8).",
+      help: "How matrices lie in memory: f32, f16 or bf16, or in blocks of 32 values of 8 or 4 bits with a " +
+        "scale (tables of tokens never below 8).",
     },
     adapter: {
       type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
@@ -114,9 +114,10 @@ export const generate = defineCommand({
         stdout.write("\n");
         stderr.write(colours(wantsColour(stderr, env)).dim(
           `${stats.tokens} tokens, ${speed.toFixed(1)} tokens/s after a prompt of ${stats.promptTokens} in ` +
-          `${stats.prefillMs.toFixed(0)} ms${drafts}, ${(weightBytes / 2 ** 20).toFixed(1)} MiB of ${options.weights} ` +
-          `weights, on ${device.info.id}; the first after ${(firstMs / 1000).toFixed(2)} s in all, kernels compiled ` +
-          `for ${(pipelines.compileMs / 1000).toFixed(2)} s\n`));
+          `${stats.prefillMs.toFixed(0)} ms${drafts}, ${(weightBytes / 2 ** 20).toFixed(1)} MiB of ` +
+          `${options.weights} weights, on ${device.info.id}; the first after ` +
+          `${(firstMs / 1000).toFixed(2)} s in all, kernels compiled for ` +
+          `${(pipelines.compileMs / 1000).toFixed(2)} s\n`));
       }
       generator.dispose();
     } finally {

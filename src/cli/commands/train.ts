@@ -56,7 +56,7 @@ export const train = defineCommand({
     biasRate: { type: "number", min: 0, help: "Step of the experts' correction biases (1e-3)." },
     recompute: {
       type: "boolean",
-      help: "Less memory, longer steps: each block runs a second time for its gradients, which stay the same.",
+      help: "Less memory, longer steps: blocks run a second time for their gradients, which stay the same.",
     },
     evalEvery: {
       type: "integer", min: 0, default: 0, help: "Steps between evaluations; 0: only at the end.",

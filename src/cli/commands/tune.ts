@@ -14,9 +14,9 @@ export const tune = defineCommand({
   summary: "Measure which kernels are fastest on an adapter, and keep the result.",
   description: `
     Where several kernels compute the same, Krait runs a default that suits the kind of adapter. This command
-    measures the alternatives for the shapes of a model's training and generation, and keeps the fastest in the
-    cache folder (KRAIT_CACHE, or krait in the user's cache). Devices opened later use them; KRAIT_TUNER=off
-    ignores them. Results stay within the rounding of the default's, but are not its bits.
+    measures the alternatives for the shapes of a model's training and generation, and keeps the fastest in
+    the cache folder (KRAIT_CACHE, or krait in the user's cache). Devices opened later use them;
+    KRAIT_TUNER=off ignores them. Results stay within the rounding of the default's, but are not its bits.
 
     An interrupted or too short run goes on where it stopped. A new driver or build starts over.`,
   options: {
@@ -95,7 +95,8 @@ export const tune = defineCommand({
     }
     const faster = decisions.filter((d) => d.choice !== null && d.choice !== d.default).length;
     stdout.write(
-      `${classes.length - open_classes} of ${classes.length} shape classes of ${options.config} are decided, ` +
+      `${classes.length - open_classes} of ${classes.length} shape classes of ${options.config} are ` +
+      "decided, " +
       `${faster} for another kernel than the default; measured for ${formatDuration(spentMs / 1000)}.\n`);
     if (open_classes > 0) stdout.write("Run the command again to go on, or give it more --budget.\n");
     stdout.write(c.dim(`Kept in ${cache.place}\n`));
