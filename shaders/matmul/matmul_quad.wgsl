@@ -27,7 +27,7 @@
 import package::lib::index::workgroup_index;
 import package::lib::block4::column_of;
 import package::lib::block4::multiply_add;
-import package::lib::epilogue::finished;
+import package::lib::epilogue::{Extra, finished};
 import package::lib::operand::a_pair;
 import package::lib::operand::b_pair;
 import package::lib::operand::c_pack;
@@ -65,7 +65,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
 @group(0) @binding(4) var<storage, read> tiles: array<u32>;
 @group(0) @binding(5) var<storage, read> table: array<u32>;
-@group(0) @binding(6) var<storage, read> extra: array<f32>;
+@group(0) @binding(6) var<storage, read> extra: array<Extra>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 override WG: u32 = 32;
@@ -153,7 +153,8 @@ fn counted(x: vec4f, live: bool) -> vec4f {
 // The epilogue of four neighbours in a row, of which `count` exist.
 fn store(sum: vec4f, at: u32, count: u32) {
   var more = vec4f();
-  @if(relu2_of || residual) for (var j = 0u; j < count; j++) { more[j] = extra[at + j]; }
+  @if(relu2_of && c_vec || residual && c_vec) more = extra[at / 4u];
+  @elif(relu2_of || residual) for (var j = 0u; j < count; j++) { more[j] = extra[at + j]; }
   var value = finished(sum, more);
   @if(c_half) c[at / 4u] = c_pack(value);
   @elif(c_vec) {

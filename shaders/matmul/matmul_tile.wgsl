@@ -14,7 +14,7 @@
 // per element, k ascending; the `splits` parts of a long sum are added by sum_rows.wgsl.
 
 import package::lib::block4::multiply_add;
-import package::lib::epilogue::finished;
+import package::lib::epilogue::{Extra, finished};
 import package::lib::index::workgroup_index;
 import package::lib::operand::a_pair;
 import package::lib::operand::b_pair;
@@ -57,7 +57,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
 @group(0) @binding(4) var<storage, read> tiles: array<u32>;
 @group(0) @binding(5) var<storage, read> table: array<u32>;
-@group(0) @binding(6) var<storage, read> extra: array<f32>;
+@group(0) @binding(6) var<storage, read> extra: array<Extra>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 var<workgroup> a_staged: array<vec4f, SIZE * LINE>;
@@ -127,7 +127,8 @@ fn store(sum: vec4f, at: u32, column: u32, count: u32) {
   var value = sum;
   @if(bias) for (var j = 0u; j < count; j++) { value[j] += bias[column + j]; }
   var more = vec4f();
-  @if(relu2_of || residual) for (var j = 0u; j < count; j++) { more[j] = extra[at + j]; }
+  @if(relu2_of && c_vec || residual && c_vec) more = extra[at / 4u];
+  @elif(relu2_of || residual) for (var j = 0u; j < count; j++) { more[j] = extra[at + j]; }
   value = finished(value, more);
   @if(c_half) c[at / 4u] = c_pack(value);
   @elif(c_vec) {

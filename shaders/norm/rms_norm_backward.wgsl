@@ -1,7 +1,8 @@
 // RMS norm, backward to its input. With vhat = v * rstd and g = dout * weight:
 //
 //   dv = rstd * (g - vhat * mean(g * vhat)), the mean over the n columns of a group
-//   dx = dv, or with the condition `gated` (v = x * silu(z)): dx = dv * silu(z), dz = dv * x * silu'(z)
+//   dx = dv, or with the condition `gated` (v = x * silu(z)): dx = dv * silu(z), dz = dv * x * silu'(z),
+//   or with the condition `added`: dx = dv + z
 //
 // Shapes, elements and the two ways of sharing the work are those of rms_norm.wgsl. Sums in f32. The way by
 // rows also leaves the sum of dout * vhat over its four tokens in `partial` [ceil(tokens / 4), ngroups, n],
@@ -15,7 +16,7 @@ import package::lib::activations::{sigmoid, sigmoid4};
 @else alias V = f32;
 
 @group(0) @binding(0) var<storage, read> x: array<V>;
-@if(gated) @group(0) @binding(1) var<storage, read> z: array<V>;
+@if(gated || added) @group(0) @binding(1) var<storage, read> z: array<V>; // the gate, or what is added
 @group(0) @binding(2) var<storage, read> weight: array<V>;
 @group(0) @binding(3) var<storage, read> rstd: array<f32>;
 @group(0) @binding(4) var<storage, read> dout: array<V>;
@@ -67,7 +68,8 @@ fn store(i: u32, r: f32, mean: f32, w: V) -> V {
   }
   @else {
     let vhat = r * input;
-    dx[i] = r * (incoming * w - vhat * mean);
+    @if(added) dx[i] = r * (incoming * w - vhat * mean) + z[i];
+    @else dx[i] = r * (incoming * w - vhat * mean);
     return incoming * vhat;
   }
 }

@@ -22,6 +22,7 @@ export function recompute(inputs: readonly Tensor[], body: () => Tensor[]): Tens
     for (const { key } of record.outputs) made.add(key);
     record.release();
   }, () => scope(body));
+  for (const result of results) result.relu2Key = null; // known to the first run alone
   for (const input of inputs) input.retain();
   listener({
     name: "recompute",

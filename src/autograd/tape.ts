@@ -1,6 +1,6 @@
 /** Reverse-mode differentiation over recorded ops. */
 import { accumulate as addTo, add } from "../ops/elementwise.ts";
-import { noGrad, recordOps, type OpRecord } from "../ops/op.ts";
+import { type Destinations, noGrad, recordOps, type OpRecord } from "../ops/op.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 
@@ -64,10 +64,17 @@ function walkBack(record: OpRecord, gradients: GradientMap, places?: GradientMap
     if (incoming.every((gradient) => gradient === null)) return;
     scope(() => {
       const shaped = incoming.map((gradient, i) => gradient && gradient.reshape(record.outputs[i]!.shape));
-      const results = record.backward(shaped);
+      const added = new Map<number, number>(); // by key: the argument whose gradient is a sum already
+      const results = record.backward(shaped, destinations(record, gradients, added, places));
+      for (const [key, argument] of added) {
+        gradients.get(key)!.release();
+        gradients.set(key, results[argument]!.retain());
+      }
       for (const { key, argument } of record.inputs) {
         const result = results[argument];
-        if (result) accumulate(gradients, key, result.retain(), places?.get(key));
+        if (result && added.get(key) !== argument) {
+          accumulate(gradients, key, result.retain(), places?.get(key));
+        }
       }
     });
   } finally {
@@ -76,14 +83,35 @@ function walkBack(record: OpRecord, gradients: GradientMap, places?: GradientMap
   }
 }
 
+function destinations(
+  { inputs }: OpRecord, gradients: GradientMap, added: Map<number, number>, places?: GradientMap,
+): Destinations {
+  const keyOf = (i: number) => inputs.find(({ argument }) => argument === i)?.key ?? 0; // no key is 0
+  return {
+    empty(i, like) {
+      const key = keyOf(i);
+      const place = gradients.has(key) ? undefined : places?.get(key);
+      const isFree = place && inputs.every((input) => input.key !== key || input.argument === i);
+      return isFree ? place.reshape(like.shape) : like.device.empty(like.shape);
+    },
+    soFar(i) {
+      const key = keyOf(i);
+      const sum = places?.has(key) || added.has(key) ? undefined : gradients.get(key);
+      if (sum) added.set(key, i);
+      return sum ?? null;
+    },
+  };
+}
+
 /** Adds to the gradient under `key`, in its place if it has one; takes over the caller's reference. */
 function accumulate(gradients: GradientMap, key: number, gradient: Tensor, place?: Tensor): void {
   const existing = gradients.get(key);
   if (place) {
     if (!existing) gradients.set(key, place.retain());
     try {
-      if (!existing) place.copyFrom(gradient);
-      else scope(() => noGrad(() => addTo(place, gradient.reshape(place.shape))));
+      const isThere = gradient.storage === place.storage && gradient.byteOffset === place.byteOffset;
+      if (!existing && !isThere) place.copyFrom(gradient);
+      else if (existing) scope(() => noGrad(() => addTo(place, gradient.reshape(place.shape))));
     } finally {
       gradient.release();
     }

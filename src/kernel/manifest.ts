@@ -1591,7 +1591,7 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: ["gated","vec4"],
+    conditions: ["added","gated","vec4"],
     entries: {
       rms_norm_backward_rows: ["dout","dx","dz","params","partial","rstd","weight","x","z"],
       rms_norm_backward_row: ["dout","dx","dz","params","rstd","weight","x","z"],

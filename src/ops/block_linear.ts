@@ -7,7 +7,7 @@ import { sizeOf } from "../tensor/ndarray.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { randomTensor, trial } from "../tensor/trial.ts";
-import { groupedTiles, product, productKernel, relu2Gradient, sumRows, tileRows } from "./gemm.ts";
+import { groupedTiles, product, productKernel, relu2Gradients, sumRows, tileRows } from "./gemm.ts";
 import { defineOp, type Op } from "./op.ts";
 import { dequantize_blocks, quantize_blocks, valueShape } from "./quantize.ts";
 
@@ -79,7 +79,7 @@ export const linear_blocks = defineOp({
   backward({ codes, scales, shape, format, squared }: Saved, [dy], needs) {
     if (!dy) return [];
     const dx = needs[0] ? dy.device.empty(shape) : null;
-    const dh = squared && (needs[0] || needs[3]) ? relu2Gradient(dy, squared) : dy;
+    const dh = squared && (needs[0] || needs[3]) ? relu2Gradients(dy, null, squared)! : dy;
     const [N, K] = [dy.shape.at(-1)!, shape.at(-1)!];
     const m = sizeOf(shape.slice(0, -1));
     if (dx) {

@@ -22,11 +22,11 @@ const dense = defineOp({
     ctx.save({ ids, shape: weight.shape });
     return y;
   },
-  backward({ ids, shape }: { ids: Tensor; shape: readonly number[] }, [dy]) {
+  backward({ ids, shape }: { ids: Tensor; shape: readonly number[] }, [dy], _needs, into) {
     if (!dy) return [];
     const [vocab, D] = shape as [number, number];
     const { device } = ids;
-    const dweight = device.empty(shape);
+    const dweight = into.empty(1, { device, shape });
     const mask = device.zeros([vocab], "u32");
     const head = device.empty([vocab, LANES], "u32");
     const next = device.empty([ids.size], "u32");

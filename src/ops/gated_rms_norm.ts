@@ -30,10 +30,10 @@ export const gated_rms_norm = defineOp({
     ctx.save({ input, rstd });
     return out;
   },
-  backward({ input, rstd }: { input: NormInput; rstd: Tensor }, [dout], needs) {
+  backward({ input, rstd }: { input: NormInput; rstd: Tensor }, [dout], needs, into) {
     if (!dout) return [];
     const wants = { input: needs[0]! || needs[1]!, weight: needs[2]! };
-    const { dx, dz, dweight } = normBackward(input, rstd, dout, wants);
+    const { dx, dz, dweight } = normBackward(input, rstd, dout, wants, into, 2);
     return [dx, dz, dweight];
   },
 });

@@ -5,6 +5,7 @@ import type { Device } from "../tensor/device.ts";
 import { type HalfDType, isHalf, type Tensor } from "../tensor/tensor.ts";
 import { randomTensor, trial } from "../tensor/trial.ts";
 import { cast, convert } from "./cast.ts";
+import { add } from "./elementwise.ts";
 
 /**
  * Kernels for a product: `quad` keeps 16 x 16 tiles in the registers of four invocations (software adapters),
@@ -42,9 +43,9 @@ export interface Product {
   readonly bias?: Tensor | null;
   /** max(x, 0)^2 of every element. */
   readonly relu2?: boolean;
-  /** f32 of c's size, max(h, 0)^2: multiplies by the derivative 2 max(h, 0). Excludes `residual`. */
+  /** f32 of c's layout, max(h, 0)^2: multiplies by the derivative 2 max(h, 0). Excludes `residual`. */
   readonly relu2_of?: Tensor | null;
-  /** f32 of c's size, added. */
+  /** f32 of c's layout, added. */
   readonly residual?: Tensor | null;
   /** c += a b instead of c = a b. */
   readonly accumulate?: boolean;
@@ -312,8 +313,19 @@ function launchSum(
   });
 }
 
-/** dh = dy * 2 max(h, 0), with max(h, 0) the root of what relu2 gave. */
-export function relu2Gradient(dy: Tensor, squared: Tensor): Tensor {
+/**
+ * The gradient of h in squared = max(h, 0)^2, from that of the result or of h itself (`Tensor.relu2Key`), or
+ * both; null without either.
+ */
+export function relu2Gradients(
+  dy: Tensor | null | undefined, dh: Tensor | null | undefined, squared: Tensor,
+): Tensor | null {
+  if (!dy) return dh ?? null;
+  const through = relu2Gradient(dy, squared);
+  return dh ? add(through, dh) : through;
+}
+
+function relu2Gradient(dy: Tensor, squared: Tensor): Tensor {
   const dh = dy.device.empty(dy.shape);
   const EACH = dy.device.info.isSoftware ? 16 : 4;
   launch("matmul/relu2_gradient", {

@@ -1,9 +1,9 @@
 import { check } from "../tensor/check.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { nextKey, type Tensor } from "../tensor/tensor.ts";
 import { grouped_linear_blocks, orBlocks } from "./block_linear.ts";
 import {
   converted, type FloatDType, groupedTiles, product, productDType, productKernel, type ProductKernel,
-  readsInVectors, relu2Gradient, tileRows, vectorProduct,
+  readsInVectors, relu2Gradients, tileRows, vectorProduct,
 } from "./gemm.ts";
 import { relu2 } from "./elementwise.ts";
 import { combine, moe_permute } from "./moe.ts";
@@ -41,6 +41,7 @@ const dense: Op<
 > = defineOp({
   name,
   halves: [0, 1],
+  relu2: [0],
   forward(ctx, x: Tensor, weight: Tensor, offsets: Tensor, options: GroupedLinearOptions = {}): Tensor {
     check(x.shape.length === 2, name, "x", "[S, K]", x);
     const { permute, activation } = options;
@@ -52,6 +53,7 @@ const dense: Op<
     const [E, N] = weight.shape as [number, number, number];
     check(offsets.shape.length === 1 && offsets.size === E + 1, name, "offsets", `[${E + 1}]`, offsets);
     const y = x.device.empty([S, N], productDType(x, weight, options.out));
+    if (activation) y.relu2Key = nextKey();
     ctx.save({ x, weight, offsets, options, squared: activation ? y : null });
     const few = x.device.info.isSoftware ? "matvec_quad" : "matvec";
     const wanted = options.kernel ?? (S <= FEW_ROWS && readsInVectors(x, weight) ? few : undefined);
@@ -69,24 +71,30 @@ const dense: Op<
     }
     return y;
   },
-  backward({ x, weight, offsets, options, squared }: Saved, [dy], needs) {
-    if (!dy) return [];
+  backward({ x, weight, offsets, options, squared }: Saved, [dy, dsquare], needs, into) {
+    const dh = squared ? relu2Gradients(dy, dsquare, squared) : dy;
+    if (!dh) return [];
     const { permute } = options;
-    const [S, K] = [dy.shape[0]!, x.shape[1]!];
-    const dh = squared ? relu2Gradient(dy, squared) : dy;
+    const [S, K] = [dh.shape[0]!, x.shape[1]!];
     const [E, N] = weight.shape as [number, number, number];
     const kernel = productKernel(x.device, options.kernel);
-    const dx = needs[0] ? x.device.empty(x.shape) : null;
+    let dx = needs[0] ? into.empty(0, x) : null;
     if (dx) {
       const rows = permute ? x.device.empty([S, K]) : dx;
+      const before = x.relu2Key === null ? null : converted(x, "f32"); // x is max(g, 0)^2: that of g is due
+      const soFar = before ? null : into.soFar(0);
       product({
         m: S, n: K, k: N, a: { tensor: dh, row: N, col: 1 },
         b: { tensor: weight, row: K, col: 1, batch: N * K },
         c: { tensor: rows, row: K }, tiles: groupedTiles(offsets, S, tileRows(kernel)), kernel,
+        ...(permute ? {} : { relu2_of: before, residual: soFar }),
       });
-      if (permute) combine(rows, permute.token_slot, null, null, dx, permute.topk);
+      if (permute) {
+        combine(rows, permute.token_slot, null, soFar, dx, permute.topk);
+        if (before) dx = relu2Gradients(dx, null, before);
+      }
     }
-    const dweight = needs[1] ? x.device.empty(weight.shape) : null;
+    const dweight = needs[1] ? into.empty(1, weight) : null;
     if (dweight) {
       product({
         m: N, n: K, k: S, batches: E, a: { tensor: dh, row: 1, col: N }, b: { tensor: x, row: K, col: 1 },

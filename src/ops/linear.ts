@@ -1,11 +1,11 @@
 import { check } from "../tensor/check.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { nextKey, type Tensor } from "../tensor/tensor.ts";
 import { linear_blocks, orBlocks } from "./block_linear.ts";
 import {
-  converted, type FloatDType, product, productDType, relu2Gradient, sumRows, vectorKernel, vectorProduct,
+  converted, type FloatDType, product, productDType, relu2Gradients, sumRows, vectorKernel, vectorProduct,
 } from "./gemm.ts";
-import { defineOp, type Op } from "./op.ts";
+import { type Destinations, defineOp, type Op } from "./op.ts";
 
 export interface LinearOptions {
   /** relu2: max(., 0)^2 of the product with its bias. */
@@ -26,6 +26,7 @@ const dense: Op<
 > = defineOp({
   name: "linear",
   halves: [0, 1, 2, 3],
+  relu2: [0],
   forward(
     ctx, x: Tensor, weight: Tensor, bias: Tensor | null, residual: Tensor | null = null,
     options: LinearOptions = {},
@@ -43,6 +44,7 @@ const dense: Op<
     }
     const rows = sizeOf(x.shape.slice(0, -1));
     const y = x.device.empty(shape, productDType(x, weight, options.out));
+    if (relu2) y.relu2Key = nextKey();
     ctx.save({ x, weight, squared: relu2 ? y : null });
     const epilogue = {
       bias: bias && converted(bias, "f32"), relu2, residual: residual && converted(residual, "f32"),
@@ -57,10 +59,10 @@ const dense: Op<
     }
     return y;
   },
-  backward({ x, weight, squared }: Saved, [dy], needs) {
-    if (!dy) return [];
-    const [dx, dweight, dbias] = linearGradients(x, weight, squared ? relu2Gradient(dy, squared) : dy, needs);
-    return [dx, dweight, dbias, needs[3] ? dy : null];
+  backward({ x, weight, squared }: Saved, [dy, dsquare], needs, into) {
+    const dh = squared ? relu2Gradients(dy, dsquare, squared) : dy;
+    if (!dh) return [];
+    return [...linearGradients(x, weight, dh, needs, into), needs[3] ? dh : null];
   },
 });
 
@@ -79,27 +81,29 @@ const dense: Op<
 export const linear = orBlocks(dense, (x, { codes, scales, format }, bias, residual = null, options = {}) =>
   linear_blocks(x, codes, scales, bias, residual, { format, activation: options.activation }));
 
-/** Gradients of h = x W^T + bias, those that are needed; dx times the derivative of `relu2_of`, if given. */
-export function linearGradients(
-  x: Tensor, weight: Tensor, dh: Tensor, needs: readonly boolean[], relu2_of: Tensor | null = null,
+/** Gradients of h = x W^T + bias, those that are needed; where x is max(g, 0)^2, that of g instead of x. */
+function linearGradients(
+  x: Tensor, weight: Tensor, dh: Tensor, needs: readonly boolean[], into: Destinations,
 ): [dx: Tensor | null, dweight: Tensor | null, dbias: Tensor | null] {
   const [N, K] = weight.shape as [number, number];
   const rows = sizeOf(x.shape.slice(0, -1));
-  const dx = needs[0] ? x.device.empty(x.shape) : null;
+  const dx = needs[0] ? into.empty(0, x) : null;
   if (dx) {
+    const squared = x.relu2Key !== null;
     product({
       m: rows, n: K, k: N, a: { tensor: dh, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1 },
-      c: { tensor: dx, row: K }, relu2_of,
+      c: { tensor: dx, row: K }, relu2_of: squared ? converted(x, "f32") : null,
+      residual: squared ? null : into.soFar(0),
     });
   }
-  const dweight = needs[1] ? x.device.empty(weight.shape) : null;
+  const dweight = needs[1] ? into.empty(1, weight) : null;
   if (dweight) {
     product({
       m: N, n: K, k: rows, a: { tensor: dh, row: 1, col: N }, b: { tensor: x, row: K, col: 1 },
       c: { tensor: dweight, row: K },
     });
   }
-  const dbias = needs[2] ? x.device.empty([N]) : null;
+  const dbias = needs[2] ? into.empty(2, { device: x.device, shape: [N] }) : null;
   if (dbias) sumRows(dh, rows, N, dbias);
   return [dx, dweight, dbias];
 }

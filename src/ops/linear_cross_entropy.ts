@@ -77,7 +77,7 @@ export const linear_cross_entropy = defineOp({
     ctx.save({ h, weight, labels, lse, scale, logits: kept, chunk });
     return loss;
   },
-  backward(saved: Saved, [dloss], needs) {
+  backward(saved: Saved, [dloss], needs, into) {
     if (!dloss) return [];
     const { h, weight, labels, lse, scale, chunk } = saved;
     const [T, D] = h.shape as [number, number];
@@ -85,8 +85,9 @@ export const linear_cross_entropy = defineOp({
     const { device } = h;
     const logits = saved.logits ?? device.empty([T, padded(chunk)]);
     const dlogits = device.empty([T, padded(chunk)]);
-    const dh = needs[0] ? device.empty(h.shape) : null;
-    const dweight = needs[1] ? device.empty(weight.shape) : null;
+    const dh = needs[0] ? into.empty(0, h) : null;
+    const soFar = dh ? into.soFar(0) : null;
+    const dweight = needs[1] ? into.empty(1, weight) : null;
     forEachChunk(V, chunk, (start, width) => {
       const stride = padded(width);
       if (!saved.logits) logitsOf(h, weight, start, width, logits);
@@ -99,7 +100,7 @@ export const linear_cross_entropy = defineOp({
         product({
           m: T, n: D, k: width, a: { tensor: dlogits, row: stride, col: 1 },
           b: { tensor: weight, row: D, col: 1, offset: start * D }, c: { tensor: dh, row: D },
-          accumulate: start > 0,
+          accumulate: start > 0, residual: start === 0 ? soFar : null,
         });
       }
       if (dweight) {

@@ -134,10 +134,12 @@ export const moe_permute = defineOp({
     ctx.save({ token_slot: plan.token_slot, shape: x.shape, K });
     return y;
   },
-  backward({ token_slot, shape, K }: { token_slot: Tensor; shape: readonly number[]; K: number }, [dy]) {
+  backward(
+    { token_slot, shape, K }: { token_slot: Tensor; shape: readonly number[]; K: number }, [dy], _needs, into,
+  ) {
     if (!dy) return [];
-    const dx = dy.device.empty(shape);
-    combine(dy, token_slot, null, null, dx, K);
+    const dx = into.empty(0, { device: dy.device, shape });
+    combine(dy, token_slot, null, into.soFar(0), dx, K);
     return [dx];
   },
 });

@@ -9,6 +9,20 @@ import { isFloat, isHalf, Tensor } from "../tensor/tensor.ts";
 /** Gradients by argument position; null or missing where there is none. */
 export type Gradients = readonly (Tensor | null | undefined)[];
 
+/**
+ * Where the gradients of one backward go. An op need not ask; then the tape copies and adds in launches of
+ * its own what the op could have done in its last store.
+ */
+export interface Destinations {
+  /** f32 memory for the gradient of argument `i`: the place where it is wanted, or a new tensor. */
+  empty(i: number, like: Pick<Tensor, "device" | "shape">): Tensor;
+  /**
+   * The gradient that argument `i` has from other ops so far, or null. Whoever asks adds it: the gradient
+   * that he returns is the sum of both.
+   */
+  soFar(i: number): Tensor | null;
+}
+
 export interface OpContext<S> {
   /** Keeps values for the backward pass; tensors among them stay alive until then. */
   save(values: S): void;
@@ -22,13 +36,19 @@ export interface OpDefinition<A extends unknown[], R extends Tensor | Tensor[], 
   readonly mutates?: readonly number[];
   /** Positions of arguments that may be stored as f16 or bf16; everywhere else halves are refused. */
   readonly halves?: readonly number[];
+  /**
+   * Positions of arguments that, where they are max(h, 0)^2 (`Tensor.relu2Key`), get the gradient of h from
+   * this op instead of their own.
+   */
+  readonly relu2?: readonly number[];
   forward(ctx: OpContext<S>, ...args: A): R;
   /**
    * @param saved what forward saved
-   * @param grads one gradient per output, null where the output was not used
+   * @param grads one gradient per output, null where the output was not used; then, for every output that
+   *   is max(h, 0)^2, what other ops gave as the gradient of h
    * @param needs one flag per argument
    */
-  backward?(saved: S, grads: (Tensor | null)[], needs: readonly boolean[]): Gradients;
+  backward?(saved: S, grads: (Tensor | null)[], needs: readonly boolean[], into: Destinations): Gradients;
 }
 
 /** An op as called: its forward's arguments and result. */
@@ -45,7 +65,7 @@ export interface OpRecord {
   /** Tensor arguments that want a gradient, by `Tensor.key`. */
   readonly inputs: readonly { key: number; argument: number }[];
   readonly outputs: readonly { key: number; shape: readonly number[] }[];
-  backward(grads: (Tensor | null)[]): Gradients;
+  backward(grads: (Tensor | null)[], into: Destinations): Gradients;
   /** Frees what was saved. */
   release(): void;
 }
@@ -84,7 +104,7 @@ function withRecorder<T>(listener: typeof listening, body: () => T): T {
 export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
   definition: OpDefinition<A, R, S>,
 ): Op<A, R> {
-  const { name, backward, halves = [] } = definition;
+  const { name, backward, halves = [], relu2 = [] } = definition;
   const call = (...args: A): R => {
     const listener = listening;
     for (let i = 0; i < args.length; i++) {
@@ -115,11 +135,17 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
       const kept = saved as { values: S; tensors: Tensor[] } | null;
       listener({
         name,
-        inputs: args.flatMap((argument, i) =>
-          needs[i] ? [{ key: (argument as unknown as Tensor).key, argument: i }] : []),
-        outputs: outputs.map(({ key, shape }) => ({ key, shape })),
-        backward: (grads) => scope(() =>
-          noGrad(() => backward.call(definition, (kept?.values ?? null) as S, grads, needs))),
+        inputs: args.flatMap((argument, i) => {
+          if (!needs[i]) return [];
+          const { key, relu2Key } = argument as unknown as Tensor;
+          return [{ key: relu2.includes(i) ? relu2Key ?? key : key, argument: i }];
+        }),
+        outputs: [
+          ...outputs.map(({ key, shape }) => ({ key, shape })),
+          ...outputs.flatMap(({ relu2Key, shape }) => (relu2Key === null ? [] : [{ key: relu2Key, shape }])),
+        ],
+        backward: (grads, into) => scope(() =>
+          noGrad(() => backward.call(definition, (kept?.values ?? null) as S, grads, needs, into))),
         release: () => kept?.tensors.forEach((tensor) => tensor.release()),
       });
     }

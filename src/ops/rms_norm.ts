@@ -1,7 +1,7 @@
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { defineOp } from "./op.ts";
+import { type Destinations, defineOp } from "./op.ts";
 
 /** The input of a norm over `ngroups` groups of n columns; with z it is x * silu(z). */
 export interface NormInput {
@@ -42,9 +42,10 @@ export function normForward(input: NormInput, eps: number): { out: Tensor; rstd:
   return { out, rstd };
 }
 
-/** Gradients of the norm; those that are not wanted are null. */
+/** Gradients of the norm; those that are not wanted are null. The weight is argument `at` of the op. */
 export function normBackward(
   input: NormInput, rstd: Tensor, dout: Tensor, wants: { input: boolean; weight: boolean },
+  into: Destinations, at: number,
 ): { dx: Tensor | null; dz: Tensor | null; dweight: Tensor | null } {
   const { x, z, weight, ngroups } = input;
   const { device } = x;
@@ -59,19 +60,21 @@ export function normBackward(
   if (wants.input) {
     dx = device.empty(x.shape);
     dz = device.empty(z ? z.shape : [0]); // not written without z
-    const bind = { x, z: z ?? x, weight, rstd, dout, dx, dz };
+    const soFar = z ? null : into.soFar(0);
+    const bind = { x, z: z ?? soFar ?? x, weight, rstd, dout, dx, dz };
     const params = { tokens, ngroups, cols, n };
+    const conditions = soFar ? [...how.conditions, "added" as const] : how.conditions;
     if (byRows) {
       launch("norm/rms_norm_backward", {
-        entry: "rms_norm_backward_rows", bind: { ...bind, partial }, params, ...how,
+        entry: "rms_norm_backward_rows", bind: { ...bind, partial }, params, ...how, conditions,
       });
     } else {
-      launch("norm/rms_norm_backward", { entry: "rms_norm_backward_row", bind, params, ...how });
+      launch("norm/rms_norm_backward", { entry: "rms_norm_backward_row", bind, params, ...how, conditions });
     }
   }
   let dweight: Tensor | null = null;
   if (wants.weight) {
-    dweight = device.empty(weight.shape);
+    dweight = into.empty(at, weight);
     const params = { tokens, ngroups, cols, per_part: perPart, nparts };
     const WG = device.info.isSoftware ? 16 : 64;
     const { conditions } = how;
@@ -110,9 +113,10 @@ export const rms_norm = defineOp({
     ctx.save({ input, rstd });
     return out;
   },
-  backward({ input, rstd }: { input: NormInput; rstd: Tensor }, [dout], needs) {
+  backward({ input, rstd }: { input: NormInput; rstd: Tensor }, [dout], needs, into) {
     if (!dout) return [];
-    const { dx, dweight } = normBackward(input, rstd, dout, { input: needs[0]!, weight: needs[1]! });
+    const wants = { input: needs[0]!, weight: needs[1]! };
+    const { dx, dweight } = normBackward(input, rstd, dout, wants, into, 1);
     return [dx, dweight];
   },
 });

@@ -31,7 +31,12 @@ export function storageBytes(size: number, dtype: TensorDType): number {
 /** The halves' names in files. */
 const FILE_DTYPE = { f16: "F16", bf16: "BF16" } as const;
 
-let nextKey = 1;
+let lastKey = 0;
+
+/** A new identity for gradients. */
+export function nextKey(): number {
+  return ++lastKey;
+}
 
 /**
  * A contiguous row-major array on a device. Its memory is counted: the scope that made it holds one
@@ -50,6 +55,8 @@ export class Tensor implements BufferView {
   readonly key: number;
   /** A gradient is wanted: set on parameters, and by the tape on what depends on them. */
   requiresGrad = false;
+  /** Of max(h, 0)^2: the key under which an op that can give the gradient of h itself delivers it. */
+  relu2Key: number | null = null;
   #refs = 1;
 
   /**
@@ -65,7 +72,7 @@ export class Tensor implements BufferView {
     this.shape = shape;
     this.dtype = dtype;
     this.size = sizeOf(shape);
-    this.key = key ?? nextKey++;
+    this.key = key ?? nextKey();
     register(this);
   }
 
@@ -87,6 +94,7 @@ export class Tensor implements BufferView {
     this.device.pool.retain(this.storage);
     const view = new Tensor(this.device, this.storage, this.byteOffset, resolved, this.dtype, this.key);
     view.requiresGrad = this.requiresGrad;
+    view.relu2Key = this.relu2Key;
     return view;
   }
 
