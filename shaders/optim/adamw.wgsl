@@ -6,7 +6,8 @@
 //   param, grad, m, v: f32 of one size, many parameters side by side, in elements of vec4f.
 //   slabs [count, 3]: first element, end, and 1 where the parameter decays; one workgroup per slab.
 //   hyper [8]: lr, beta1, beta2, eps, weight_decay, correction1 = 1 - beta1^t, correction2 = 1 - beta2^t, 0
-//   grad_scale [1]. Both are tensors so that a captured training step can be replayed with new values.
+//   grad_scale [1], negative: nothing changes.
+//   Both are tensors so that a captured training step can be replayed with new values.
 //
 // Source: Loshchilov and Hutter (arXiv 1711.05101).
 import package::lib::index::workgroup_index;
@@ -32,7 +33,8 @@ fn adamw(
   @builtin(local_invocation_index) lane: u32,
 ) {
   let slab = workgroup_index(wid, nwg);
-  if (slab >= params.count) {
+  let scale = grad_scale[0];
+  if (slab >= params.count || scale < 0.0) {
     return;
   }
   let first = slabs[3u * slab];
@@ -44,7 +46,6 @@ fn adamw(
   let shrink = select(0.0, lr * hyper[4], slabs[3u * slab + 2u] != 0u);
   let correction1 = hyper[5];
   let correction2 = hyper[6];
-  let scale = grad_scale[0];
   for (var i = first + lane; i < end; i += WG) {
     let g = grad[i] * scale;
     let m_new = beta1 * m[i] + (1.0 - beta1) * g;

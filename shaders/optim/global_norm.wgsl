@@ -2,7 +2,8 @@
 //
 //   squares: partial[first + w] = sum of squares of slab w, WG * EACH elements of x; one workgroup per slab
 //   total:   norm[0] = sqrt(sum of partial [count]); one workgroup
-//   clip:    scale[0] = min(1, max_norm / (norm[0] + 1e-6)); one invocation
+//   clip:    scale[0] = min(1, max_norm / (norm[0] + 1e-6)), or -1 where norm[0] or loss[0] is not finite;
+//            one invocation
 //
 //   x is read in elements of V: vec4f where its size is a multiple of 4. Sums are f32.
 import package::lib::index::workgroup_index;
@@ -27,6 +28,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read_write> partial: array<f32>;
 @group(0) @binding(2) var<storage, read_write> norm: array<f32>;
 @group(0) @binding(3) var<storage, read_write> scale: array<f32>;
+@group(0) @binding(4) var<storage, read> loss: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 @compute @workgroup_size(WG)
@@ -61,7 +63,13 @@ fn total(@builtin(local_invocation_index) lane: u32) {
   }
 }
 
+// On the bits: a compiler may take it that no float is NaN or infinite.
+fn is_finite(value: f32) -> bool {
+  return (bitcast<u32>(value) & 0x7f800000u) != 0x7f800000u;
+}
+
 @compute @workgroup_size(1)
 fn clip() {
-  scale[0] = min(1.0, params.max_norm / (norm[0] + 1e-6));
+  let clipped = min(1.0, params.max_norm / (norm[0] + 1e-6));
+  scale[0] = select(-1.0, clipped, is_finite(norm[0]) && is_finite(loss[0]));
 }

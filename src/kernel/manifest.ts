@@ -1370,6 +1370,7 @@ export const manifest = {
     bindings: {
       bias: { binding: 0, access: "read_write" },
       counts: { binding: 1, access: "read" },
+      gate: { binding: 2, access: "read" },
     },
     params: {
       experts: "u32",
@@ -1378,9 +1379,9 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: [],
+    conditions: ["gated"],
     entries: {
-      expert_bias: ["bias","counts","params"],
+      expert_bias: ["bias","counts","gate","params"],
     },
   },
   "moe/expert_load": {
@@ -1670,6 +1671,7 @@ export const manifest = {
       partial: { binding: 1, access: "read_write" },
       norm: { binding: 2, access: "read_write" },
       scale: { binding: 3, access: "read_write" },
+      loss: { binding: 4, access: "read" },
     },
     params: {
       count: "u32",
@@ -1684,7 +1686,7 @@ export const manifest = {
     entries: {
       squares: ["params","partial","x"],
       total: ["norm","params","partial"],
-      clip: ["norm","params","scale"],
+      clip: ["loss","norm","params","scale"],
     },
   },
   "quant/block_matvec": {

@@ -40,7 +40,7 @@ export function stretchTable(device: Device, stretches: readonly Stretch[]): Ten
  * @param table       u32 [slabs, 3], of `stretchTable`; what no slab names stays as it is
  * @param hyper       f32 [8]: lr, beta1, beta2, eps, weight_decay, 1 - beta1^t, 1 - beta2^t, 0. The kernel
  *   forms 1 - beta in f32, so the two corrections should be computed from the betas as rounded to f32.
- * @param grad_scale  f32 [1], multiplies the gradient first (a clip factor, or 1)
+ * @param grad_scale  f32 [1], multiplies the gradient first (a clip factor, or 1); negative: nothing changes
  * @throws ShapeError when the shapes differ; DTypeError for a table that is not u32
  */
 export const adamw = defineOp({

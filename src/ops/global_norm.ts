@@ -48,19 +48,24 @@ export const global_norm = defineOp({
 });
 
 /**
- * min(1, max_norm / (norm + 1e-6)): the factor that clips gradients of this norm.
+ * min(1, max_norm / (norm + 1e-6)): the factor that clips gradients of this norm; -1, with which nothing is
+ * updated, where the norm or the loss is not finite.
  *
  * @param norm      f32 [1]
  * @param max_norm  above 0
+ * @param loss      f32 [] or [1], or null
  * @returns f32 [1]
  */
 export const clip_scale = defineOp({
   name: "clip_scale",
-  forward(_ctx, norm: Tensor, max_norm: number): Tensor {
+  forward(_ctx, norm: Tensor, max_norm: number, loss: Tensor | null = null): Tensor {
     check(norm.size === 1, "clip_scale", "norm", "[1]", norm);
+    if (loss) check(loss.size === 1, "clip_scale", "loss", "[1]", loss);
     const scale = norm.device.empty([1]);
     launch("optim/global_norm", {
-      entry: "clip", bind: { norm, scale }, params: { count: 1, first: 0, max_norm }, workgroups: [1],
+      entry: "clip", bind: { norm, scale, loss: loss ?? norm.device.zeros([1]) },
+      params: { count: 1, first: 0, max_norm },
+      workgroups: [1],
     });
     return scale;
   },

@@ -40,16 +40,21 @@ export const expert_load = defineOp({
  *
  * @param bias    f32 [E], changed
  * @param counts  u32 [E], of the whole batch
+ * @param gate    f32 [1], negative: nothing changes; or null
  * @throws ShapeError when the widths differ
  */
 export const update_expert_bias = defineOp({
   name: "update_expert_bias",
   mutates: [0],
-  forward(_ctx, bias: Tensor, counts: Tensor, rate: number): Tensor[] {
+  forward(_ctx, bias: Tensor, counts: Tensor, rate: number, gate: Tensor | null = null): Tensor[] {
     const E = bias.size;
     check(E >= 1 && bias.shape.length === 1, "update_expert_bias", "bias", "[E] with an expert", bias);
     check(counts.size === E, "update_expert_bias", "counts", `[${E}]`, counts);
-    launch("moe/expert_bias", { bind: { bias, counts }, params: { experts: E, rate }, workgroups: [1] });
+    if (gate) check(gate.size === 1, "update_expert_bias", "gate", "[1]", gate);
+    launch("moe/expert_bias", {
+      bind: { bias, counts, gate: gate ?? counts }, params: { experts: E, rate },
+      conditions: gate ? ["gated"] : [], workgroups: [1],
+    });
     return [];
   },
 });

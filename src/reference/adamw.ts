@@ -6,7 +6,7 @@ import { ndarray, type NdArray } from "../tensor/ndarray.ts";
  * @param table       [slabs, 3]: first and end of a slab in units of 4 elements, and 1 where weight_decay
  *   applies; the rest stays as it is
  * @param hyper       [8]: lr, beta1, beta2, eps, weight_decay, 1 - beta1^t, 1 - beta2^t, 0
- * @param grad_scale  [1], multiplies the gradient first
+ * @param grad_scale  [1], multiplies the gradient first; negative: nothing changes
  */
 export function adamw(
   param: NdArray, grad: NdArray, m: NdArray, v: NdArray, table: NdArray, hyper: NdArray, grad_scale: NdArray,
@@ -15,7 +15,7 @@ export function adamw(
     hyper.data as unknown as [number, number, number, number, number, number, number];
   const [p_new, m_new, v_new] = [param, m, v].map(({ shape, data }) => ndarray(shape, data.slice())) as
     [NdArray, NdArray, NdArray];
-  for (let slab = 0; slab < table.data.length; slab += 3) {
+  for (let slab = 0; slab < table.data.length && grad_scale.data[0]! >= 0; slab += 3) {
     const [first, end, decays] = table.data.subarray(slab, slab + 3) as unknown as [number, number, number];
     for (let i = 4 * first; i < 4 * end; i++) {
       const g = grad.data[i]! * grad_scale.data[0]!;

@@ -7,7 +7,8 @@ export function global_norm(grads: readonly NdArray[]): NdArray {
   return ndarray([1], [Math.sqrt(sum)]);
 }
 
-/** min(1, max_norm / (norm + 1e-6)): [1]. */
-export function clip_scale(norm: NdArray, max_norm: number): NdArray {
-  return ndarray([1], [Math.min(1, max_norm / (norm.data[0]! + 1e-6))]);
+/** min(1, max_norm / (norm + 1e-6)), or -1 where the norm or the loss is not finite: [1]. */
+export function clip_scale(norm: NdArray, max_norm: number, loss: NdArray | null = null): NdArray {
+  const finite = [norm, loss ?? norm].every(({ data }) => Number.isFinite(data[0]));
+  return ndarray([1], [finite ? Math.min(1, max_norm / (norm.data[0]! + 1e-6)) : -1]);
 }

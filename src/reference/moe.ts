@@ -9,8 +9,14 @@ export function expert_load(counts: NdArray, topk_idx: NdArray): NdArray {
   return sums;
 }
 
-/** bias_e + rate * sign(mean(counts) - counts_e): what `update_expert_bias` leaves in bias [E]. */
-export function update_expert_bias(bias: NdArray, counts: NdArray, rate: number): NdArray {
+/**
+ * bias_e + rate * sign(mean(counts) - counts_e): what `update_expert_bias` leaves in bias [E];
+ * bias itself where gate [1] is negative.
+ */
+export function update_expert_bias(
+  bias: NdArray, counts: NdArray, rate: number, gate: NdArray | null = null,
+): NdArray {
+  if (gate && gate.data[0]! < 0) return bias;
   const total = counts.data.reduce((a, b) => a + b, 0);
   // Compared as integers: a quotient could miss the balanced case.
   const sign = (e: number): number => Math.sign(total - counts.data[e]! * bias.data.length);

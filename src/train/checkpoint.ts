@@ -7,12 +7,15 @@ import { FormatError } from "../tensor/errors.ts";
 import type { PackingState } from "./packing.ts";
 import type { Recipe } from "./recipe.ts";
 import type { TrainingRun } from "./run.ts";
+import type { SkippedSteps } from "./trainer.ts";
 
 /** state.json: where the run stands. */
 export interface SavedRun {
   readonly format: "krait-training-state";
-  /** Updates done. */
+  /** Steps done. */
   readonly steps: number;
+  /** Those that changed nothing; older runs have none. */
+  readonly skipped?: SkippedSteps;
   readonly recipe: Recipe;
   readonly packing: PackingState;
   /** Hash of the tokens and of their order. */
@@ -24,7 +27,7 @@ export interface SavedRun {
 export function savedRun(run: TrainingRun, recipe: Recipe): SavedRun {
   const { device } = run.model;
   return {
-    format: "krait-training-state", steps: run.trainer.steps, recipe,
+    format: "krait-training-state", steps: run.trainer.steps, skipped: run.trainer.skipped, recipe,
     packing: run.packer.state, data: run.packer.fingerprint,
     kernels: { adapter: device.info.id, choices: device.choices.table() },
   };
@@ -79,6 +82,7 @@ export async function restoreRun(run: TrainingRun, checkpoint: SavedCheckpoint):
   await moments.close();
   run.packer.restore(state.packing);
   run.trainer.steps = state.steps;
+  if (state.skipped) run.trainer.skipped = state.skipped;
   const { device } = run.model;
   if (state.kernels?.adapter === device.info.id) device.choices.pin(state.kernels.choices);
   return state;

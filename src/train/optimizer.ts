@@ -18,6 +18,14 @@ export interface AdamWOptions {
   readonly decays?: (name: string, parameter: Tensor) => boolean;
 }
 
+/** What an update found; both [1]. */
+export interface UpdateOutcome {
+  /** The global gradient norm before clipping. */
+  readonly norm: Tensor;
+  /** The factor of the gradients; -1 where nothing was updated, since the norm or the loss is not finite. */
+  readonly scale: Tensor;
+}
+
 /** Parameters that lie in one buffer, and what belongs to them, laid out as they are. */
 interface Group {
   readonly param: Tensor;
@@ -70,7 +78,7 @@ export class AdamW {
     this.moments = new Map([...parameters.keys()].map((name) => [name, moments.get(name)!]));
   }
 
-  /** Sets the learning rate of update number `step` (from 0). */
+  /** Sets the learning rate of update number `step` (from 0; those that were skipped do not count). */
   prepare(step: number, lr: number): void {
     const { eps, weight_decay } = this.options;
     // As the kernel sees them: it forms 1 - beta in f32, and the corrections belong to those values.
@@ -80,22 +88,23 @@ export class AdamW {
   }
 
   /**
-   * Records one update of every parameter; one without a gradient counts as zero and still decays.
+   * Records one update of every parameter; one without a gradient counts as zero and still decays. Where the
+   * gradient norm or `loss` is not finite, the device leaves parameters and moments as they are.
    * @param gradients by `Tensor.key`; what does not lie in its place in `this.gradients` is copied there
-   * @returns the global gradient norm before clipping, [1]
+   * @param loss [] or [1]
    */
-  update(gradients: GradientMap): Tensor {
+  update(gradients: GradientMap, loss: Tensor | null = null): UpdateOutcome {
     for (const [key, place] of this.gradients) {
       const gradient = gradients.get(key);
       if (!gradient) place.clear();
       else if (gradient.storage !== place.storage) place.copyFrom(gradient);
     }
     const norm = global_norm(this.#groups.map(({ grad }) => grad));
-    const scale = clip_scale(norm, this.options.clip);
+    const scale = clip_scale(norm, this.options.clip, loss);
     for (const { param, grad, m, v, table } of this.#groups) {
       adamw(param, grad, m, v, table, this.#hyper, scale);
     }
-    return norm;
+    return { norm, scale };
   }
 
   /** Sets every gradient to zero. */

@@ -27,12 +27,17 @@ export interface Recipe {
   readonly mtp_scale: number;
   readonly aux_coeff: number;
   readonly bias_rate: number;
+  /** The run ends when so many steps in a row have a loss or a gradient norm that is not finite. */
+  readonly max_skipped: number;
   /** Run every block's forward a second time instead of keeping what its backward pass needs. */
   readonly recompute: boolean;
   /** Steps between evaluations; 0: only at the end. Rows of validation text per evaluation; 0: all. */
   readonly eval_every: number;
   readonly eval_rows: number;
 }
+
+/** What does not pass within a few batches lies in the weights. */
+export const MAX_SKIPPED = 5;
 
 /**
  * Published values where the model family has them (Nemotron 3 reports: AdamW 0.9/0.95, decay 0.1,
@@ -42,8 +47,8 @@ export const RECIPE: Recipe = {
   steps: 300, seed: 0, batch: 8, seqlen: 128, accumulate: 1,
   lr: 4e-3, min_lr: 4e-5, schedule: "wsd", warmup: 20, decay: 100,
   beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1,
-  mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, bias_rate: 1e-3, recompute: false, eval_every: 0,
-    eval_rows: 0,
+  mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, bias_rate: 1e-3, max_skipped: MAX_SKIPPED,
+  recompute: false, eval_every: 0, eval_rows: 0,
 };
 
 /**
@@ -73,6 +78,10 @@ export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key]
       "mtp_depths",
       Number.isInteger(recipe.mtp_depths) && recipe.mtp_depths >= 0 && recipe.mtp_depths < recipe.seqlen - 1,
       "a whole number from 0 to the row's length minus 2",
+    ],
+    [
+      "max_skipped", Number.isInteger(recipe.max_skipped) && recipe.max_skipped >= 1,
+      "a whole number of at least 1",
     ],
     ["weight_decay", recipe.weight_decay >= 0, "at least 0"],
     ["clip", recipe.clip > 0, "above 0"],

@@ -41,7 +41,7 @@ export class TrainingRun {
     });
   }
 
-  /** One update. @throws KraitError when the loss is no longer finite. */
+  /** One step. @throws KraitError when `max_skipped` steps in a row had a loss that is not finite. */
   async step(): Promise<RunStep> {
     const { accumulate, batch, seqlen } = this.recipe;
     const start = performance.now();

@@ -12,6 +12,7 @@ import { scope, unscoped } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { AdamW, type AdamWOptions } from "./optimizer.ts";
 import { type Batch, mtpInputs, mtpLabels } from "./packing.ts";
+import { MAX_SKIPPED } from "./recipe.ts";
 import type { Schedule } from "./schedule.ts";
 
 export interface TrainerOptions extends AdamWOptions {
@@ -28,6 +29,8 @@ export interface TrainerOptions extends AdamWOptions {
   readonly aux_coeff: number;
   /** Step of the correction bias of every expert towards an even load; 0 leaves it. */
   readonly bias_rate: number;
+  /** Steps in a row with a loss or a gradient norm that is not finite at which training ends; default 5. */
+  readonly max_skipped?: number;
   /** Less memory for a second forward pass of every block; the gradients stay the same bit for bit. */
   readonly recompute?: boolean;
 }
@@ -46,6 +49,17 @@ export interface StepMetrics {
   readonly lr: number;
   /** Largest load of an expert over the mean load, minus 1, worst layer; null without experts. */
   readonly max_violation: number | null;
+  /** Nothing was updated, since the loss or the gradient norm is not finite. */
+  readonly skipped: boolean;
+  /** Steps of the run so far that were skipped. */
+  readonly skipped_steps: number;
+}
+
+/** Steps without an update. */
+export interface SkippedSteps {
+  readonly total: number;
+  /** Those since the last update. */
+  readonly in_a_row: number;
 }
 
 /** Device copies of one micro-batch, overwritten before every replay. */
@@ -69,8 +83,9 @@ export class Trainer {
   readonly model: NemotronH;
   readonly options: TrainerOptions;
   readonly optimizer: AdamW;
-  /** Updates done so far. */
+  /** Steps done so far, those that were skipped included. */
   steps = 0;
+  skipped: SkippedSteps = { total: 0, in_a_row: 0 };
   readonly #device: Device;
   readonly #inputs: Inputs;
   #captured: Captured | null = null;
@@ -95,8 +110,9 @@ export class Trainer {
   }
 
   /**
-   * One update from `accumulate` micro-batches.
-   * @throws KraitError when the loss is no longer finite; the parameters then are worthless.
+   * One update from `accumulate` micro-batches. A step whose loss or gradient norm is not finite changes
+   * neither parameters, moments nor the experts' correction biases: the device sees to that by itself.
+   * @throws KraitError when `max_skipped` steps in a row were skipped.
    */
   async step(batches: readonly Batch[]): Promise<StepMetrics> {
     const { accumulate: micros, schedule } = this.options;
@@ -104,7 +120,7 @@ export class Trainer {
       throw new KraitError(`A step needs ${micros} micro-batches, found ${batches.length}.`);
     }
     const lr = schedule(this.steps);
-    this.optimizer.prepare(this.steps, lr);
+    this.optimizer.prepare(this.steps - this.skipped.total, lr);
     const captured = (this.#captured ??= this.#capture());
     if (captured.update) {
       for (const tensor of [captured.scalars, ...captured.loads]) tensor.clear();
@@ -118,15 +134,28 @@ export class Trainer {
     const scalars = Array.from(await captured.scalars.read());
     const [total, loss, aux_loss, grad_norm] = scalars as [number, number, number, number];
     const step = this.steps++;
-    if (!scalars.every(Number.isFinite)) {
-      throw new KraitError(
-        `The loss at step ${step} is ${total} (gradient norm ${grad_norm}), expected a finite number; ` +
-        "lower the learning rate.");
-    }
+    const skipped = !Number.isFinite(total) || !Number.isFinite(grad_norm);
+    const { total: before, in_a_row } = this.skipped;
+    this.skipped = skipped ? { total: before + 1, in_a_row: in_a_row + 1 } : { total: before, in_a_row: 0 };
+    if (skipped) this.#checkSkipped(total, grad_norm);
     return {
       step, total, loss, aux_loss, grad_norm, lr, mtp_loss: scalars.slice(4),
-      max_violation: await this.#maxViolation(captured.loads),
+      max_violation: await this.#maxViolation(captured.loads), skipped, skipped_steps: this.skipped.total,
     };
+  }
+
+  /** @throws KraitError when so many steps in a row were skipped that a further one is not worth it. */
+  #checkSkipped(total: number, grad_norm: number): void {
+    const { steps, skipped: { in_a_row } } = this;
+    if (in_a_row < (this.options.max_skipped ?? MAX_SKIPPED)) return;
+    const what = Number.isFinite(total)
+      ? `gradient norm at step ${steps} is ${grad_norm} (loss ${total})`
+      : `loss at step ${steps} is ${total} (gradient norm ${grad_norm})`;
+    const last = steps - in_a_row;
+    const which = in_a_row === 1 ? "such a step" : `each of the last ${in_a_row} steps`;
+    throw new KraitError(
+      `The ${what}, and ${which} was skipped for want of finite numbers; the parameters are those ` +
+      `${last === 0 ? "of the start" : `after step ${last}`}; lower the learning rate.`);
   }
 
   /** Memory of a micro-batch's activations; null before the first step. */
@@ -217,10 +246,10 @@ export class Trainer {
   }
 
   #recordUpdate(gradients: GradientMap, scalars: Tensor, loads: readonly Tensor[]): void {
-    const norm = this.optimizer.update(gradients);
+    const { norm, scale: gate } = this.optimizer.update(gradients, scalars.prefix([1]));
     this.#device.stream.copy(norm.storage, norm.byteOffset, scalars.storage, scalars.byteOffset + 12, 4);
     const rate = this.options.bias_rate;
-    if (rate > 0) this.#moeLayers().forEach(({ bias }, i) => update_expert_bias(bias, loads[i]!, rate));
+    if (rate > 0) this.#moeLayers().forEach(({ bias }, i) => update_expert_bias(bias, loads[i]!, rate, gate));
   }
 
   #captureEvaluation(): { graph: Graph; loss: Tensor } {

@@ -115,6 +115,35 @@ describe("train and generate", () => {
   }), 300_000);
 });
 
+describe("a run that blows up", () => {
+  test("skips its steps, counts them, ends with a sentence and leaves the last checkpoint", () => withFolder(
+    async (folder) => {
+    const data = join(folder, "text.txt");
+    writeFileSync(data, text);
+    const out = join(folder, "run");
+    const args = ["train", "--data", data, "--out", out, "--json"];
+    const run = await krait([
+      ...args, ...small, "--save-every", "1", "--schedule", "constant", "--lr", "1e38", "--warmup", "0",
+      "--steps", "9", "--max-skipped", "3",
+    ]);
+    expect(run.code).toBe(1);
+    expect(run.stderr).toMatch(
+      /^krait train: The loss at step 4 is NaN .*each of the last 3 steps was skipped.*after step 1;.*$/m);
+    const steps = jsonLines(run.stdout).filter((line) => "grad_norm" in line);
+    expect(steps.map(({ loss, skipped, skipped_steps }) => [loss === "NaN", skipped, skipped_steps])).toEqual(
+      [[false, false, 0], [true, true, 1], [true, true, 2]]);
+    const recorded = readFileSync(join(out, "metrics.jsonl"), "utf8");
+    expect(recorded).toContain('"skipped":true,"skipped_steps":2');
+    // The last checkpoint is of step 3, two skipped ones included, and knows it.
+    const latest = readFileSync(join(out, "latest"), "utf8").trim();
+    expect(JSON.parse(readFileSync(join(out, latest, "state.json"), "utf8"))).toMatchObject({
+      steps: 3, skipped: { total: 2, in_a_row: 2 }, recipe: { max_skipped: 3 },
+    });
+    const again = await krait([...args, "--resume", "--max-skipped", "5"]);
+    expect(again.stderr).toMatch(/loss at step 6 is NaN .*each of the last 5 steps was skipped/);
+  }), 120_000);
+});
+
 describe("other inputs", () => {
   test("jsonl, a tokenizer.json, accumulation and a trace", () => withFolder(async (folder) => {
     const [config, data, trace] = ["config.json", "lines.jsonl", "trace.json"].map(

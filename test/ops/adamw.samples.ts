@@ -27,6 +27,7 @@ export default opSamples({
     { name: "a later step", args: args(260, [0, 65, 1], 100) },
     { name: "without decay", args: args(64, [0, 16, 0], 3) },
     { name: "a clipped gradient", args: args(64, [0, 16, 1], 3, 0.01) },
+    { name: "a step that is skipped", args: args(64, [0, 16, 1], 3, -1) },
     { name: "one vector", args: args(4, [0, 1, 1], 2) },
     { name: "slabs and gaps", args: args(4120, [0, 1, 0, 16, 576, 1, 576, 1029, 0], 2) },
     { name: "an empty slab", args: args(16, [2, 2, 1, 0, 1, 1], 2) },

@@ -1,6 +1,6 @@
 import { clip_scale, global_norm } from "../../src/ops/global_norm.ts";
 import * as ref from "../../src/reference/global_norm.ts";
-import { opSamples } from "./suite.ts";
+import { type Draw, opSamples } from "./suite.ts";
 
 export default [
   opSamples({
@@ -24,10 +24,22 @@ export default [
       { name: "a norm above", args: (r) => [r.of([1], [4]), 1] },
       { name: "a norm below", args: (r) => [r.of([1], [0.25]), 1] },
       { name: "a norm of zero", args: (r) => [r.of([1], [0]), 0.5] },
+      { name: "no clipping", args: (r) => [r.of([1], [3e18]), Infinity] },
+      { name: "a finite loss", args: (r) => [r.of([1], [4]), 1, r.of([], [-3e38])] },
+      ...[NaN, Infinity, -Infinity].flatMap((value) => [
+        { name: `a norm that is ${value}`, args: (r: Draw) => [r.of([1], [value]), 1, r.of([], [2])] },
+        { name: `a loss that is ${value}`, args: (r: Draw) => [r.of([1], [4]), 1, r.of([], [value])] },
+      ]),
     ],
-    errors: [{
-      name: "several norms", args: (r) => [r.normal([2]), 1],
-      message: /clip_scale.*norm.*\[1\].*\[2\]/,
-    }],
+    errors: [
+      {
+        name: "several norms", args: (r) => [r.normal([2]), 1],
+        message: /clip_scale.*norm.*\[1\].*\[2\]/,
+      },
+      {
+        name: "several losses", args: (r) => [r.normal([1]), 1, r.normal([3])],
+        message: /clip_scale.*loss.*\[1\].*\[3\]/,
+      },
+    ],
   }),
 ];

@@ -65,12 +65,25 @@ export default [
         name: "large counts",
         args: (r) => [r.normal([2], 0.1), r.of([2], [2000000001, 2000000000], "u32"), 1e-3],
       },
+      {
+        name: "an open gate",
+        args: (r) => [r.normal([3], 0.1), r.of([3], [4, 2, 1], "u32"), 1e-3, r.of([1], [0])],
+      },
+      {
+        name: "a closed gate",
+        args: (r) => [r.normal([3], 0.1), r.of([3], [4, 2, 1], "u32"), 1e-3, r.of([1], [-1])],
+      },
       { name: "512 experts", args: (r) => [r.normal([512], 0.1), r.integers([512], 0, 9, "u32"), 1e-3] },
     ],
     errors: [
       {
         name: "counts of another width",
         args: (r) => [r.normal([4]), r.integers([3], 0, 9, "u32"), 1], message: /counts.*\[4\].*\[3\]/,
+      },
+      {
+        name: "several gates",
+        args: (r) => [r.normal([4]), r.integers([4], 0, 9, "u32"), 1, r.normal([2])],
+        message: /update_expert_bias.*gate.*\[1\].*\[2\]/,
       },
     ],
   }),

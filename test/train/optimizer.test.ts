@@ -78,11 +78,13 @@ async function check(make: () => Tensor[]): Promise<void> {
     const gradients = SHAPES.map((shape, i) => r.normal(shape, i === 4 ? 0 : 0.1));
     const norm = Math.sqrt(gradients.flatMap(({ data }) => [...data]).reduce((sum, x) => sum + x * x, 0));
     optimizer.prepare(step, 0.01);
-    const found = scope(() => optimizer.update(new Map(gradients.flatMap((gradient, i) => i === 4 ? [] : [
-      [tensors[i]!.key, device.tensor(Float32Array.from(gradient.data), [gradient.data.length])] as const,
-    ]))));
+    const { norm: found, scale } = scope(() =>
+      optimizer.update(new Map(gradients.flatMap((gradient, i) => i === 4 ? [] : [
+        [tensors[i]!.key, device.tensor(Float32Array.from(gradient.data), [gradient.data.length])] as const,
+      ]))));
     expect(Math.abs(await found.item() / norm - 1)).toBeLessThan(1e-6);
     found.dispose();
+    scale.dispose();
     const hyper = [0.01, beta1, beta2, 1e-8, 0.1, 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1), 0];
     for (const [i, shape] of SHAPES.entries()) {
       // The definition works on whole vectors.
@@ -106,6 +108,40 @@ async function check(make: () => Tensor[]): Promise<void> {
   optimizer.dispose();
   expect(device.pool.liveBytes).toBe(before);
 }
+
+test("an update with a gradient or a loss that is no number leaves all as it was", async () => {
+  const [parameter] = together(device, [[5, 3]]);
+  const optimizer = new AdamW(device, new Map([["p", parameter!]]), {
+    betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Infinity,
+  });
+  parameter!.write(Float32Array.from({ length: 15 }, (_, i) => i));
+  const { m, v } = optimizer.moments.get("p")!;
+  const state = async () => [await parameter!.read(), await m.read(), await v.read()].map(
+    (values) => [...values]);
+  const update = async (gradient: number, loss: number) => {
+    optimizer.prepare(0, 0.01);
+    const { norm, scale } = scope(() => {
+      const values = new Float32Array(15).fill(0.5).with(7, gradient);
+      return optimizer.update(
+        new Map([[parameter!.key, device.tensor(values, [15])]]), device.tensor([loss], []));
+    });
+    const factor = await scale.item();
+    for (const tensor of [norm, scale]) tensor.dispose();
+    return factor;
+  };
+  expect(await update(0.5, 2)).toBe(1);
+  const before = await state();
+  expect(before[1]![7]).toBeCloseTo(0.05, 6);
+  for (const bad of [NaN, Infinity, -Infinity]) {
+    expect(await update(bad, 2), `gradient ${bad}`).toBe(-1);
+    expect(await update(0.5, bad), `loss ${bad}`).toBe(-1);
+    expect(await state()).toEqual(before);
+  }
+  expect(await update(0.5, 2)).toBe(1);
+  expect((await state())[1]).not.toEqual(before[1]);
+  optimizer.dispose();
+  parameter!.dispose();
+});
 
 describe("an update follows the definition, and a parameter without a gradient decays", () => {
   test("for parameters side by side", () => check(() => together(device, SHAPES)));

@@ -247,12 +247,86 @@ describe("a small model with experts and two prediction depths", () => {
     expect(failures).toBeGreaterThan(10);
   });
 
-  test("a loss that is no number ends the run with a sentence", async () => {
-    const { model, trainer, dispose } = start();
-    model.norm_f.write(new Float32Array(config.hidden_size).fill(NaN));
+  /** Bits of all that an update changes. */
+  const stateOf = async ({ model, trainer }: ReturnType<typeof start>) => {
+    const state: Uint32Array[] = [];
+    const moments = [...trainer.optimizer.moments.values()].flatMap(({ m, v }) => [m, v]);
+    for (const tensor of [...model.parameters.values(), ...moments]) {
+      state.push(new Uint32Array((await tensor.read()).buffer.slice(0)));
+    }
+    return state;
+  };
+
+  test.each([1, 2])("a step that meets a NaN in %d micro-batches changes nothing, and none after it", async (
+    accumulate) => {
+    const packer = new BatchPacker(corpus, options);
+    const batches = Array.from({ length: 2 + accumulate }, () => packer.next());
+    const micros = (first: number) => batches.slice(first, first + accumulate);
+    // A token whose row of the table is no number, in the first micro-batch of the step alone.
+    const poisoned = {
+      ...batches[0]!, input_ids: batches[0]!.input_ids.with(5, 3), seq_idx: batches[0]!.seq_idx,
+    };
+    const row = (value: number | null, { model }: ReturnType<typeof start>) => {
+      const table = model.parameters.get("backbone.embeddings.weight")!;
+      const at = 3 * config.hidden_size;
+      return table.read().then((values) => table.write((values as Float32Array).fill(value ?? 0.01, at,
+        at + config.hidden_size)));
+    };
+    const [skipping, plain] = [start({ accumulate }), start({ accumulate })];
+    for (const run of [skipping, plain]) await row(null, run);
+    const first = await skipping.trainer.step(micros(0));
+    expect(await plain.trainer.step(micros(0))).toEqual(first);
+    expect(first).toMatchObject({ skipped: false, skipped_steps: 0 });
+
+    const whole = (await skipping.model.parameters.get("backbone.embeddings.weight")!.read()).slice();
+    await row(NaN, skipping);
+    const before = await stateOf(skipping);
+    for (const n of [1, 2]) {
+      const step = await skipping.trainer.step([poisoned, ...micros(1).slice(1)]);
+      expect(step).toMatchObject({ step: n, loss: NaN, grad_norm: NaN, skipped: true, skipped_steps: n });
+    }
+    expect(await stateOf(skipping)).toEqual(before);
+    skipping.model.parameters.get("backbone.embeddings.weight")!.write(whole);
+    expect(skipping.trainer.skipped).toEqual({ total: 2, in_a_row: 2 });
+    const [a, b] = [await skipping.trainer.step(micros(2)), await plain.trainer.step(micros(2))];
+    expect(a).toEqual({ ...b, step: 3, lr: a.lr, skipped_steps: 2 });
+    expect(await stateOf(skipping)).toEqual(await stateOf(plain));
+    expect(skipping.trainer.skipped).toEqual({ total: 2, in_a_row: 0 });
+    skipping.dispose();
+    plain.dispose();
+  });
+
+  test("steps without a finite loss end the run with a sentence when there are enough of them", async () => {
+    const run = start({ max_skipped: 3 });
+    const { model, trainer, dispose } = run;
     const batch = new BatchPacker(corpus, options).next();
-    await expect(trainer.step([batch])).rejects.toThrow(/loss at step 0 is NaN/);
+    await trainer.step([batch]);
+    const norm = (value: number) => model.norm_f.write(new Float32Array(config.hidden_size).fill(value));
+    norm(NaN);
+    for (let i = 0; i < 2; i++) expect((await trainer.step([batch])).skipped).toBe(true);
+    norm(1);
+    expect(await trainer.step([batch])).toMatchObject({ skipped: false, skipped_steps: 2 });
+    norm(NaN);
+    for (let i = 0; i < 2; i++) await trainer.step([batch]);
+    const before = await stateOf(run);
+    await expect(trainer.step([batch])).rejects.toThrow(
+      /loss at step 7 is NaN .*each of the last 3 steps was skipped.*those after step 4;/);
+    expect(await stateOf(run)).toEqual(before);
     await expect(trainer.step([])).rejects.toThrow(/needs 1 micro-batches, found 0/);
+    dispose();
+  });
+
+  test("a gradient that overflows under a finite loss is skipped too", async () => {
+    const run = start({ max_skipped: 1, mtp_depths: 0 });
+    const { model, trainer, dispose } = run;
+    const head = model.parameters.get("lm_head.weight")!;
+    head.write((await head.read() as Float32Array).map((x) => 1e30 * x));
+    model.norm_f.write(new Float32Array(config.hidden_size).fill(1e-30));
+    const before = await stateOf(run);
+    const batch = new BatchPacker(corpus, options).next();
+    await expect(trainer.step([batch])).rejects.toThrow(
+      /gradient norm at step 1 is Infinity \(loss 3\.\d+\), and such a step was skipped.*those of the start/);
+    expect(await stateOf(run)).toEqual(before);
     dispose();
   });
 });

@@ -9,6 +9,7 @@ import { KraitError, UsageError } from "../../tensor/errors.ts";
 import { readSavedRun } from "../../train/checkpoint.ts";
 import { splitDocuments } from "../../train/data.ts";
 import { readDocuments } from "../../train/data.node.ts";
+import { formatMetric } from "../../train/metrics.ts";
 import { makeRecipe, type Recipe } from "../../train/recipe.ts";
 import { defineCommand } from "../args.ts";
 import { findConfig, findTokenizer } from "../models.ts";
@@ -54,6 +55,10 @@ export const train = defineCommand({
     mtpScale: { type: "number", min: 0, help: "Weight of the MTP loss (0.3)." },
     auxCoeff: { type: "number", min: 0, help: "Coefficient of the balancing loss (1e-4)." },
     biasRate: { type: "number", min: 0, help: "Step of the experts' correction biases (1e-3)." },
+    maxSkipped: {
+      type: "integer", min: 1,
+      help: "Steps in a row without a finite loss that end the run; each is skipped (5).",
+    },
     recompute: {
       type: "boolean",
       help: "Less memory, longer steps: blocks run a second time for their gradients, which stay the same.",
@@ -117,9 +122,16 @@ export const train = defineCommand({
         },
         onStep(step) {
           if (options.json) {
-            stdout.write(`${JSON.stringify({ ...step, live_bytes: device.pool.liveBytes })}\n`);
+            stdout.write(formatMetric({ ...step, live_bytes: device.pool.liveBytes }));
           }
-          progress.update({ step: step.step + 1, loss: step.loss, tokensPerSecond: step.tokens_per_s });
+          const { loss, grad_norm, skipped_steps } = step;
+          if (step.skipped) {
+            say(`step ${step.step + 1}: skipped, with a loss of ${loss} and a gradient norm of ${grad_norm}`);
+          }
+          progress.update({
+            step: step.step + 1, loss, tokensPerSecond: step.tokens_per_s,
+            note: skipped_steps > 0 ? `${skipped_steps} skipped` : undefined,
+          });
         },
         onEvaluation(step, { loss, bits_per_byte }) {
           if (options.json) {
@@ -165,7 +177,7 @@ async function plan(options: {
   readonly weightDecay: number | undefined; readonly clip: number | undefined;
   readonly mtpDepths: number | undefined; readonly mtpScale: number | undefined;
   readonly auxCoeff: number | undefined; readonly biasRate: number | undefined;
-  readonly recompute: boolean;
+  readonly recompute: boolean; readonly maxSkipped: number | undefined;
   readonly evalEvery: number; readonly evalRows: number | undefined;
 }): Promise<Plan> {
   const given: GivenRecipe = {
@@ -175,7 +187,7 @@ async function plan(options: {
     weight_decay: options.weightDecay, clip: options.clip,
     mtp_depths: options.mtpDepths, mtp_scale: options.mtpScale,
     aux_coeff: options.auxCoeff, bias_rate: options.biasRate, recompute: options.recompute || undefined,
-    eval_rows: options.evalRows, eval_every: options.evalEvery,
+    max_skipped: options.maxSkipped, eval_rows: options.evalRows, eval_every: options.evalEvery,
   };
   if (!options.resume) {
     return {
@@ -186,7 +198,7 @@ async function plan(options: {
   if (!checkpoint) throw new KraitError(`There is no checkpoint in ${options.out} to resume from.`);
   const { recipe, steps: doneBefore } = await readSavedRun(checkpoint);
   // what may change without making another run of it
-  const free = new Set(["steps", "eval_every", "eval_rows", "recompute"]);
+  const free = new Set(["steps", "eval_every", "eval_rows", "recompute", "max_skipped"]);
   for (const [key, value] of Object.entries(given)) {
     const before = recipe[key as keyof Recipe];
     if (value !== undefined && value !== before && !free.has(key)) {
@@ -201,7 +213,7 @@ async function plan(options: {
     config: parseConfig(readFileSync(join(checkpoint.path, "config.json"))),
     recipe: makeRecipe({
       ...rest, steps, eval_every: options.evalEvery, eval_rows: options.evalRows ?? recipe.eval_rows,
-      recompute: options.recompute || recipe.recompute,
+      recompute: options.recompute || recipe.recompute, max_skipped: options.maxSkipped ?? rest.max_skipped,
     }),
     tokenizerFolder: checkpoint.path, doneBefore,
   };
