@@ -1782,6 +1782,27 @@ export const manifest = {
       dequantize: ["codes","ids","params","scales","values"],
     },
   },
+  "quant/elements": {
+    bindings: {
+      values: { binding: 0, access: "read" },
+      others: { binding: 1, access: "read" },
+      codes: { binding: 2, access: "read_write" },
+    },
+    params: {
+      count: "u32",
+      format: "u32",
+      random: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: [],
+    entries: {
+      encode: ["codes","others","params","values"],
+      decode: ["codes","params","values"],
+      arithmetic: ["codes","others","params","values"],
+    },
+  },
   "quant/quantize": {
     bindings: {
       values: { binding: 0, access: "read" },

@@ -9,6 +9,7 @@ export * from "./chunk_scan.ts";
 export * from "./chunk_state.ts";
 export * from "./decode_attention.ts";
 export * from "./elementwise.ts";
+export * from "./elements.ts";
 export * from "./embedding.ts";
 export * from "./gated_rms_norm.ts";
 export * from "./global_norm.ts";

@@ -32,7 +32,7 @@ export interface Measured {
   /** Milliseconds of single runs, the smallest first; empty for what is no time. */
   readonly times: readonly number[];
   /** The figure to look at, and its unit. */
-  readonly unit: "GFLOP/s" | "GB/s" | "tokens/s" | "us" | "ms" | "bytes";
+  readonly unit: "GFLOP/s" | "GB/s" | "tokens/s" | "us" | "ms" | "bytes" | "mismatches";
   /** Floating-point operations, bytes or tokens of one run, by `unit`; the figure itself without times. */
   readonly work: number;
   /** Operations or bytes of one run, as far as `bound` decides. */
@@ -92,7 +92,7 @@ function rateOf(unit: Measured["unit"], work: number, ms: number | null): number
     case "tokens/s": return (1000 * work) / ms;
     case "us": return (1000 * ms) / work;
     case "ms": return ms;
-    case "bytes": return work;
+    case "bytes": case "mismatches": return work;
   }
 }
 

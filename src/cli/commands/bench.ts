@@ -10,6 +10,7 @@ import { benchGenerate } from "../bench/generate.ts";
 import { benchGrowth } from "../bench/growth.ts";
 import { benchKernels } from "../bench/kernels.ts";
 import { type BenchLine, benchLine, makeStamp } from "../bench/line.ts";
+import { benchNumerics } from "../bench/numerics.ts";
 import { benchOverhead } from "../bench/overhead.ts";
 import { writeReport } from "../bench/report.ts";
 import { benchRoofline } from "../bench/roofline.ts";
@@ -47,10 +48,12 @@ const SUITES: Readonly<Record<string, (bench: Bench) => Promise<void>>> = {
     await ceilings.dispatch();
   },
   kernels: benchKernels, train: benchTrain, generate: benchGenerate, growth: benchGrowth,
-  overhead: benchOverhead, roofline: benchRoofline,
+  overhead: benchOverhead, roofline: benchRoofline, numerics: benchNumerics,
 };
 /** `peers` takes minutes and needs packages of its own, so it runs only when named. */
 const SUITE_NAMES = [...Object.keys(SUITES), "peers"];
+/** Suites that check rather than measure, or take long: they run only when named. */
+const ONLY_NAMED: readonly string[] = ["numerics", "peers"];
 
 export const bench = defineCommand({
   name: "bench",
@@ -60,7 +63,8 @@ export const bench = defineCommand({
     "the same adapter in the same run. `krait bench report` makes a page of results that --out has " +
     "collected.",
   positionals: [{
-    name: "SUITE", help: `${SUITE_NAMES.join(", ")}; default: all but peers. Or: report`, optional: true,
+    name: "SUITE", help: `${SUITE_NAMES.join(", ")}; default: all but ${ONLY_NAMED.join(
+      " and ")}. Or: report`, optional: true,
     many: true,
   }],
   options: {
@@ -132,7 +136,7 @@ export const bench = defineCommand({
       },
     });
     try {
-      const wanted = args.length > 0 ? args : Object.keys(SUITES);
+      const wanted = args.length > 0 ? args : SUITE_NAMES.filter((name) => !ONLY_NAMED.includes(name));
       for (const [name, suite] of Object.entries(SUITES)) if (wanted.includes(name)) await suite(work);
       await peers?.benchPeers(device, options.runs, options.case, (result) => {
         compared.push(result);
