@@ -10,7 +10,8 @@
 
 import package::lib::index::workgroup_index;
 import package::lib::formats::{
-  E4M3, E5M2, E2M1, BF16, F16, element_code, random_code, element_value, power_above, power_below, power_value,
+  E4M3, E5M2, E2M1, BF16, F16, element_code, random_code, element_value, power_above, power_below,
+  power_value,
 };
 import package::lib::exact::{exact_quotient, exact_product};
 

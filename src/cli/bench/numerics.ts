@@ -5,7 +5,9 @@
 import { decode_elements, encode_elements, exact_arithmetic } from "../../ops/elements.ts";
 import { f32ToE8m0 } from "../../tensor/dtype.ts";
 import type { Device } from "../../tensor/device.ts";
-import { ELEMENTS, type ElementFormat, encodeStochastic, type StochasticFormat } from "../../tensor/formats.ts";
+import {
+  ELEMENTS, type ElementFormat, encodeStochastic, type StochasticFormat,
+} from "../../tensor/formats.ts";
 import { scope } from "../../tensor/scope.ts";
 import type { Tensor } from "../../tensor/tensor.ts";
 import type { Bench } from "./runner.ts";
