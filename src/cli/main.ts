@@ -1,20 +1,17 @@
-import { readFileSync } from "node:fs";
 import { runCli } from "./args.ts";
 import { bench } from "./commands/bench.ts";
 import { doctor } from "./commands/doctor.ts";
 import { generate } from "./commands/generate.ts";
 import { info } from "./commands/info.ts";
 import { logits } from "./commands/logits.ts";
+import { quantize } from "./commands/quantize.ts";
 import { quickstart } from "./commands/quickstart.ts";
 import { train } from "./commands/train.ts";
 import { tune } from "./commands/tune.ts";
-import { packagePath } from "./package.ts";
-
-const { version } =
-  JSON.parse(readFileSync(packagePath("package.json"), "utf8")) as { version: string };
+import { packageVersion } from "./package.ts";
 
 process.exitCode = await runCli(
-  [doctor, info, train, generate, logits, bench, tune, quickstart], process.argv.slice(2), {
-    version,
+  [doctor, info, train, generate, logits, quantize, bench, tune, quickstart], process.argv.slice(2), {
+    version: packageVersion(),
     summary: "Trains and runs hybrid Mamba-2 / attention / mixture-of-experts language models on WebGPU.",
   });

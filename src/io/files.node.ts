@@ -1,12 +1,12 @@
 /** Local files for Node: folders to read models from, and the operations that checkpoints are made of. */
 import { createHash } from "node:crypto";
-import { mkdir, open, readFile, readdir, rename, rm } from "node:fs/promises";
+import { mkdir, open, readFile, readdir, rename, rm, stat } from "node:fs/promises";
 import { hostname } from "node:os";
 import { dirname, join, resolve } from "node:path";
 import { FormatError, UsageError } from "../tensor/errors.ts";
 import { checkRange, isPlainFileName, urlFolder } from "./files.ts";
 import type { ByteSource, Folder } from "./files.ts";
-import type { FileLayer } from "./checkpoint_files.ts";
+import type { CheckpointContent, FileLayer } from "./checkpoint_files.ts";
 
 /** Largest single read: system calls take at most 2^31 - 1 bytes. */
 const READ_STEP = 2 ** 30;
@@ -147,4 +147,55 @@ export function localFileLayer(): FileLayer {
     openFile: (path) => openFile(path),
     pause: (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds)),
   };
+}
+
+/**
+ * Writes a folder that is not there yet: all of it, or nothing.
+ * @param inspect sees the finished folder under its temporary path, before it gets its name; what it throws
+ *   leaves no folder
+ * @throws UsageError when something of that name is there already
+ */
+export async function writeFolder(
+  path: string, files: Readonly<Record<string, CheckpointContent>>,
+  inspect: (path: string) => Promise<void> = async () => {},
+): Promise<void> {
+  const layer = localFileLayer();
+  await checkFree(path);
+  const unfinished = `${resolve(path)}.tmp-${process.pid}`;
+  await layer.remove(unfinished);
+  try {
+    await layer.makeFolder(unfinished);
+    for (const [name, content] of Object.entries(files)) {
+      const file = await layer.create(join(unfinished, name));
+      if (!file) throw new UsageError(`${name}: expected each file once, found it twice.`);
+      try {
+        const pieces = typeof content === "string" ? [new TextEncoder().encode(content)]
+          : content instanceof Uint8Array ? [content] : content;
+        for await (const piece of pieces) await file.write(piece);
+        await file.sync();
+      } finally {
+        await file.close();
+      }
+    }
+    await layer.syncFolder(unfinished);
+    await inspect(unfinished);
+    await checkFree(path);
+    await rename(unfinished, resolve(path));
+    await layer.syncFolder(dirname(resolve(path)));
+  } finally {
+    await layer.remove(unfinished);
+  }
+}
+
+/** @throws UsageError when there is a file or a folder of that name. */
+export async function checkFree(path: string): Promise<void> {
+  let found;
+  try {
+    found = await stat(path);
+  } catch (error) {
+    if (errorCode(error) === "ENOENT") return;
+    throw error;
+  }
+  const what = found.isDirectory() ? "folder" : "file";
+  throw new UsageError(`The output ${path} must not exist yet, found a ${what}.`);
 }

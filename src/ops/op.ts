@@ -80,6 +80,19 @@ export function recordOps<T>(listener: (record: OpRecord) => void, body: () => T
   return withRecorder(listener, body);
 }
 
+let watching: ((name: string, args: readonly unknown[]) => void) | null = null;
+
+/** Shows every op that `body` runs, those inside of ops too, to `watcher`: its name and its arguments. */
+export function watchOps<T>(watcher: (name: string, args: readonly unknown[]) => void, body: () => T): T {
+  const outer = watching;
+  watching = watcher;
+  try {
+    return body();
+  } finally {
+    watching = outer;
+  }
+}
+
 /** Where differentiable ops go that run now; null where nobody records them. */
 export function recorder(): ((record: OpRecord) => void) | null {
   return listening;
@@ -107,6 +120,7 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
   const { name, backward, halves = [], relu2 = [] } = definition;
   const call = (...args: A): R => {
     const listener = listening;
+    watching?.(name, args);
     for (let i = 0; i < args.length; i++) {
       const argument = args[i];
       if (argument instanceof Tensor && isHalf(argument.dtype) && !halves.includes(i)) {

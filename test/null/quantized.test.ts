@@ -66,12 +66,58 @@ describe("NVFP4", () => {
     await fails({ "m.weight": weight, "m.weight_scale": scale }, /its scales in "m\.weight_scale_2"/);
     const short: [DType, number[], Uint8Array] = ["F8_E4M3", [64, 4], scales.slice(0, 256)];
     await fails({ "m.weight": weight, "m.weight_scale": short, "m.weight_scale_2": one },
-      /"m\.weight_scale": expected 512 scales, found 256/);
+      /"m\.weight_scale": expected F8_E4M3 \[64, 8\], found F8_E4M3 \[64, 4\]/);
     const two: [DType, number[], Uint8Array] = ["F32", [2], f32(1, 1)];
     await fails({ "m.weight": weight, "m.weight_scale": scale, "m.weight_scale_2": two },
       /"m\.weight_scale_2": expected 1 scale, found 2/);
     const odd: [DType, number[], Uint8Array] = ["U8", [2, 3], packed.slice(0, 6)];
-    await fails({ "m.weight": odd }, /expected blocks of 8 bytes, found \[2, 3\]/);
+    await fails({ "m.weight": odd },
+      /"m\.weight": expected rows of whole nvfp4 blocks of 16 values, found 6 values/);
+  });
+});
+
+describe("block scales", () => {
+  const codes = Uint8Array.from({ length: 32 }, (_, i) => i);
+  const one = f32(1);
+
+  test("that are not numbers or negative are refused, zero is not", async () => {
+    for (const [byte, found] of [[0x7f, "NaN"], [0xff, "NaN"], [0xb8, "-1"]] as const) {
+      const reader = await readerOf({
+        "m.weight": ["U8", [2, 16], codes], "m.weight_scale_2": ["F32", [], one],
+        "m.weight_scale": ["F8_E4M3", [2, 2], Uint8Array.of(0x38, 0, 0x38, byte)],
+      });
+      await expect(readWeightF32(reader, "m.weight")).rejects.toThrow(
+        `tensor "m.weight_scale": expected scales that are finite and not negative, found ${found} at 3`);
+    }
+    const zero = await readerOf({
+      "m.weight": ["U8", [2, 16], codes], "m.weight_scale_2": ["F32", [], one],
+      "m.weight_scale": ["F8_E4M3", [2, 2], Uint8Array.of(0, 0, 0x38, 0)],
+    });
+    expect((await readWeightF32(zero, "m.weight")).slice(0, 4)).toEqual(new Float32Array(4));
+  });
+
+  test("of powers of two belong to MX formats", async () => {
+    const scales = Uint8Array.of(127, 130);
+    const reader = await readerOf({
+      "a.weight": ["U8", [2, 16], codes], "a.weight_scale": ["U8", [2, 1], scales],
+      "b.weight": ["F8_E4M3", [1, 64], new Uint8Array(64).fill(0x38)],
+      "b.weight_scale": ["U8", [1, 2], scales],
+      "c.weight": ["U8", [2, 16], codes], "c.weight_scale": ["U8", [2, 1], Uint8Array.of(1, 255)],
+    });
+    const a = await readWeightF32(reader, "a.weight");
+    expect([a[1], a[2], a[3], a[34]]).toEqual([0, 0.5, 0, 0.5 * 8]);
+    expect(await readWeightF32(reader, "b.weight")).toEqual(
+      Float32Array.from({ length: 64 }, (_, i) => (i < 32 ? 1 : 8)));
+    await expect(readWeightF32(reader, "c.weight")).rejects.toThrow(/"c\.weight_scale".*found NaN at 1/);
+  });
+
+  test("a global scale that is no positive number is named", async () => {
+    const reader = await readerOf({
+      "m.weight_packed": ["U8", [2, 16], codes], "m.weight_global_scale": ["F32", [1], f32(0)],
+      "m.weight_scale": ["F8_E4M3", [2, 2], Uint8Array.of(1, 1, 1, 1)],
+    });
+    await expect(readWeightF32(reader, "m.weight_packed")).rejects.toThrow(
+      'tensor "m.weight_global_scale": expected scales that are positive and finite, found 0');
   });
 });
 
@@ -93,7 +139,20 @@ describe("FP8 and plain", () => {
       "a.weight": weight, "b.weight": weight, "b.weight_scale": ["F32", [3], f32(1, 1, 1)],
     });
     await expect(readWeightF32(reader, "a.weight")).rejects.toThrow(/"a\.weight_scale" for F8_E4M3/);
-    await expect(readWeightF32(reader, "b.weight")).rejects.toThrow("expected 1 or 2 scales, found 3");
+    await expect(readWeightF32(reader, "b.weight")).rejects.toThrow(
+      'tensor "b.weight_scale": expected 1 scale or 2 scales in [2, 1], found [3]');
+  });
+
+  test("scales that are no positive numbers", async () => {
+    for (const [value, found] of [[NaN, "NaN"], [0, "0"], [-2, "-2"], [Infinity, "Infinity"]] as const) {
+      const reader = await readerOf({
+        "a.weight": weight, "a.weight_scale": ["F32", [1], f32(value)],
+        "b.weight": weight, "b.weight_scale": ["F32", [2, 1], f32(1, value)],
+      });
+      await expect(readWeightF32(reader, "a.weight")).rejects.toThrow(
+        `tensor "a.weight_scale": expected scales that are positive and finite, found ${found}`);
+      await expect(readWeightF32(reader, "b.weight")).rejects.toThrow(`found ${found} at 1`);
+    }
   });
 
   test("other floats are read as they are", async () => {
