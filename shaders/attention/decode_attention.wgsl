@@ -14,7 +14,11 @@
 // Condition `parts`: the keys are cut into parts of `length`, a workgroup has one of them, and out is
 // [B, L, Hq, nparts, HEAD_VEC4 + 1] of vec4f: what decode_merge puts together. Parts beyond the last key are
 // left as they are. Otherwise there is one part.
+//
+// Condition `fp8` (with `vec4`): the caches are E4M3 codes, four to a word. What the codes of keys are
+// multiplied with is in `scale`, that of values is v_scale (1 otherwise).
 import package::lib::index::workgroup_index;
+@if(fp8) import package::lib::e4m3::four_e4m3;
 
 override WG: u32 = 8;
 override HEAD_VEC4: u32 = 8;
@@ -29,15 +33,18 @@ struct Params {
   length: u32,
   nparts: u32,
   scale: f32,
+  v_scale: f32,
 }
 
 @group(0) @binding(1) var<storage, read> position: array<u32>;
 @if(vec4) @group(0) @binding(0) var<storage, read> q: array<vec4f>;
 @else @group(0) @binding(0) var<storage, read> q: array<f32>;
-@if(vec4) @group(0) @binding(2) var<storage, read> key: array<vec4f>;
-@else @group(0) @binding(2) var<storage, read> key: array<f32>;
-@if(vec4) @group(0) @binding(3) var<storage, read> value: array<vec4f>;
-@else @group(0) @binding(3) var<storage, read> value: array<f32>;
+@if(fp8) @group(0) @binding(2) var<storage, read> key: array<u32>;
+@if(vec4 && !fp8) @group(0) @binding(2) var<storage, read> key: array<vec4f>;
+@if(!vec4 && !fp8) @group(0) @binding(2) var<storage, read> key: array<f32>;
+@if(fp8) @group(0) @binding(3) var<storage, read> value: array<u32>;
+@if(vec4 && !fp8) @group(0) @binding(3) var<storage, read> value: array<vec4f>;
+@if(!vec4 && !fp8) @group(0) @binding(3) var<storage, read> value: array<f32>;
 @if(vec4 || parts) @group(0) @binding(4) var<storage, read_write> out: array<vec4f>;
 @else @group(0) @binding(4) var<storage, read_write> out: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
@@ -58,14 +65,16 @@ fn query_at(row: u32, d: u32) -> vec4f {
 }
 
 fn key_at(row: u32, d: u32) -> vec4f {
-  @if(vec4) return key[row * HEAD_VEC4 + d];
-  @else return vec4f(k_scalar(row, 4u * d), k_scalar(row, 4u * d + 1u),
+  @if(fp8) return four_e4m3(key[row * HEAD_VEC4 + d]);
+  @if(vec4 && !fp8) return key[row * HEAD_VEC4 + d];
+  @if(!vec4 && !fp8) return vec4f(k_scalar(row, 4u * d), k_scalar(row, 4u * d + 1u),
     k_scalar(row, 4u * d + 2u), k_scalar(row, 4u * d + 3u));
 }
 
 fn value_at(row: u32, d: u32) -> vec4f {
-  @if(vec4) return value[row * HEAD_VEC4 + d];
-  @else return vec4f(v_scalar(row, 4u * d), v_scalar(row, 4u * d + 1u),
+  @if(fp8) return four_e4m3(value[row * HEAD_VEC4 + d]);
+  @if(vec4 && !fp8) return value[row * HEAD_VEC4 + d];
+  @if(!vec4 && !fp8) return vec4f(v_scalar(row, 4u * d), v_scalar(row, 4u * d + 1u),
     v_scalar(row, 4u * d + 2u), v_scalar(row, 4u * d + 3u));
 }
 
@@ -74,12 +83,12 @@ fn value_at(row: u32, d: u32) -> vec4f {
   return q[row * params.head_dim + d];
 }
 
-@if(!vec4) fn k_scalar(row: u32, d: u32) -> f32 {
+@if(!vec4 && !fp8) fn k_scalar(row: u32, d: u32) -> f32 {
   if (d >= params.head_dim) { return 0.0; }
   return key[row * params.head_dim + d];
 }
 
-@if(!vec4) fn v_scalar(row: u32, d: u32) -> f32 {
+@if(!vec4 && !fp8) fn v_scalar(row: u32, d: u32) -> f32 {
   if (d >= params.head_dim) { return 0.0; }
   return value[row * params.head_dim + d];
 }
@@ -138,6 +147,7 @@ fn decode_attention(
   for (var d = lane; d < HEAD_VEC4; d += WG) {
     var x = vec4f();
     for (var i = 0u; i < WG; i++) { x += exp(largest[i] - top) * partial[i * HEAD_VEC4 + d]; }
+    x *= params.v_scale;
     @if(parts) { out[(row * params.nparts + part) * (HEAD_VEC4 + 1u) + d] = x; }
     @else { store(row, d, x / all); }
   }

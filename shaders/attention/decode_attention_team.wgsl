@@ -11,15 +11,21 @@
 // Condition `parts`: the keys are cut into parts of `length`, and out is [B, L, Hq, nparts, HEAD_VEC4 + 1]:
 // what decode_merge puts together. Parts beyond the last key are left as they are. Otherwise there is one.
 //
+// Condition `fp8`: the caches are E4M3 codes, four to a word. What the codes of keys are multiplied with is
+// in `scale`, that of values is v_scale (1 otherwise).
+//
 // Online softmax as in attention.wgsl: masked scores are the finite -1e30, weights are zeroed after exp.
 import package::lib::index::workgroup_index;
+@if(fp8) import package::lib::e4m3::four_e4m3;
 import package::lib::team::{source_lane, add_rows, scale_rows, column_of, row_order};
 @if(subgroups && !octo) import package::lib::team::{quad_rows, swapped, team_max, team_sum};
 
 @group(0) @binding(0) var<storage, read> q: array<vec4f>;
 @group(0) @binding(1) var<storage, read> position: array<u32>;
-@group(0) @binding(2) var<storage, read> key: array<vec4f>;
-@group(0) @binding(3) var<storage, read> value: array<vec4f>;
+@if(fp8) @group(0) @binding(2) var<storage, read> key: array<u32>;
+@else @group(0) @binding(2) var<storage, read> key: array<vec4f>;
+@if(fp8) @group(0) @binding(3) var<storage, read> value: array<u32>;
+@else @group(0) @binding(3) var<storage, read> value: array<vec4f>;
 @group(0) @binding(4) var<storage, read_write> out: array<vec4f>;
 
 struct Params {
@@ -31,6 +37,7 @@ struct Params {
   length: u32,
   nparts: u32,
   scale: f32,
+  v_scale: f32,
   four: u32, // 4, the rows of a matrix
 }
 @group(1) @binding(0) var<uniform> params: Params;
@@ -49,8 +56,19 @@ fn row_of(b: u32, g: u32, i: u32) -> Row {
   return Row(at, min(position[0] + t + 1u, params.capacity));
 }
 
+fn four_keys(at: vec4u, d: u32) -> mat4x4f {
+  return mat4x4f(key_at(at.x + d), key_at(at.y + d), key_at(at.z + d), key_at(at.w + d));
+}
 fn four_values(at: vec4u, d: u32) -> mat4x4f {
-  return mat4x4f(value[at.x + d], value[at.y + d], value[at.z + d], value[at.w + d]);
+  return mat4x4f(value_at(at.x + d), value_at(at.y + d), value_at(at.z + d), value_at(at.w + d));
+}
+fn key_at(i: u32) -> vec4f {
+  @if(fp8) return four_e4m3(key[i]);
+  @else return key[i];
+}
+fn value_at(i: u32) -> vec4f {
+  @if(fp8) return four_e4m3(value[i]);
+  @else return value[i];
 }
 
 @if(subgroups && !octo) @compute @workgroup_size(WG)
@@ -94,8 +112,7 @@ fn decode_attention_team(
     let at = (head + min(here, last)) * HEAD_VEC4;
     var s = mat4x4f();
     for (var i = 0u; i < HEAD_VEC4; i++) {
-      let keys = mat4x4f(key[at.x + i], key[at.y + i], key[at.z + i], key[at.w + i]);
-      s = add_rows(s, quad_rows(q[query + i]), transpose(keys));
+      s = add_rows(s, quad_rows(q[query + i]), transpose(four_keys(at, i)));
     }
     let seen = array<vec4<bool>, 4>(vec4u(count.x) > here, vec4u(count.y) > here, vec4u(count.z) > here,
       vec4u(count.w) > here);
@@ -133,8 +150,8 @@ fn decode_attention_team(
     let row = row_of(b, g, first + i).at;
     @if(parts) let to = (row * params.nparts + part) * (HEAD_VEC4 + 1u);
     @else let to = row * HEAD_VEC4;
-    @if(parts) let all = 1.0;
-    @else let all = total[j];
+    @if(parts) let all = 1.0 / params.v_scale;
+    @else let all = total[j] / params.v_scale;
     if (column.x < HEAD_VEC4) { out[to + column.x] = column_of(o0, i, lane) / all; }
     if (column.y < HEAD_VEC4) { out[to + column.y] = column_of(o1, i, lane) / all; }
     if (column.z < HEAD_VEC4) { out[to + column.z] = column_of(o2, i, lane) / all; }

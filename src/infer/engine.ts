@@ -7,7 +7,9 @@ import type { Graph } from "../gpu/stream.ts";
 import { pipelinesOf } from "../kernel/pipelines.ts";
 import type { NemotronHConfig } from "../models/config.ts";
 import { emptyWeights, type WeightFormat } from "../models/parameters.ts";
-import { disposeCache, type ModelCache, NemotronH, stepContext } from "../models/nemotron_h.ts";
+import {
+  disposeCache, type KVFormat, type ModelCache, NemotronH, stepContext,
+} from "../models/nemotron_h.ts";
 import { argmax, sample } from "../ops/sample.ts";
 import { embedding } from "../ops/embedding.ts";
 import type { Device } from "../tensor/device.ts";
@@ -66,13 +68,16 @@ export class Generator {
   #sampling: Sampling = GREEDY;
   #decode: { graph: Graph; next: Tensor } | null = null;
 
-  /** @param capacity most tokens of prompt and continuation together */
-  constructor(model: NemotronH, capacity: number) {
+  /**
+   * @param capacity most tokens of prompt and continuation together
+   * @param kv how keys and values are kept; default: as the checkpoint suggests
+   */
+  constructor(model: NemotronH, capacity: number, kv: KVFormat = model.kvFormat) {
     this.model = model;
     this.capacity = capacity;
     this.#device = model.device;
     [this.#cache, this.#settings, this.#counter, this.#token] = unscoped(() => [
-      model.createCache(1, capacity), model.device.zeros([4]), model.device.zeros([4], "u32"),
+      model.createCache(1, capacity, kv), model.device.zeros([4]), model.device.zeros([4], "u32"),
       model.device.zeros([1, 1], "i32"),
     ]) as [ModelCache, Tensor, Tensor, Tensor];
   }
@@ -83,11 +88,12 @@ export class Generator {
    */
   static warmUp(
     device: Device, config: NemotronHConfig, promptTokens: number,
-    { sampling = GREEDY, draft = 0, weights = "f32" }: Partial<GenerateOptions> & { weights?: WeightFormat },
+    { sampling = GREEDY, draft = 0, weights = "f32", kv = "f32" }:
+      Partial<GenerateOptions> & { weights?: WeightFormat; kv?: KVFormat },
   ): void {
     device.rehearse(() => scope(() => {
-      const generator =
-        new Generator(new NemotronH(config, emptyWeights(device, config, weights)), promptTokens + draft);
+      const model = new NemotronH(config, emptyWeights(device, config, weights));
+      const generator = new Generator(model, promptTokens + draft, kv);
       generator.#sampling = sampling;
       const speculation = draft > 0
         ? new Speculation(generator.model, generator.#cache, draft, sampling, generator.#settings)
@@ -148,6 +154,12 @@ export class Generator {
   /** Memory of a plain decode step beside weights and caches; null before the first. */
   get memory(): GraphMemory | null {
     return this.#decode?.graph.memory ?? null;
+  }
+
+  /** Bytes of all keys and values. */
+  get kvBytes(): number {
+    return [...this.#cache.layers, ...this.#cache.mtp].reduce((sum, layer) =>
+      layer?.kind === "kv" ? sum + layer.key.byteLength + layer.value.byteLength : sum, 0);
   }
 
   dispose(): void {

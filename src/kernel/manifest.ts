@@ -207,12 +207,13 @@ export const manifest = {
       length: "u32",
       nparts: "u32",
       scale: "f32",
+      v_scale: "f32",
     },
     overrides: {
       WG: "u32",
       HEAD_VEC4: "u32",
     },
-    conditions: ["parts","vec4","wide"],
+    conditions: ["fp8","parts","vec4","wide"],
     entries: {
       decode_attention: ["key","out","params","position","q","value"],
     },
@@ -234,13 +235,14 @@ export const manifest = {
       length: "u32",
       nparts: "u32",
       scale: "f32",
+      v_scale: "f32",
       four: "u32",
     },
     overrides: {
       WG: "u32",
       HEAD_VEC4: "u32",
     },
-    conditions: ["octo","parts","subgroups"],
+    conditions: ["fp8","octo","parts","subgroups"],
     entries: {
       decode_attention_team: ["key","out","params","position","q","value"],
     },
@@ -275,7 +277,9 @@ export const manifest = {
       cache: { binding: 1, access: "read_write" },
       position: { binding: 2, access: "read" },
       old_cache: { binding: 3, access: "read" },
-      x: { binding: 4, access: "read_write" },
+      tokens: { binding: 4, access: "read_write" },
+      codes: { binding: 5, access: "read_write" },
+      old_codes: { binding: 6, access: "read" },
     },
     params: {
       count: "u32",
@@ -283,6 +287,7 @@ export const manifest = {
       nkv_heads: "u32",
       head_dim: "u32",
       capacity: "u32",
+      scale: "f32",
     },
     overrides: {
       WG: "u32",
@@ -290,7 +295,9 @@ export const manifest = {
     conditions: [],
     entries: {
       write_tokens: ["cache","new_x","params","position"],
-      read_tokens: ["old_cache","params","x"],
+      read_tokens: ["old_cache","params","tokens"],
+      write_codes: ["codes","new_x","params","position"],
+      read_codes: ["old_codes","params","tokens"],
     },
   },
   "elementwise/add": {

@@ -77,7 +77,7 @@ export function forwardFlops(config: NemotronHConfig, keys: number, mtpDepths = 
   return flops.backbone + mtpDepths * flops.mtp;
 }
 
-const BYTES = { float32: 4, float16: 2, bfloat16: 2 } as const;
+const BYTES = { float32: 4, float16: 2, bfloat16: 2, float8_e4m3fn: 1 } as const;
 export type CacheDType = keyof typeof BYTES;
 
 /** Bytes that one sequence keeps from token to token. */

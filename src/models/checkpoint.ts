@@ -1,14 +1,17 @@
 /** Models to and from checkpoint files in the published layout. */
 import type { Folder } from "../io/files.ts";
-import { readWeightF32 } from "../io/quantized.ts";
+import { readFloatScales, readWeightF32 } from "../io/quantized.ts";
 import { openTensors, safetensorsPieces, type TensorEntry, type TensorReader } from "../io/safetensors.ts";
+import type { KVScales } from "../nn/attention.ts";
 import type { Weight } from "../nn/weights.ts";
 import type { Device } from "../tensor/device.ts";
-import { UsageError } from "../tensor/errors.ts";
+import { FormatError, UsageError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { unscoped } from "../tensor/scope.ts";
 import { Tensor } from "../tensor/tensor.ts";
-import { listParameters, type Parameter, resolveTensors, tensorsOf } from "./checkpoint_names.ts";
+import {
+  canonicalName, listParameters, type Parameter, resolveTensors, tensorsOf,
+} from "./checkpoint_names.ts";
 import { type NemotronHConfig, serialiseConfig } from "./config.ts";
 import type { HostArray, Outputs } from "./evaluate.ts";
 import { NemotronH } from "./nemotron_h.ts";
@@ -37,6 +40,23 @@ export async function readParameters(
 }
 
 /**
+ * The scales of keys and values in FP8 that a checkpoint holds, by the path of the attention layer's mixer;
+ * one that is missing beside the other is 1.
+ * @throws FormatError for a scale that is not one positive finite number
+ */
+export async function readKVScales(reader: TensorReader): Promise<Map<string, KVScales>> {
+  const scales = new Map<string, { key: number; value: number }>();
+  for (const { name, size } of reader.tensors.values()) {
+    const [, path, which] = /^(.*)\.([kv])_proj\.\2_scale$/.exec(canonicalName(name)) ?? [];
+    if (path === undefined) continue;
+    if (size !== 1) throw new FormatError(`tensor "${name}": expected 1 scale, found ${size}`);
+    const scale = (await readFloatScales(reader, name))[0]!;
+    scales.set(path, { key: 1, value: 1, ...scales.get(path), [which === "k" ? "key" : "value"]: scale });
+  }
+  return scales;
+}
+
+/**
  * Loads a checkpoint folder (model.safetensors, or shards with an index) onto a device.
  * @param trainable parameters require gradients; then `weights` must be f32
  * @param weights the format of matrices on the device
@@ -60,7 +80,7 @@ export async function loadModel(
       if (made instanceof Tensor) made.write(data);
       else parameters.set(name, unscoped(() => storeParameter(device, parameter, data, weights)));
     }, folder.name);
-    return new NemotronH(config, parameters);
+    return new NemotronH(config, parameters, trainable ? new Map() : await readKVScales(reader));
   } catch (error) {
     for (const tensor of parameters.values()) tensor.dispose();
     throw error;

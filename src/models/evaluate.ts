@@ -6,10 +6,11 @@ import { Tape } from "../autograd/tape.ts";
 import type { Routing } from "../nn/context.ts";
 import { linear_cross_entropy } from "../ops/linear_cross_entropy.ts";
 import { denseWeight } from "../ops/quantize.ts";
+import { decodeFloat32 } from "../tensor/dtype.ts";
 import { FormatError } from "../tensor/errors.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { disposeCache, type ModelCache, type NemotronH, stepContext } from "./nemotron_h.ts";
+import { disposeCache, type KVFormat, type ModelCache, type NemotronH, stepContext } from "./nemotron_h.ts";
 
 /** Integer inputs, row-major (batch, seqlen). */
 export interface EvaluateInputs {
@@ -139,7 +140,7 @@ export async function evaluate(
  * @returns (batch, seqlen, vocabulary) logits and, by name, the caches afterwards
  */
 export async function evaluateIncremental(
-  model: NemotronH, inputs: EvaluateInputs, pieces: readonly number[],
+  model: NemotronH, inputs: EvaluateInputs, pieces: readonly number[], kv: KVFormat = model.kvFormat,
 ): Promise<{ logits: Float32Array; caches: Outputs }> {
   const { batch: B, seqlen: L, input_ids } = inputs;
   const { device, config: { vocab_size: V } } = model;
@@ -150,7 +151,7 @@ export async function evaluateIncremental(
   const logits = new Float32Array(B * L * V);
   const lengths = [...pieces];
   for (let done = pieces.reduce((a, b) => a + b, 0); done < L; done++) lengths.push(1);
-  const cache = model.createCache(B, L);
+  const cache = model.createCache(B, L, kv);
   try {
     for (const [i, length] of lengths.entries()) {
       const from = cache.length;
@@ -182,12 +183,21 @@ async function readCaches(cache: ModelCache): Promise<Outputs> {
     const tensors = layer.kind === "mamba2"
       ? { conv_state: layer.conv_state, ssm_state: layer.ssm_state } : { key: layer.key, value: layer.value };
     for (const [name, tensor] of Object.entries(tensors)) {
+      const coded = layer.kind === "kv" && layer.scales;
+      const scale = coded ? coded[name as "key" | "value"] : null;
       outputs.set(`cache.${i}.${name}`, {
-        dtype: "F32", shape: tensor.shape, data: await tensor.read() as Float32Array,
+        dtype: "F32", shape: scale === null ? tensor.shape : [...tensor.shape.slice(0, 3),
+          4 * tensor.shape[3]!],
+        data: scale === null ? await tensor.read() as Float32Array
+          : decodeFloat32("F8_E4M3", bytesOf(await tensor.read() as Uint32Array)).map((x) => x * scale),
       });
     }
   }
   return outputs;
+}
+
+function bytesOf({ buffer, byteOffset, byteLength }: Uint32Array): Uint8Array {
+  return new Uint8Array(buffer, byteOffset, byteLength);
 }
 
 function checkInputs(inputs: EvaluateInputs, vocab: number): void {

@@ -10,7 +10,7 @@
  * Training, prefill and decode are the same forward.
  * Suffixes: B batch, L seqlen, D hidden, V vocabulary, T = B*L.
  */
-import { Attention } from "../nn/attention.ts";
+import { Attention, type KVScales } from "../nn/attention.ts";
 import { Block, type LayerCache, type Mixer } from "../nn/block.ts";
 import type { ForwardContext, Routing, Step } from "../nn/context.ts";
 import { Mamba2, type Mamba2Cache } from "../nn/mamba2.ts";
@@ -30,6 +30,10 @@ import type { Device } from "../tensor/device.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { type LayerSpec, layerSpecs, mtpSpecs, type NemotronHConfig } from "./config.ts";
+
+/** How keys and values are kept: E4M3 codes with a scale for each layer's keys and values, or f32. */
+export const KV_FORMATS = ["f32", "fp8"] as const;
+export type KVFormat = (typeof KV_FORMATS)[number];
 
 /** Caches of all layers, and how far they reach. */
 export interface ModelCache {
@@ -83,6 +87,8 @@ export class NemotronH {
   readonly parameters: ReadonlyMap<string, Tensor>;
   /** Block-quantised parameters by checkpoint name. They are not trained. */
   readonly quantised: ReadonlyMap<string, BlockTensor>;
+  /** Scales of keys and values in FP8 by the path of the mixer, where the checkpoint has them. */
+  readonly kvScales: ReadonlyMap<string, KVScales>;
   readonly embeddings: Weight;
   readonly blocks: readonly Block[];
   readonly norm_f: Tensor;
@@ -90,11 +96,15 @@ export class NemotronH {
   readonly mtp: MTP | null;
 
   /** @throws ConfigError when a parameter is missing or has another shape than the config says. */
-  constructor(config: NemotronHConfig, parameters: ReadonlyMap<string, Weight>) {
+  constructor(
+    config: NemotronHConfig, parameters: ReadonlyMap<string, Weight>,
+    kvScales: ReadonlyMap<string, KVScales> = new Map(),
+  ) {
     const { vocab_size: V, hidden_size: D, layer_norm_epsilon: eps } = config;
     const weights = new Weights(parameters);
     const backbone = weights.at("backbone");
     this.config = config;
+    this.kvScales = kvScales;
     const all = [...parameters];
     this.parameters = new Map(all.filter(
       (entry): entry is [string, Tensor] => !(entry[1] instanceof BlockTensor)));
@@ -112,12 +122,23 @@ export class NemotronH {
     this.mtp = specs.length > 0 ? new MTP(D, eps, build(specs, mtp), mtp) : null;
   }
 
-  /** Caches for an incremental run of `batch` rows with at most `capacity` tokens. */
-  createCache(batch: number, capacity: number): ModelCache {
+  /**
+   * How keys and values are kept unless something else is asked for: in FP8 where there are scales for it.
+   */
+  get kvFormat(): KVFormat {
+    return this.kvScales.size > 0 ? "fp8" : "f32";
+  }
+
+  /**
+   * Caches for an incremental run of `batch` rows with at most `capacity` tokens.
+   * @param kv how keys and values are kept; in FP8 without scales in the checkpoint these are 1
+   */
+  createCache(batch: number, capacity: number, kv: KVFormat = this.kvFormat): ModelCache {
+    const scales = kv === "fp8" ? (path: string) => this.kvScales.get(path) ?? { key: 1, value: 1 } : null;
     return unscoped(() => ({
       batch, capacity, length: 0,
-      layers: this.blocks.map((block) => block.createCache(this.device, batch, capacity)),
-      mtp: (this.mtp?.blocks ?? []).map((block) => block.createCache(this.device, batch, capacity)),
+      layers: this.blocks.map((block) => block.createCache(this.device, batch, capacity, scales)),
+      mtp: (this.mtp?.blocks ?? []).map((block) => block.createCache(this.device, batch, capacity, scales)),
       position: this.device.zeros([1], "u32"),
     }));
   }

@@ -2,6 +2,7 @@ import { attention } from "../ops/attention.ts";
 import { cache_read, cache_write, decode_attention } from "../ops/decode_attention.ts";
 import { linear } from "../ops/linear.ts";
 import type { Device } from "../tensor/device.ts";
+import { UsageError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
 import type { Weight, Weights } from "./weights.ts";
@@ -14,16 +15,25 @@ export interface AttentionSizes {
   readonly bias: boolean;
 }
 
+/** What the codes of keys and values in FP8 are multiplied with. */
+export interface KVScales {
+  readonly key: number;
+  readonly value: number;
+}
+
 /** Keys and values of past tokens: (batch, kv heads, capacity, head_dim) each. */
 export interface KVCache {
   readonly kind: "kv";
   readonly key: Tensor;
   readonly value: Tensor;
+  /** With scales the tensors hold E4M3 codes, four to a word. */
+  readonly scales: KVScales | null;
 }
 
 /** Grouped-query causal attention without positional encoding. */
 export class Attention {
   readonly sizes: AttentionSizes;
+  readonly path: string;
   readonly q_proj: Weight;
   readonly k_proj: Weight;
   readonly v_proj: Weight;
@@ -33,6 +43,7 @@ export class Attention {
   constructor(sizes: AttentionSizes, w: Weights) {
     const { hidden: D, num_attention_heads: Hq, num_key_value_heads: Hkv, head_dim: Dh } = sizes;
     this.sizes = sizes;
+    this.path = w.path;
     this.q_proj = w.takeWeight("q_proj.weight", [Hq * Dh, D]);
     this.k_proj = w.takeWeight("k_proj.weight", [Hkv * Dh, D]);
     this.v_proj = w.takeWeight("v_proj.weight", [Hkv * Dh, D]);
@@ -45,10 +56,19 @@ export class Attention {
       : null;
   }
 
-  createCache(device: Device, batch: number, capacity: number): KVCache {
+  /**
+   * @param scales for keys and values in FP8; null: f32
+   * @throws UsageError for codes that do not fill whole words
+   */
+  createCache(device: Device, batch: number, capacity: number, scales: KVScales | null = null): KVCache {
     const { num_key_value_heads: Hkv, head_dim: Dh } = this.sizes;
-    const make = () => device.zeros([batch, Hkv, capacity, Dh]);
-    return { kind: "kv", key: make(), value: make() };
+    if (scales && Dh % 4 !== 0) {
+      throw new UsageError(
+        `An FP8 cache needs heads of a multiple of 4 numbers, found ${Dh} in ${this.path}.`);
+    }
+    const make = () => scales ? device.zeros([batch, Hkv, capacity, Dh / 4], "u32")
+      : device.zeros([batch, Hkv, capacity, Dh]);
+    return { kind: "kv", key: make(), value: make(), scales };
   }
 
   /**
@@ -67,16 +87,18 @@ export class Attention {
     let v = linear(x_BLD, this.v_proj, biases && biases.v).reshape([B, L, Hkv, Dh]);
     let out: Tensor;
     const { step } = context;
+    const [kScale, vScale] = cache?.scales ? [cache.scales.key, cache.scales.value] : [null, null];
     if (cache && step) {
-      cache_write(cache.key, k, step.position);
-      cache_write(cache.value, v, step.position);
+      cache_write(cache.key, k, step.position, kScale);
+      cache_write(cache.value, v, step.position, vScale);
     }
     if (cache && (step?.decode || step?.verify)) {
-      out = decode_attention(q, cache.key, cache.value, step.position, scale);
+      out = decode_attention(q, cache.key, cache.value, step.position, scale, kScale, vScale);
     } else {
-      if (cache && step && step.length > 0) {
-        k = cache_read(cache.key, step.length + L);
-        v = cache_read(cache.value, step.length + L);
+      // In FP8 a token's own keys are read back as well: what is computed does not depend on the pieces.
+      if (cache && step && (step.length > 0 || cache.scales)) {
+        k = cache_read(cache.key, step.length + L, kScale);
+        v = cache_read(cache.value, step.length + L, vScale);
       }
       out = attention(q, k, v, { scale, seq_idx: context.seq_idx });
     }

@@ -3,7 +3,7 @@ import { rms_norm } from "../ops/rms_norm.ts";
 import type { Device } from "../tensor/device.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { Attention, type KVCache } from "./attention.ts";
+import { Attention, type KVCache, type KVScales } from "./attention.ts";
 import type { ForwardContext, Routing } from "./context.ts";
 import { Mamba2, type Mamba2Cache } from "./mamba2.ts";
 import { MLP } from "./mlp.ts";
@@ -27,9 +27,15 @@ export class Block {
     this.eps = eps;
   }
 
-  createCache(device: Device, batch: number, capacity: number): LayerCache {
-    if (this.mixer instanceof Mamba2) return this.mixer.createCache(device, batch);
-    if (this.mixer instanceof Attention) return this.mixer.createCache(device, batch, capacity);
+  /** @param scales of keys and values in FP8 by the mixer's path; null: f32 */
+  createCache(
+    device: Device, batch: number, capacity: number, scales: ((path: string) => KVScales) | null = null,
+  ): LayerCache {
+    const { mixer } = this;
+    if (mixer instanceof Mamba2) return mixer.createCache(device, batch);
+    if (mixer instanceof Attention) {
+      return mixer.createCache(device, batch, capacity, scales && scales(mixer.path));
+    }
     return null;
   }
 

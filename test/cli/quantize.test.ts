@@ -87,7 +87,8 @@ test("a checkpoint is quantised, says what it lost, and is read by others and by
     "generate", "--model", join(folder, "four"), "--prompt", "Krait", "--max-tokens", "4", "--json",
   ]);
   expect(spoken.code, spoken.stderr).toBe(0);
-  expect((JSON.parse(spoken.stdout) as { tokens: number[] }).tokens).toHaveLength(4);
+  const said = JSON.parse(spoken.stdout) as { tokens: number[]; kv_cache: string };
+  expect([said.tokens.length, said.kv_cache]).toEqual([4, "fp8"]);
 
   const mixed = await quantize("mixed", "--format", "mixed", "--bits", "7", "--exclude", "*.nothing");
   expect(mixed.code, mixed.stderr).toBe(0);

@@ -87,7 +87,7 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
   "attention/decode_attention:decode_attention": {
     bind: { q: normal(16), key: normal(96), value: normal(96), position: u32(9), out: 16 },
     params: { rows: 2, seqlen: 1, capacity: 12, nheads: 2, nkv_heads: 1, head_dim: 8, length: 12, nparts: 1,
-      scale: 0.35 },
+      scale: 0.35, v_scale: 1 },
     constants: { WG: 4, HEAD_VEC4: 2 }, conditions: ["vec4"], workgroups: [2],
   },
   "loss/cross_entropy:chunk_lse": {

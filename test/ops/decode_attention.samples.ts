@@ -13,6 +13,24 @@ const sizes = (
   ],
 });
 
+/** Words of four E4M3 codes, none of them NaN. */
+function codes(r: Draw, shape: readonly number[]) {
+  const size = shape.reduce((a, b) => a * b, 1);
+  const bytes = r.integers([4 * size], 0, 254).data;
+  const code = (i: number) => (bytes[i]! < 127 ? bytes[i]! : bytes[i]! + 1);
+  return r.of(shape, Array.from({ length: size }, (_, i) =>
+    code(4 * i) + 256 * code(4 * i + 1) + 65536 * code(4 * i + 2) + 2 ** 24 * code(4 * i + 3)), "u32");
+}
+
+const coded = (...[name, B, L, [Hq, Hkv], capacity, Dh, position]: Parameters<typeof sizes>) => ({
+  name: `codes: ${name}`, reduction: Math.max(capacity, Dh),
+  args: (r: Draw) => [
+    r.normal([B, L, Hq, Dh], 0.05),
+    codes(r, [B, Hkv, capacity, Dh / 4]), codes(r, [B, Hkv, capacity, Dh / 4]),
+    r.of([1], [position], "u32"), 1 / Math.sqrt(Dh), Math.fround(0.013), 0.75,
+  ],
+});
+
 export default [
   opSamples({
     op: decode_attention, reference: ref.decode_attention,
@@ -34,6 +52,10 @@ export default [
       sizes("a cut cache, width without a factor of four", 1, 2, [2, 1], 400, 13, 390),
       sizes("a cut cache, wide heads that nine queries share", 1, 3, [3, 1], 270, 96, 265),
       sizes("parts longer than 64 keys", 1, 1, [2, 1], 2100, 8, 2099),
+      coded("one token after none", 1, 1, [4, 2], 8, 16, 0),
+      coded("many tokens, several queries", 2, 3, [4, 2], 150, 32, 140),
+      coded("wide heads", 1, 1, [2, 1], 33, 96, 30),
+      coded("a cut cache", 1, 2, [4, 2], 300, 16, 290),
       sizes("no cache", 1, 1, [2, 1], 0, 8, 0),
       sizes("no rows", 0, 1, [2, 1], 4, 8, 0),
     ],
@@ -48,6 +70,22 @@ export default [
           r.normal([1, 1, 2, 4]), r.normal([1, 2, 4, 8]), r.normal([1, 2, 4, 8]), r.of([1], [0], "u32"), 1,
         ],
         message: /decode_attention.*k_cache.*4\]/,
+      },
+      {
+        name: "codes without scales", args: (r) => coded("", 1, 1, [2, 1], 4, 8, 0).args(r).slice(0, 5),
+        message: /decode_attention.*k_scale must be positive and finite for a cache of codes/,
+      },
+      {
+        name: "codes of another width",
+        args: (r) => [
+          r.normal([1, 1, 2, 16]), ...coded("", 1, 1, [2, 1], 4, 8, 0).args(r).slice(1),
+        ],
+        message: /decode_attention.*k_cache must be \[1, Hkv, Lmax, 4\].*\[1, 1, 4, 2\]/,
+      },
+      {
+        name: "scales without codes",
+        args: (r) => [...sizes("", 1, 1, [2, 1], 4, 8, 0).args(r), null, 1],
+        message: /decode_attention.*v_scale must be null for an f32 cache/,
       },
     ],
   }),
@@ -70,11 +108,28 @@ export default [
         name: "no tokens",
         args: (r) => [r.normal([1, 2, 4, 4]), r.normal([1, 0, 2, 4]), r.of([1], [2], "u32")],
       },
+      {
+        name: "codes, subnormal, halfway between and beyond the largest",
+        args: (r) => [
+          codes(r, [2, 3, 7, 2]), r.normal([2, 2, 3, 8], 40), r.of([1], [4], "u32"), Math.fround(0.3),
+        ],
+      },
+      {
+        name: "codes of every size, past the end too",
+        args: (r) => [
+          codes(r, [1, 1, 5, 16]), r.of([1, 6, 1, 64], Array.from({ length: 384 }, (_, i) =>
+            (i % 2 === 0 ? 1 : -1) * 2 ** (i / 16 - 14) * 1.0625)), r.of([1], [1], "u32"), 1,
+        ],
+      },
     ],
     errors: [{
       name: "other heads",
       args: (r) => [r.normal([1, 2, 4, 4]), r.normal([1, 1, 3, 4]), r.of([1], [0], "u32")],
       message: /cache_write.*x must be \[1, L, 2, 4\].*\[1, 1, 3, 4\]/,
+    }, {
+      name: "codes without a scale",
+      args: (r) => [codes(r, [1, 2, 4, 4]), r.normal([1, 1, 2, 16]), r.of([1], [0], "u32")],
+      message: /cache_write.*scale must be positive and finite for a cache of codes/,
     }],
   }),
   opSamples({
@@ -83,6 +138,7 @@ export default [
       { name: "the first five", args: (r) => [r.normal([2, 3, 7, 5]), 5] },
       { name: "all", args: (r) => [r.normal([1, 2, 6, 8]), 6] },
       { name: "none", args: (r) => [r.normal([1, 2, 6, 8]), 0] },
+      { name: "codes", args: (r) => [codes(r, [2, 3, 7, 4]), 5, Math.fround(0.3)], tolerance: 2 ** -30 },
     ],
     errors: [{
       name: "more than there is", args: (r) => [r.normal([1, 1, 4, 4]), 5],

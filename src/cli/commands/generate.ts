@@ -2,6 +2,7 @@ import { type GenerateOptions, Generator } from "../../infer/engine.ts";
 import { generateText, type TextRun } from "../../infer/text.ts";
 import { pipelinesOf } from "../../kernel/pipelines.ts";
 import { openDevice } from "../../tensor/device.ts";
+import { KV_FORMATS } from "../../models/nemotron_h.ts";
 import { WEIGHT_FORMATS } from "../../models/parameters.ts";
 import { UsageError } from "../../tensor/errors.ts";
 import { defineCommand } from "../args.ts";
@@ -42,6 +43,10 @@ export const generate = defineCommand({
       type: "string", choices: WEIGHT_FORMATS, default: "f32",
       help: "How matrices lie in memory: f32, f16 or bf16, or in blocks of 32 values of 8 or 4 bits with a " +
         "scale (tables of tokens never below 8).",
+    },
+    kvCache: {
+      type: "string", choices: KV_FORMATS,
+      help: "How keys and values are kept; default: fp8 for a checkpoint with scales for it, else f32.",
     },
     adapter: {
       type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
@@ -84,7 +89,8 @@ export const generate = defineCommand({
       const { model } = await loading;
       const { tokenizer, prompt } = await preparing;
       const weightBytes = device.pool.liveBytes;
-      const generator = new Generator(model, prompt.length + options.maxTokens + options.draft);
+      const kv = options.kvCache ?? model.kvFormat;
+      const generator = new Generator(model, prompt.length + options.maxTokens + options.draft, kv);
       const run: TextRun =
         generateText(generator, tokenizer, prompt, { ...settings, stopStrings: options.stop, signal });
       if (!options.json && options.prompt !== undefined) stdout.write(options.prompt);
@@ -102,6 +108,7 @@ export const generate = defineCommand({
         compile_ms: pipelines.compileMs, prefill_ms: stats.prefillMs,
         decode_ms: stats.decodeMs, tokens_per_s: speed,
         weights: options.weights, weight_bytes: weightBytes,
+        kv_cache: kv, kv_bytes: generator.kvBytes,
         passes: stats.passes, drafted: stats.drafted, accepted: stats.accepted,
         acceptance: stats.drafted > 0 ? stats.accepted / stats.drafted : null, stopped: run.stopped,
       };

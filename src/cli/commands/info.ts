@@ -60,7 +60,8 @@ function render(
     table([
       [" SSM state, each Mamba layer", `${formatBytes(state.ssmPerLayer)}`],
       [" SSM state, all layers", formatBytes(state.ssm)], [" convolution", formatBytes(state.conv)],
-      [" keys and values, per token", `${state.kvPerToken} bytes in bf16, ${f32.kvPerToken} in f32`],
+      [" keys and values, per token",
+        `${state.kvPerToken} bytes in bf16, ${f32.kvPerToken} in f32, ${f32.kvPerToken / 4} in fp8`],
     ]),
     "", c.bold(`Memory to run ${batch} x ${tokens} tokens`),
     table(Object.entries(facts.run).map(([format, memory]) => [

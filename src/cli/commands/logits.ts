@@ -3,6 +3,7 @@ import { openFile } from "../../io/files.node.ts";
 import { encodeSafetensors, openSafetensors, type TensorReader } from "../../io/safetensors.ts";
 import { gradientEntries } from "../../models/checkpoint.ts";
 import { evaluate, evaluateIncremental, type EvaluateInputs } from "../../models/evaluate.ts";
+import { KV_FORMATS } from "../../models/nemotron_h.ts";
 import { openDevice } from "../../tensor/device.ts";
 import { FormatError, UsageError } from "../../tensor/errors.ts";
 import { defineCommand } from "../args.ts";
@@ -22,6 +23,10 @@ export const logits = defineCommand({
     grads: { type: "boolean", help: "Gradients of the losses with respect to every parameter." },
     decode: {
       type: "integer", min: 1, value: "K", help: "Also run with caches: K tokens at once, then one by one.",
+    },
+    kvCache: {
+      type: "string", choices: KV_FORMATS,
+      help: "How --decode keeps keys and values; default: fp8 for a checkpoint with scales for it, else f32.",
     },
     dtMinClamp: {
       type: "boolean",
@@ -51,7 +56,8 @@ export const logits = defineCommand({
           throw new UsageError(
             `--decode must be at most the ${seqlen} tokens of a row, found ${options.decode}.`);
         }
-        const { logits: data } = await evaluateIncremental(model, inputs, [options.decode]);
+        const { logits: data } = await evaluateIncremental(
+          model, inputs, [options.decode], options.kvCache);
         outputs.set("decode.logits", { dtype: "F32", shape: [batch, seqlen, model.config.vocab_size], data });
       }
       const entries = gradientEntries(model.config, outputs).map(([name, { dtype, shape, data }]) =>
