@@ -20,6 +20,13 @@ export interface GpuOptions {
    * `KRAIT_LIMITS=default` asks for it where the caller leaves it open.
    */
   limits?: "adapter" | "default";
+  /**
+   * Optional features and raised limits to do without, one by one, as on an adapter that lacks them:
+   * "shader-f16", "subgroups", "timestamp-query", "maxComputeWorkgroupStorageSize" and what else the engine
+   * asks for. The environment variable `KRAIT_WITHOUT` lists them, with commas, where the caller leaves it
+   * open.
+   */
+  without?: readonly string[];
   /** Most bytes of storage buffers to hold; default: whatever the driver gives. */
   poolCeilingBytes?: number;
 }
@@ -246,15 +253,22 @@ const WANTED_LIMITS = [
 /**
  * Requests a GPUDevice from an adapter, with the optional features the engine can use
  * and the limits asked for.
+ * @throws GpuError for a name in `without` that the engine never asks for.
  */
 export async function requestGpuDevice(handle: AdapterHandle, options: GpuOptions): Promise<GPUDevice> {
+  const wanted = [...WANTED_FEATURES, ...WANTED_LIMITS];
+  const without = new Set(options.limits === "default" ? wanted : options.without);
+  for (const name of without) {
+    if (wanted.includes(name)) continue;
+    throw new GpuError(`A device can be opened without ${wanted.join(", ")}, but not without "${name}".`);
+  }
   const adapter = await handle.request();
-  if (options.limits === "default") return adapter.requestDevice();
   const requiredLimits: Record<string, number> = {};
   for (const name of WANTED_LIMITS) {
     const value = handle.info.limits[name];
-    if (value !== undefined) requiredLimits[name] = value;
+    if (value !== undefined && !without.has(name)) requiredLimits[name] = value;
   }
-  const requiredFeatures = WANTED_FEATURES.filter((name) => adapter.features.has(name)) as GPUFeatureName[];
+  const requiredFeatures = WANTED_FEATURES.filter(
+    (name) => adapter.features.has(name) && !without.has(name)) as GPUFeatureName[];
   return adapter.requestDevice({ requiredFeatures, requiredLimits });
 }

@@ -37,7 +37,9 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
     ? wanted
     : chooseAdapter(await listAdapters(), wanted).handle;
   const limits = options.limits ?? (environment("KRAIT_LIMITS") === "default" ? "default" : "adapter");
-  const asked = { ...options, limits };
+  const without = options.without ??
+    (environment("KRAIT_WITHOUT") ?? "").split(",").map((name) => name.trim()).filter((name) => name !== "");
+  const asked = { ...options, limits, without };
   const open = async () => new Device(await requestGpuDevice(handle, asked), handle.info, asked);
   const device = await open();
   const tuning = environment("KRAIT_TUNER") === "off" ? false : options.tuning ?? "cached";

@@ -115,6 +115,10 @@ export const bench = defineCommand({
     }
     const peers = args.includes("peers") ? await loadPeers() : null;
     const device = await openDevice(options.adapter ? { adapter: options.adapter } : {});
+    if (args.includes("roofline") && !device.gpuDevice.features.has("timestamp-query")) {
+      device.destroy();
+      throw new KraitError(`The suite roofline needs timestamps, which ${device.info.id} does not offer.`);
+    }
     const stamp = makeStamp(device.info);
     const progress = new Progress({ label: "case", silent: options.json, stream: stderr, env });
     const lines: { line: BenchLine; remark: string }[] = [];

@@ -39,6 +39,8 @@ const LIMITS = [
   "maxComputeWorkgroupStorageSize", "maxComputeInvocationsPerWorkgroup",
 ];
 
+const ENOUGH_MS = 1000;
+
 export const doctor = defineCommand({
   name: "doctor",
   summary: "Show the GPU adapters found, test the one that would be used, and measure it.",
@@ -71,14 +73,14 @@ async function examine(wanted: string | undefined): Promise<Report> {
       return {
         adapters: adapters.map(({ info }) => info), chosen: handle.info.id, reason, checks,
         copy_gb_per_s: await copyRate(device), matmul_gflop_per_s: await matmulRate(device),
-        advice: advise(adapters, handle), ok: checks.every(({ passed }) => passed),
+        advice: advise(adapters, handle, device), ok: checks.every(({ passed }) => passed),
       };
     } finally {
       device.destroy();
     }
   } catch (error) {
     const reason = error instanceof Error ? error.message : String(error);
-    return { ...empty, adapters: adapters.map(({ info }) => info), reason, advice: advise(adapters, null) };
+    return { ...empty, adapters: adapters.map(({ info }) => info), reason, advice: advise(adapters) };
   }
 }
 
@@ -113,21 +115,36 @@ async function selfTest(device: Device): Promise<Check[]> {
 async function copyRate(device: Device): Promise<number> {
   const count = 2 ** 24;
   const x = device.zeros([count]);
-  const times = await sortedTimes(5, () => scope(() => scale(x, 2)), () => device.finish());
+  const ms = await medianTime(device, () => scale(x, 2));
   x.dispose();
   device.pool.trim();
-  return (2 * 4 * count) / median(times) / 1e6;
+  return (2 * 4 * count) / ms / 1e6;
 }
 
 async function matmulRate(device: Device): Promise<number> {
   const n = 512;
   const a = device.zeros([n, n]);
-  const times = await sortedTimes(5, () => scope(() => matmul(a, a, {})), () => device.finish());
+  const ms = await medianTime(device, () => matmul(a, a, {}));
   a.dispose();
-  return (2 * n ** 3) / median(times) / 1e6;
+  return (2 * n ** 3) / ms / 1e6;
 }
 
-function advise(adapters: readonly AdapterHandle[], chosen: AdapterHandle | null): string[] {
+/** Milliseconds of an op, after a first time that compiles. */
+async function medianTime(device: Device, op: () => Tensor): Promise<number> {
+  const finish = () => device.finish();
+  const work = () => scope(() => void op());
+  await sortedTimes(1, work, finish);
+  return median(await sortedTimes(5, work, finish, ENOUGH_MS));
+}
+
+/** What the lack of an optional feature means. */
+const CONSEQUENCES = {
+  "shader-f16": "nothing is lost, since everything is computed in f32 so far",
+  subgroups: "kernels use their plain variants",
+  "timestamp-query": "--trace is not available",
+} as const;
+
+function advise(adapters: readonly AdapterHandle[], chosen?: AdapterHandle, device?: Device): string[] {
   const advice: string[] = [];
   if (adapters.length === 0) {
     advice.push(
@@ -144,15 +161,12 @@ function advise(adapters: readonly AdapterHandle[], chosen: AdapterHandle | null
         "`apt install mesa-vulkan-drivers` (version 23 or later; on Debian 12 from bookworm-backports).");
     }
   }
-  const features = chosen?.info.features ?? [];
-  if (chosen && !features.includes("shader-f16")) {
-    advice.push("No shader-f16: nothing is lost, since everything is computed in f32 so far.");
-  }
-  if (chosen && !features.includes("subgroups")) {
-    advice.push("No subgroups: kernels use their plain variants.");
-  }
-  if (chosen && !features.includes("timestamp-query")) {
-    advice.push("No timestamp-query: --trace is not available.");
+  if (!device) return advice;
+  for (const [name, consequence] of Object.entries(CONSEQUENCES)) {
+    if (device.gpuDevice.features.has(name)) continue;
+    const offered = device.info.features.includes(name);
+    const lack = offered ? `Opened without ${name}, as the environment says` : `No ${name}`;
+    advice.push(`${lack}: ${consequence}.`);
   }
   return advice;
 }
