@@ -3,6 +3,10 @@
  * Declarations are written by `tsc -p tsconfig.build.json`; `npm run build` does both.
  */
 import { defaultClientConditions, defaultServerConditions, defineConfig } from "vite";
+import { codeHash } from "./src/kernel/sources.node.ts";
+
+/** Pages cannot read their own code, and the tuner's measurements hold for one build. */
+export const define = { KRAIT_CODE: JSON.stringify(codeHash()) };
 
 const shared = {
   emptyOutDir: true,
@@ -16,6 +20,7 @@ const external = [/^node:/, /^[a-z@](?!:)/i]; // bare names are the dependencies
 export default defineConfig({
   publicDir: false,
   builder: {},
+  define,
   environments: {
     ssr: {
       resolve: { conditions: [...defaultServerConditions] },

@@ -4,12 +4,14 @@
  */
 import { fileURLToPath } from "node:url";
 import { defaultClientConditions, defineConfig } from "vite";
+import { define } from "../vite.config.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 
 export default defineConfig({
   base: "./",
   publicDir: false,
+  define,
   // "source" makes the package's own name mean src/, so that the page needs no build.
   resolve: { conditions: ["source", ...defaultClientConditions] },
   // Every dependency is an ES module already.

@@ -1,6 +1,6 @@
 import type { NemotronHConfig } from "../models/config.ts";
 import { NemotronH } from "../models/nemotron_h.ts";
-import { createParameters } from "../models/parameters.ts";
+import { createParameters, emptyWeights } from "../models/parameters.ts";
 import type { Device } from "../tensor/device.ts";
 import { makeRecipe, type Recipe, scheduleOf } from "../train/recipe.ts";
 import { Trainer } from "../train/trainer.ts";
@@ -38,13 +38,16 @@ export async function rehearse(
   };
   await trainer.step(Array.from({ length: accumulate }, () => micro));
   trainer.dispose();
+  model.dispose();
+  // Weights that are not trained, as for generating: some choices depend on it.
+  const spoken = new NemotronH(config, emptyWeights(device, config));
   const prompt = new Array<number>(options.promptTokens ?? 256).fill(0);
-  for (const draft of options.drafts ?? (model.mtp ? [0, 2] : [0])) {
-    const generator = new Generator(model, prompt.length + 8 + draft);
+  for (const draft of options.drafts ?? (spoken.mtp ? [0, 2] : [0])) {
+    const generator = new Generator(spoken, prompt.length + 8 + draft);
     for await (const _ of generator.generate(prompt, { maxTokens: 8, draft })) {
       // tokens are not even computed
     }
     generator.dispose();
   }
-  model.dispose();
+  spoken.dispose();
 }

@@ -1,3 +1,4 @@
+import { createHash } from "node:crypto";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join, relative, sep } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -26,4 +27,17 @@ export function shaderNames(): string[] {
     .filter((file) => file.endsWith(".wgsl"))
     .map((file) => relative(root, join(root, file)).split(sep).join("/").slice(0, -".wgsl".length))
     .sort();
+}
+
+// What chooses kernels and launches them: in a clone the ops, in the package all of its code.
+const code = fileURLToPath(
+  [new URL("../ops/", import.meta.url)].find((url) => existsSync(url)) ?? new URL("./", import.meta.url));
+
+/** A hash of the code that chooses and launches kernels, 16 hexadecimal digits. */
+export function codeHash(folder = code): string {
+  const hash = createHash("sha256");
+  for (const name of readdirSync(folder).filter((file) => /\.[jt]s$/.test(file)).sort()) {
+    hash.update(`${name}\n`).update(readFileSync(join(folder, name)));
+  }
+  return hash.digest("hex").slice(0, 16);
 }

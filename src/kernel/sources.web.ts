@@ -13,3 +13,11 @@ export function shaderSource(name: string): string | undefined {
 export function shaderNames(): string[] {
   return [...byName.keys()].sort();
 }
+
+/** What `codeHash` in sources.node.ts gave when this page was built or served; see vite.config.ts. */
+declare const KRAIT_CODE: string | undefined;
+
+/** A hash of the code that chooses and launches kernels. */
+export function codeHash(): string {
+  return typeof KRAIT_CODE === "string" ? KRAIT_CODE : "unknown";
+}

@@ -1,6 +1,6 @@
 /** What was measured on an adapter, kept between runs: its text, whom it belongs to, where it lies. */
 import type { Gpu } from "../gpu/gpu.ts";
-import { shaderNames, shaderSource } from "#shaders";
+import { codeHash, shaderNames, shaderSource } from "#shaders";
 import { tunerStore, type TunerStore } from "#tuner-store";
 import type { Decision } from "./tune.ts";
 import { type ChoiceTable, parseClass, tunables } from "./tuner.ts";
@@ -116,9 +116,9 @@ function isDecision(value: unknown): value is Decision {
 
 let build: string | undefined;
 
-/** A hash of every shader: a kernel that changed must be measured anew. */
+/** A hash of every shader and of the ops: what changed in a kernel or around it must be measured anew. */
 function buildHash(): string {
-  build ??= hash(shaderNames().map((name) => `${name}\n${shaderSource(name)}`).join("\n"));
+  build ??= hash([codeHash(), ...shaderNames().map((name) => `${name}\n${shaderSource(name)}`)].join("\n"));
   return build;
 }
 

@@ -8,6 +8,7 @@ import { chunk_cumsum } from "./chunk_cumsum.ts";
 import { chunk_scan } from "./chunk_scan.ts";
 import { chunk_state } from "./chunk_state.ts";
 import { canWalk, ssd_walk } from "./ssd_walk.ts";
+import { withGradients } from "./gradient_trial.ts";
 import { state_passing } from "./state_passing.ts";
 
 export interface SsdScanOptions {
@@ -28,28 +29,32 @@ export interface SsdScanOptions {
  */
 type Arrangement = "walk" | "chunks";
 
-/** `heads`: of all rows. */
-type ScanShape = Readonly<Record<"heads" | "seqlen" | "headdim" | "dstate" | "chunk_size", number>>;
+/** `heads`: of all rows; `training`: the backward pass counts, too. */
+type ScanShape = Readonly<Record<"heads" | "seqlen" | "headdim" | "dstate" | "chunk_size", number>> & {
+  readonly training: boolean;
+};
 
 const scanTuning = defineTunable({
   name: "mamba2/ssd_scan",
-  classOf: ({ heads, seqlen, headdim, dstate, chunk_size }: ScanShape) => ({
-    heads: bucket(heads, 256), seqlen: bucket(seqlen, 1024), headdim, dstate, chunk_size,
+  classOf: ({ heads, seqlen, headdim, dstate, chunk_size, training }: ScanShape) => ({
+    heads: bucket(heads, 256), seqlen: bucket(seqlen, 1024), headdim, dstate, chunk_size, training,
   }),
   candidates: (device: Device, { headdim, dstate }): Arrangement[] =>
     canWalk(device, headdim, dstate) ? ["walk", "chunks"] : ["chunks"],
   fallback: (device, { headdim, dstate }) =>
     device.info.isSoftware && canWalk(device, headdim, dstate) ? "walk" : "chunks",
-  trial: (device, { heads, seqlen, headdim, dstate, chunk_size }) => trial(() => ({
+  trial: (device, { heads, seqlen, headdim, dstate, chunk_size, training }) => trial(() => ({
     x: randomTensor(device, [1, seqlen, heads, headdim]), dt_raw: randomTensor(device, [1, seqlen, heads], 1),
     A_log: randomTensor(device, [heads], 2), B: randomTensor(device, [1, seqlen, 1, dstate], 3),
     C: randomTensor(device, [1, seqlen, 1, dstate], 4), D: randomTensor(device, [heads], 5),
-    dt_bias: randomTensor(device, [heads], 6),
-  }), ({ x, dt_raw, A_log, B, C, D, dt_bias }, arrangement: Arrangement) => {
+    dt_bias: randomTensor(device, [heads], 6), dy: randomTensor(device, [1, seqlen, heads, headdim], 7),
+  }), ({ x, dt_raw, A_log, B, C, D, dt_bias, dy }, arrangement: Arrangement) => {
     const options = { chunk_size, dt_limit: [0, Infinity] as const, initial_state: null, seq_idx: null };
-    return ARRANGEMENTS[arrangement](x, dt_raw, A_log, B, C, D, dt_bias, options);
+    const run = () => ARRANGEMENTS[arrangement](x, dt_raw, A_log, B, C, D, dt_bias, options);
+    return training ? withGradients([x, dt_raw, A_log, B, C, D, dt_bias], [dy], () => [run()[0]]) : run();
   }),
-  tolerance: ({ seqlen, dstate }) => 8 * Math.sqrt(seqlen + dstate) * 2 ** -24,
+  tolerance: ({ seqlen, dstate, training }) =>
+    (training ? 4 : 1) * 8 * Math.sqrt(seqlen + dstate) * 2 ** -24,
 });
 
 /**
@@ -65,7 +70,8 @@ const scanTuning = defineTunable({
  *
  * Numerics  exponents and states in f32; exp only of values <= 0.
  * Cost      by chunks about B L H (Q (P + N G/H) + 4 P N) multiply-adds in nine launches; see also
- * `ssd_walk`. Throws    ShapeError for shapes that do not fit.
+ *            `ssd_walk`.
+ * Throws    ShapeError for shapes that do not fit.
  * Source    Dao & Gu 2024 (arXiv 2405.21060) section 6.
  * Tested    test/ops/ssd_scan.samples.ts against reference/ssd_scan.ts
  */
@@ -75,7 +81,11 @@ export function ssd_scan(
 ): [Tensor, Tensor] {
   const [batch = 0, seqlen = 0, nheads = 0, headdim = 0] = x.shape;
   const { chunk_size } = options;
-  const shape = { heads: batch * nheads, seqlen, headdim, dstate: B.shape[3] ?? 0, chunk_size };
+  const shape = {
+    // What is trained decides, not whether this call is recorded: a block that runs a second time for its
+    // gradients must compute the same as the first time.
+    heads: batch * nheads, seqlen, headdim, dstate: B.shape[3] ?? 0, chunk_size, training: A_log.requiresGrad,
+  };
   return ARRANGEMENTS[choose(x.device, scanTuning, shape)](x, dt_raw, A_log, B, C, D, dt_bias, options);
 }
 

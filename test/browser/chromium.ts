@@ -10,6 +10,7 @@ import { brotliDecompressSync } from "node:zlib";
 import { chromium } from "playwright-core";
 import { createServer, defaultClientConditions } from "vite";
 import { packagedArchives, unpackOnce, untar } from "../../src/gpu/fallback.node.ts";
+import { define } from "../../vite.config.ts";
 import type { Browser, Page } from "playwright-core";
 import type { ViteDevServer } from "vite";
 
@@ -46,6 +47,7 @@ export async function serveSources(): Promise<ViteDevServer> {
     configFile: false,
     appType: "mpa",
     logLevel: "error",
+    define,
     resolve: { conditions: ["source", ...defaultClientConditions] },
     // Every dependency is an ES module already; bundling them would write to a folder that runs share.
     optimizeDeps: { noDiscovery: true, include: [] },

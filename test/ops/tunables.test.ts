@@ -5,11 +5,12 @@ import "../../src/ops/index.ts";
 import { openDevice } from "../../src/tensor/device.ts";
 import { testAdapters } from "../support/adapters.ts";
 
-/** One small class of every tunable, in which candidates differ. */
-const SMALL: Readonly<Record<string, string>> = {
+/** One small class of every tunable, in which candidates differ; several where candidates do other work. */
+const SMALL: Readonly<Record<string, string | readonly string[]>> = {
   "matmul/product": "m=64 n=32 k=32 batches=2 transA=false transB=true halves=true",
   "quant/product": "m=2 n=64 k=64 format=q4",
-  "mamba2/ssd_scan": "heads=4 seqlen=64 headdim=16 dstate=16 chunk_size=16",
+  "mamba2/ssd_scan": [false, true].map((training) =>
+    `heads=4 seqlen=64 headdim=16 dstate=16 chunk_size=16 training=${training}`),
 };
 
 test("every tunable has a class here, and no other", () => {
@@ -22,18 +23,20 @@ for (const handle of await testAdapters()) {
     const bare = await openDevice({ adapter: handle, limits: "default" });
     afterAll(() => [device, bare].forEach((each) => each.destroy()));
 
-    for (const [name, text] of Object.entries(SMALL)) {
+    const small = Object.entries(SMALL).flatMap(
+      ([name, texts]) => [texts].flat().map((text) => [name, text] as const));
+    for (const [name, text] of small) {
       const tunable = tunables.get(name)!;
       const shape = parseClass(text)!;
 
-      test(`${name}: a class stands for itself, and the default is a candidate`, () => {
+      test(`${name} ${text}: a class stands for itself, and the default is a candidate`, () => {
         expect(classText(tunable.classOf(shape))).toBe(text);
         for (const each of [device, bare]) {
           expect(tunable.candidates(each, shape)).toContain(tunable.fallback(each, shape));
         }
       });
 
-      test(`${name}: all candidates agree`, async () => {
+      test(`${name} ${text}: all candidates agree`, async () => {
         const decisions = await tune({
           open: () => openDevice({ adapter: handle }), classes: [{ tunable: name, class: text }],
             budgetMs: 40_000,
