@@ -3,9 +3,15 @@ export { chooseAdapter, type AdapterHandle, type AdapterInfo, type AdapterKind }
 export { AdapterError, DeviceLostError, GpuError, OutOfMemoryError, ShaderError } from "./gpu/errors.ts";
 export type { GraphMemory } from "./gpu/pool.ts";
 export type { Profiler, ProfileEvent } from "./gpu/profiler.ts";
-export { BLOCK_LAYOUTS, BlockTensor, isBlockFormat, type BlockFormat } from "./tensor/blocks.ts";
+export {
+  BLOCK_LAYOUTS, BlockTensor, isBlockFormat, type BlockFormat, type RawBlocks,
+} from "./tensor/blocks.ts";
 export { Device, listAdapters, openDevice, type DeviceOptions } from "./tensor/device.ts";
 export { ConfigError, DTypeError, FormatError, KraitError, ShapeError, UsageError } from "./tensor/errors.ts";
+export {
+  dequantizeScaled, ELEMENTS, encodeStochastic, quantizeScaled, SCALED_FORMATS, type ElementFormat,
+  type Scaled, type ScaledFormat, type ScaledOptions,
+} from "./tensor/formats.ts";
 export { ndarray, sizeOf, type NdArray } from "./tensor/ndarray.ts";
 export { scope, unscoped } from "./tensor/scope.ts";
 export { Tensor, type TensorDType } from "./tensor/tensor.ts";

@@ -1,57 +1,68 @@
 // y = x W^T (+ bias, then relu2, then + residual) for many rows x and a block-quantised W, for adapters that
 // are emulated on a CPU.
 //
-// x f32 [M, K], W [N, K] as codes and scales (lib/blocks.wgsl), y f32 [M, N]; K is a multiple of 32. A quad
+// x f32 [M, K], W [N, K] as codes and scales (lib/blocks.wgsl), y f32 [M, N]; K is whole units. A quad
 // (four invocations) computes 16 rows x 16 columns of y in registers, as in matmul_quad.wgsl: invocation q
 // owns four columns, loads one row of x of every group of four, and sees the rows of its neighbours by quad
-// swaps in the order q ^ 0 .. q ^ 3. The codes of a whole block of W are loaded at a time and decoded four k
+// swaps in the order q ^ 0 .. q ^ 3. The codes of a whole unit of W are loaded at a time and decoded four k
 // at a time, so that W costs one vector load where f32 costs eight. WG / 4 tiles per workgroup.
 //
 // `grouped`: row tile i is (expert, first row, end row, 0) = tiles[4 i ..]. Accumulation: f32, one
 // accumulator per element, k ascending.
 
 import package::lib::index::workgroup_index;
-import package::lib::blocks::{raw, half_at, STEP, OFFSET, WORDS};
+import package::lib::blocks::{raw, scaled_values, scale_index, scale_value, UNIT, WORDS};
 
-struct Params { m: u32, n: u32, k: u32, row_tiles: u32, group: u32 }  // group: 4, the rows of a group
+// group: 4, the rows of a group; outer_rows: rows of W that share an outer scale
+struct Params { m: u32, n: u32, k: u32, row_tiles: u32, group: u32, outer_rows: u32 }
 
 @group(0) @binding(0) var<storage, read> x: array<vec4f>;
-@group(0) @binding(1) var<storage, read> codes: array<vec4u>;
+@if(e2m1) @group(0) @binding(1) var<storage, read> codes: array<vec2u>;
+@else @group(0) @binding(1) var<storage, read> codes: array<vec4u>;
 @group(0) @binding(2) var<storage, read> scales: array<u32>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 @group(0) @binding(4) var<storage, read> bias: array<f32>;
 @group(0) @binding(5) var<storage, read> tiles: array<u32>;
 @group(0) @binding(6) var<storage, read> residual: array<f32>;
+@group(0) @binding(7) var<storage, read> outer: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 override WG: u32 = 32;
-const VECTORS: u32 = WORDS / 4u;              // vectors of codes per block
-
-// The codes of one block in four columns.
-@if(q4) struct Codes { a: vec4u, b: vec4u, c: vec4u, d: vec4u }
+// The codes of one unit in four columns.
+@if(e2m1) struct Codes { a: vec2u, b: vec2u, c: vec2u, d: vec2u }
+@elif(q4 || e4m3 || e5m2) struct Codes { a: vec4u, b: vec4u, c: vec4u, d: vec4u }
 @else struct Codes {
   a: vec4u, b: vec4u, c: vec4u, d: vec4u, a_last: vec4u, b_last: vec4u, c_last: vec4u, d_last: vec4u,
 }
 
-fn load_codes(at: vec4u) -> Codes {
-  let i = at * VECTORS;
-  @if(q4) return Codes(codes[i.x], codes[i.y], codes[i.z], codes[i.w]);
-  @else return Codes(codes[i.x], codes[i.y], codes[i.z], codes[i.w],
-    codes[i.x + 1u], codes[i.y + 1u], codes[i.z + 1u], codes[i.w + 1u]);
+fn load_codes(i: vec4u) -> Codes {
+  @if(q4 || e2m1 || e4m3 || e5m2) return Codes(codes[i.x], codes[i.y], codes[i.z], codes[i.w]);
+  @else return Codes(codes[2u * i.x], codes[2u * i.y], codes[2u * i.z], codes[2u * i.w],
+    codes[2u * i.x + 1u], codes[2u * i.y + 1u], codes[2u * i.z + 1u], codes[2u * i.w + 1u]);
 }
 
 // Component i of a vector. Indexing would send the vector through memory.
-fn pick(v: vec4u, i: u32) -> u32 {
+@if(e2m1) fn pick(v: vec2u, i: u32) -> u32 {
+  return select(v.x, v.y, i == 1u);
+}
+@else fn pick(v: vec4u, i: u32) -> u32 {
   return select(select(v.x, v.y, i == 1u), select(v.z, v.w, i == 3u), i >= 2u);
 }
 
-// Four columns at the four k number `step` of the block; column j of the result is k number j.
+// Four columns at the four k number `step` of the unit; column j of the result is k number j.
 fn columns_at(c: Codes, step: u32, scale: vec4f) -> mat4x4f {
-  @if(q4) {
-    let shift = step % 2u * 4u;
+  @if(e2m1) {
     let i = step / 2u;
-    let words = vec4u(pick(c.a, i), pick(c.b, i), pick(c.c, i), pick(c.d, i)) >> vec4u(shift);
+    let words = vec4u(pick(c.a, i), pick(c.b, i), pick(c.c, i), pick(c.d, i)) >> vec4u(step % 2u * 16u);
     return decoded(words, scale);
+  }
+  @elif(q4) {
+    let i = step / 2u;
+    let words = vec4u(pick(c.a, i), pick(c.b, i), pick(c.c, i), pick(c.d, i)) >> vec4u(step % 2u * 4u);
+    return decoded(words, scale);
+  }
+  @elif(e4m3 || e5m2) {
+    return decoded(vec4u(pick(c.a, step), pick(c.b, step), pick(c.c, step), pick(c.d, step)), scale);
   }
   @else {
     let i = step % 4u;
@@ -62,12 +73,8 @@ fn columns_at(c: Codes, step: u32, scale: vec4f) -> mat4x4f {
 }
 
 fn decoded(words: vec4u, scale: vec4f) -> mat4x4f {
-  return transpose(mat4x4f(decoded_row(words.x, scale.x), decoded_row(words.y, scale.y),
-    decoded_row(words.z, scale.z), decoded_row(words.w, scale.w)));
-}
-
-fn decoded_row(word: u32, scale: f32) -> vec4f {
-  return fma(raw(word), STEP * scale, OFFSET * -scale);
+  return transpose(mat4x4f(scaled_values(words.x, scale.x), scaled_values(words.y, scale.y),
+    scaled_values(words.z, scale.z), scaled_values(words.w, scale.w)));
 }
 
 // Quads enter and leave loops as a whole, which the uniformity analysis cannot see.
@@ -123,20 +130,22 @@ fn block_quad(
   // Rows and columns past the edge read the last one again; they are not stored.
   let vectors = params.k / 4u;
   let rows = min(row + q + plain * 4u, vec4u(row_end - 1u)) * vectors;
-  let blocks = params.k / 32u;
-  let columns = (expert * params.n + min(column + plain, vec4u(params.n - 1u))) * blocks;
+  let units = params.k / UNIT;
+  let owned = expert * params.n + min(column + plain, vec4u(params.n - 1u));
+  let columns = owned * units;
   var s0 = mat4x4f();
   var s1 = mat4x4f();
   var s2 = mat4x4f();
   var s3 = mat4x4f();
-  for (var b = 0u; b < blocks; b++) {
+  for (var b = 0u; b < units; b++) {
     let at = columns + b;
     let c = load_codes(at);
-    let scale = vec4f(half_at(scales[at.x / 2u], at.x), half_at(scales[at.y / 2u], at.y),
-      half_at(scales[at.z / 2u], at.z), half_at(scales[at.w / 2u], at.w));
+    let scale = vec4f(
+      scale_value(scales[scale_index(at.x)], at.x), scale_value(scales[scale_index(at.y)], at.y),
+      scale_value(scales[scale_index(at.z)], at.z), scale_value(scales[scale_index(at.w)], at.w));
     // The bound is a uniform so that compilers do not unroll the loop.
-    for (var step = 0u; step < params.group * 2u; step++) {
-      let k = b * 8u + step;
+    for (var step = 0u; step < params.group * (UNIT / 16u); step++) {
+      let k = b * (UNIT / 4u) + step;
       let w = columns_at(c, step, scale);
       s0 = multiply_add(s0, load_rows(rows.x + k), w);
       s1 = multiply_add(s1, load_rows(rows.y + k), w);
@@ -147,15 +156,20 @@ fn block_quad(
 
   if (column >= params.n) { return; }
   let count = min(4u, params.n - column);
+  var factor = vec4f(1.0);
+  @if(outer) {
+    let f = owned / params.outer_rows;
+    factor = vec4f(outer[f.x], outer[f.y], outer[f.z], outer[f.w]);
+  }
   var added = vec4f();
   @if(bias) let i = min(column + plain, vec4u(params.n - 1u));
   @if(bias) added = vec4f(bias[i.x], bias[i.y], bias[i.z], bias[i.w]);
   for (var i = 0u; i < params.group; i++) {
     let left = row_end - min(row + i, row_end);
     let first = row + i;
-    if (left > 0u) { put(column_of(s0, i ^ q) + added, first, column, count); }
-    if (left > 4u) { put(column_of(s1, i ^ q) + added, first + 4u, column, count); }
-    if (left > 8u) { put(column_of(s2, i ^ q) + added, first + 8u, column, count); }
-    if (left > 12u) { put(column_of(s3, i ^ q) + added, first + 12u, column, count); }
+    if (left > 0u) { put(column_of(s0, i ^ q) * factor + added, first, column, count); }
+    if (left > 4u) { put(column_of(s1, i ^ q) * factor + added, first + 4u, column, count); }
+    if (left > 8u) { put(column_of(s2, i ^ q) * factor + added, first + 8u, column, count); }
+    if (left > 12u) { put(column_of(s3, i ^ q) * factor + added, first + 12u, column, count); }
   }
 }

@@ -1,7 +1,7 @@
 // y = x W^T (+ bias, then relu2, then + residual) for many rows x and a block-quantised W, for GPUs.
 //
-// x f32 [M, K], W [N, K] as codes and scales (lib/blocks.wgsl), y f32 [M, N]; K is a multiple of 32. One
-// workgroup of 16 x 16 invocations computes a tile of 64 rows x 64 columns: half a block of k (16) of both
+// x f32 [M, K], W [N, K] as codes and scales (lib/blocks.wgsl), y f32 [M, N]; K is whole units. One
+// workgroup of 16 x 16 invocations computes a tile of 64 rows x 64 columns: 16 k of both
 // factors is staged in workgroup memory, the weights decoded, and every invocation keeps 4 x 4 sums. Staged
 // vectors run along the rows of x and along the columns of W^T; lines of 17 vectors spread them over the
 // memory banks. Entries past an edge are staged as zero, and products with them are not stored.
@@ -10,13 +10,13 @@
 // accumulator per element, k ascending.
 
 import package::lib::index::workgroup_index;
-import package::lib::blocks::{raw, half_at, STEP, OFFSET, WORDS};
+import package::lib::blocks::{raw, small_values, scale_index, scale_value, STEP, OFFSET, UNIT, WORDS};
 
 const TILE: u32 = 64;
 const HALF: u32 = 16;
 const LINE: u32 = 17;
 
-struct Params { m: u32, n: u32, k: u32, row_tiles: u32 }
+struct Params { m: u32, n: u32, k: u32, row_tiles: u32, outer_rows: u32 }  // rows that share an outer scale
 
 @group(0) @binding(0) var<storage, read> x: array<vec4f>;
 @group(0) @binding(1) var<storage, read> codes: array<u32>;
@@ -25,6 +25,7 @@ struct Params { m: u32, n: u32, k: u32, row_tiles: u32 }
 @group(0) @binding(4) var<storage, read> bias: array<f32>;
 @group(0) @binding(5) var<storage, read> tiles: array<u32>;
 @group(0) @binding(6) var<storage, read> residual: array<f32>;
+@group(0) @binding(7) var<storage, read> outer: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 // Indexed by k, then by row or column: floats, so that a vector along k can be scattered.
@@ -33,12 +34,13 @@ var<workgroup> w_staged: array<f32, HALF * LINE * 4u>;
 
 // Four k of one row of W, number `group` of its row's groups of four.
 fn weights_at(column: u32, group: u32) -> vec4f {
-  let at = column * (params.k / 32u) + group / 8u;
-  let step = group % 8u;
-  let scale = half_at(scales[at / 2u], at);
-  @if(q4) let word = codes[at * WORDS + step / 2u] >> (step % 2u * 4u);
-  @else let word = codes[at * WORDS + step];
-  return (raw(word) * STEP - OFFSET) * scale;
+  let at = column * (params.k / UNIT) + group / (UNIT / 4u);
+  let step = group % (UNIT / 4u);
+  let scale = scale_value(scales[scale_index(at)], at);
+  @if(e2m1) return small_values(codes[at * WORDS + step / 2u] >> (step % 2u * 16u)) * scale;
+  @elif(e4m3 || e5m2) return small_values(codes[at * WORDS + step]) * scale;
+  @elif(q4) return (raw(codes[at * WORDS + step / 2u] >> (step % 2u * 4u)) * STEP - OFFSET) * scale;
+  @else return (raw(codes[at * WORDS + step]) * STEP - OFFSET) * scale;
 }
 
 fn staged(k: u32, i: u32) -> u32 {
@@ -100,6 +102,7 @@ fn block_tile(
       let to_column = column + lid.x * 4u + j;
       if (to_column >= params.n) { break; }
       var value = s[i][j];
+      @if(outer) value *= outer[(expert * params.n + to_column) / params.outer_rows];
       @if(bias) value += bias[to_column];
       @if(relu2) value = max(value, 0.0) * max(value, 0.0);
       @if(residual) value += residual[to_row * params.n + to_column];

@@ -1705,20 +1705,22 @@ export const manifest = {
       bias: { binding: 4, access: "read" },
       offsets: { binding: 5, access: "read" },
       residual: { binding: 6, access: "read" },
+      outer: { binding: 7, access: "read" },
     },
     params: {
       m: "u32",
       n: "u32",
       k: "u32",
       experts: "u32",
+      outer_rows: "u32",
     },
     overrides: {
       WG: "u32",
     },
-    conditions: ["bias","grouped","q4","relu2","residual","rows8","subgroups"],
+    conditions: ["bias","e2m1","e4m3","e5m2","e8m0","grouped","outer","q4","relu2","residual","rows8","subgroups"],
     entries: {
-      block_matvec: ["bias","codes","offsets","params","residual","scales","x","y"],
-      block_matvec_quad: ["bias","codes","offsets","params","residual","scales","x","y"],
+      block_matvec: ["bias","codes","offsets","outer","params","residual","scales","x","y"],
+      block_matvec_quad: ["bias","codes","offsets","outer","params","residual","scales","x","y"],
     },
   },
   "quant/block_quad": {
@@ -1730,6 +1732,7 @@ export const manifest = {
       bias: { binding: 4, access: "read" },
       tiles: { binding: 5, access: "read" },
       residual: { binding: 6, access: "read" },
+      outer: { binding: 7, access: "read" },
     },
     params: {
       m: "u32",
@@ -1737,13 +1740,14 @@ export const manifest = {
       k: "u32",
       row_tiles: "u32",
       group: "u32",
+      outer_rows: "u32",
     },
     overrides: {
       WG: "u32",
     },
-    conditions: ["bias","grouped","q4","relu2","residual","subgroups"],
+    conditions: ["bias","e2m1","e4m3","e5m2","e8m0","grouped","outer","q4","relu2","residual","subgroups"],
     entries: {
-      block_quad: ["bias","codes","params","residual","scales","tiles","x","y"],
+      block_quad: ["bias","codes","outer","params","residual","scales","tiles","x","y"],
     },
   },
   "quant/block_tile": {
@@ -1755,18 +1759,20 @@ export const manifest = {
       bias: { binding: 4, access: "read" },
       tiles: { binding: 5, access: "read" },
       residual: { binding: 6, access: "read" },
+      outer: { binding: 7, access: "read" },
     },
     params: {
       m: "u32",
       n: "u32",
       k: "u32",
       row_tiles: "u32",
+      outer_rows: "u32",
     },
     overrides: {
     },
-    conditions: ["bias","grouped","q4","relu2","residual"],
+    conditions: ["bias","e2m1","e4m3","e5m2","e8m0","grouped","outer","q4","relu2","residual"],
     entries: {
-      block_tile: ["bias","codes","params","residual","scales","tiles","x","y"],
+      block_tile: ["bias","codes","outer","params","residual","scales","tiles","x","y"],
     },
   },
   "quant/dequantize": {
@@ -1775,18 +1781,20 @@ export const manifest = {
       scales: { binding: 1, access: "read" },
       values: { binding: 2, access: "read_write" },
       ids: { binding: 3, access: "read" },
+      outer: { binding: 4, access: "read" },
     },
     params: {
       rows: "u32",
-      blocks: "u32",
+      units: "u32",
       limit: "u32",
+      outer_rows: "u32",
     },
     overrides: {
       WG: "u32",
     },
-    conditions: ["gather","q4"],
+    conditions: ["e2m1","e4m3","e5m2","e8m0","gather","outer","q4"],
     entries: {
-      dequantize: ["codes","ids","params","scales","values"],
+      dequantize: ["codes","ids","outer","params","scales","values"],
     },
   },
   "quant/elements": {
@@ -1825,6 +1833,32 @@ export const manifest = {
     conditions: ["q4"],
     entries: {
       quantize: ["codes","params","scales","values"],
+    },
+  },
+  "quant/quantize_scaled": {
+    bindings: {
+      values: { binding: 0, access: "read" },
+      magnitudes: { binding: 1, access: "read_write" },
+      largest_bits: { binding: 2, access: "read" },
+      outer: { binding: 3, access: "read_write" },
+      outer_bits: { binding: 4, access: "read" },
+      codes: { binding: 5, access: "read_write" },
+      scales: { binding: 6, access: "read_write" },
+    },
+    params: {
+      count: "u32",
+      span: "u32",
+      pieces: "u32",
+      up: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["e2m1","e5m2","e8m0","outer"],
+    entries: {
+      largest: ["magnitudes","params","values"],
+      tensor_scales: ["largest_bits","outer","params"],
+      quantize_scaled: ["codes","outer_bits","params","scales","values"],
     },
   },
   "sample/argmax": {

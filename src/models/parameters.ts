@@ -6,20 +6,32 @@ import { OutOfMemoryError } from "../gpu/errors.ts";
 import type { Weight } from "../nn/weights.ts";
 import { cast } from "../ops/cast.ts";
 import { quantize } from "../ops/quantize.ts";
-import { BLOCK_LAYOUTS, codeWords, isBlockFormat } from "../tensor/blocks.ts";
+import { bitsPerValue, BLOCK_LAYOUTS, type BlockFormat, type BlockTensor } from "../tensor/blocks.ts";
 import type { Device } from "../tensor/device.ts";
 import { ConfigError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { fillNormal, fillUniform, type RandomKey } from "../tensor/philox.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
-import { storageBytes, type Tensor } from "../tensor/tensor.ts";
+import { storageBytes, type Tensor, type TensorDType } from "../tensor/tensor.ts";
 import { together } from "../tensor/together.ts";
 import { type Parameter, type ParameterKind, listParameters } from "./checkpoint_names.ts";
 import type { NemotronHConfig } from "./config.ts";
 
-/** How a model that only runs holds its matrices. */
-export const WEIGHT_FORMATS = ["f32", "f16", "bf16", "q8", "q4"] as const;
+/**
+ * How a model that only runs holds its matrices. fp8 is E4M3 with a scale per row, mxfp8 E4M3 with a power of
+ * two for 32 neighbours.
+ */
+export const WEIGHT_FORMATS = ["f32", "f16", "bf16", "q8", "q4", "fp8", "mxfp8", "mxfp4", "nvfp4"] as const;
 export type WeightFormat = (typeof WEIGHT_FORMATS)[number];
+
+const BLOCKS: Readonly<Partial<Record<WeightFormat, BlockFormat>>> = {
+  q8: "q8", q4: "q4", fp8: "fp8_e4m3", mxfp8: "mxfp8_e4m3", mxfp4: "mxfp4", nvfp4: "nvfp4",
+};
+
+/** The format of codes and scales that a weight format stands for; undefined for dense ones. */
+export function blockFormatOf(weights: WeightFormat): BlockFormat | undefined {
+  return BLOCKS[weights];
+}
 
 /**
  * Checks that every parameter can be bound on the device, before anything is drawn or read.
@@ -39,7 +51,8 @@ export function checkFits(device: Device, config: NemotronHConfig, weights: Weig
   const total = list.reduce((sum, parameter) => {
     const format = formatOf(parameter, weights);
     const size = sizeOf(parameter.shape);
-    return sum + (isBlockFormat(format) ? 4 * codeWords(size, format) : storageBytes(size, format));
+    const blocks = blockFormatOf(format);
+    return sum + (blocks ? (size * bitsPerValue(blocks)) / 8 : storageBytes(size, format as TensorDType));
   }, 0);
   if (total > device.pool.ceilingBytes) {
     throw new OutOfMemoryError(
@@ -122,7 +135,7 @@ export function storeParameter(
   if (format === "f32") return device.tensor(values, parameter.shape);
   return scope((): Weight => {
     const tensor = device.tensor(values, parameter.shape);
-    return isBlockFormat(format) ? quantize(tensor, format) : cast(tensor, format);
+    return converted(tensor, format);
   });
 }
 
@@ -136,18 +149,28 @@ export function emptyWeights(
     const format = formatOf(parameter, weights);
     const tensor = device.empty(parameter.shape);
     if (format === "f32") return [parameter.name, tensor];
-    return [parameter.name, isBlockFormat(format) ? quantize(tensor, format) : cast(tensor, format)];
+    return [parameter.name, converted(tensor, format)];
   }));
+}
+
+function converted(tensor: Tensor, format: WeightFormat): Tensor | BlockTensor {
+  const blocks = blockFormatOf(format);
+  if (!blocks) return cast(tensor, format as TensorDType);
+  return quantize(tensor, blocks, {
+    ...(format === "fp8" ? { perRow: true } : {}), ...(format === "mxfp8" ? { scaleRule: "ceil" } : {}),
+  });
 }
 
 /** The format in which a parameter is stored. */
 function formatOf({ kind, shape }: Parameter, weights: WeightFormat): WeightFormat {
   if (!MATRICES.has(kind)) return "f32";
   // Rows of a table are not read from halves.
-  if (!isBlockFormat(weights)) return kind === "embedding" ? "f32" : weights;
-  if (shape.at(-1)! % BLOCK_LAYOUTS[weights].block !== 0) return "f32";
+  const blocks = blockFormatOf(weights);
+  if (!blocks) return kind === "embedding" ? "f32" : weights;
   // Tables of tokens lose more by four bits than they save.
-  return kind === "embedding" || kind === "head" ? "q8" : weights;
+  const isTable = kind === "embedding" || kind === "head";
+  const format = isTable && BLOCK_LAYOUTS[blocks].bits === 4 ? "q8" : weights;
+  return shape.at(-1)! % BLOCK_LAYOUTS[blockFormatOf(format)!].block === 0 ? format : "f32";
 }
 
 const MATRICES: ReadonlySet<ParameterKind> = new Set([

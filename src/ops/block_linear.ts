@@ -9,13 +9,15 @@ import type { Tensor } from "../tensor/tensor.ts";
 import { randomTensor, trial } from "../tensor/trial.ts";
 import { groupedTiles, product, productKernel, relu2Gradients, sumRows, tileRows } from "./gemm.ts";
 import { defineOp, type Op } from "./op.ts";
-import { dequantize_blocks, quantize_blocks, valueShape } from "./quantize.ts";
+import { blockConditions, dequantize_blocks, outerScale, quantize, valueShape } from "./quantize.ts";
 
 /** Kernels of products with block-quantised weights; those with `quad` are for software adapters. */
 export type BlockKernel = "block_matvec_quad" | "block_matvec" | "block_quad" | "block_tile";
 
 export interface BlockOptions {
   readonly format: BlockFormat;
+  /** Scales of matrices beside those of blocks, as in `BlockTensor`. */
+  readonly global?: Tensor | null;
   /** relu2: max(., 0)^2 of the product with its bias; of linear only. */
   readonly activation?: "relu2" | undefined;
   /** Which kernel computes it; default: the one that suits the adapter and the shape. */
@@ -27,6 +29,7 @@ interface Saved {
   readonly scales: Tensor;
   readonly shape: readonly number[];
   readonly format: BlockFormat;
+  readonly global: Tensor | null;
   readonly offsets: Tensor | null;
   /** What relu2 gave, where there was one. */
   readonly squared: Tensor | null;
@@ -43,7 +46,7 @@ const ROWS8_FROM = 512;
  *
  * @param x       f32 [..., K]
  * @param codes   u32 [N, K * bits / 32]
- * @param scales  f16 [N, K / block]
+ * @param scales  as in `BlockTensor`
  * @param bias    f32 [N], or null
  * @param residual  f32 [..., N], added last; or null
  * @returns f32 [..., N]
@@ -54,9 +57,9 @@ export const linear_blocks = defineOp({
   halves: [2],
   forward(
     ctx, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | null, residual: Tensor | null,
-    { format, kernel, activation }: BlockOptions,
+    { format, kernel, activation, global = null }: BlockOptions,
   ): Tensor {
-    const weight = valueShape("linear", codes, scales, format);
+    const weight = valueShape("linear", codes, scales, format, global);
     const K = x.shape.at(-1) ?? 0;
     check(weight.length === 2 && weight[1] === K && x.shape.length > 0, "linear", "weight", `[N, ${K}]`,
       weight);
@@ -68,22 +71,24 @@ export const linear_blocks = defineOp({
       check(!activation, "linear", "residual", "null beside an activation", residual);
     }
     const y = x.device.empty(shape);
-    ctx.save({ codes, scales, shape: x.shape, format, offsets: null, squared: activation ? y : null });
+    ctx.save({
+      codes, scales, shape: x.shape, format, global, offsets: null, squared: activation ? y : null,
+    });
     record({
       kernel: kernel ?? choose(x.device, blockTuning,
-        { m: sizeOf(x.shape.slice(0, -1)), n: N, k: K, format }), x, codes, scales, y, format, bias, residual,
-      relu2: activation === "relu2",
+        { m: sizeOf(x.shape.slice(0, -1)), n: N, k: K, format }), x, codes, scales, y, format, global, bias,
+      residual, relu2: activation === "relu2",
     });
     return y;
   },
-  backward({ codes, scales, shape, format, squared }: Saved, [dy], needs) {
+  backward({ codes, scales, shape, format, global, squared }: Saved, [dy], needs) {
     if (!dy) return [];
     const dx = needs[0] ? dy.device.empty(shape) : null;
     const dh = squared && (needs[0] || needs[3]) ? relu2Gradients(dy, null, squared)! : dy;
     const [N, K] = [dy.shape.at(-1)!, shape.at(-1)!];
     const m = sizeOf(shape.slice(0, -1));
     if (dx) {
-      const weight = dequantize_blocks(codes, scales, format);
+      const weight = dequantize_blocks(codes, scales, format, global);
       product({
         m, n: K, k: N, a: { tensor: dh, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1 },
         c: { tensor: dx, row: K },
@@ -101,7 +106,7 @@ export const linear_blocks = defineOp({
  *
  * @param x        f32 [S, K], rows sorted by expert
  * @param codes    u32 [E, N, K * bits / 32]
- * @param scales   f16 [E, N, K / block]
+ * @param scales   as in `BlockTensor`
  * @param offsets  u32 [E + 1], ascending from 0 to S
  * @returns f32 [S, N]
  * @throws ShapeError when the widths or the number of experts differ
@@ -110,9 +115,10 @@ export const grouped_linear_blocks = defineOp({
   name: "grouped_linear_blocks",
   halves: [2],
   forward(
-    ctx, x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, { format, kernel }: BlockOptions,
+    ctx, x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor,
+    { format, kernel, global = null }: BlockOptions,
   ): Tensor {
-    const weight = valueShape("grouped_linear", codes, scales, format);
+    const weight = valueShape("grouped_linear", codes, scales, format, global);
     check(x.shape.length === 2, "grouped_linear", "x", "[S, K]", x);
     const [S, K] = x.shape as [number, number];
     check(weight.length === 3 && weight[2] === K, "grouped_linear", "weight", `[E, N, ${K}]`, weight);
@@ -121,11 +127,11 @@ export const grouped_linear_blocks = defineOp({
       offsets.shape.length === 1 && offsets.size === E + 1, "grouped_linear", "offsets", `[${E + 1}]`,
         offsets);
     const y = x.device.empty([S, N]);
-    ctx.save({ codes, scales, shape: x.shape, format, offsets, squared: null });
-    record({ kernel: kernel ?? kernelFor(x.device, S, true), x, codes, scales, y, format, offsets });
+    ctx.save({ codes, scales, shape: x.shape, format, global, offsets, squared: null });
+    record({ kernel: kernel ?? kernelFor(x.device, S, true), x, codes, scales, y, format, global, offsets });
     return y;
   },
-  backward({ codes, scales, shape, format, offsets }: Saved, [dy], needs) {
+  backward({ codes, scales, shape, format, global, offsets }: Saved, [dy], needs) {
     if (!dy || !needs[0]) return [];
     const dx = dy.device.empty(shape);
     const [S, K] = shape as [number, number];
@@ -133,7 +139,7 @@ export const grouped_linear_blocks = defineOp({
     const kernel = productKernel(dy.device);
     product({
       m: S, n: K, k: N, a: { tensor: dy, row: N, col: 1 },
-      b: { tensor: dequantize_blocks(codes, scales, format), row: K, col: 1, batch: N * K },
+      b: { tensor: dequantize_blocks(codes, scales, format, global), row: K, col: 1, batch: N * K },
       c: { tensor: dx, row: K }, tiles: groupedTiles(offsets!, S, tileRows(kernel)), kernel,
     });
     return [dx];
@@ -148,7 +154,8 @@ type BlockShape = {
 const blockTuning = defineTunable({
   name: "quant/product",
   classOf: (shape: BlockShape) => ({
-    ...shape, m: bucket(shape.m), n: bucket(shape.n), k: Math.max(32, bucket(shape.k)),
+    ...shape, m: bucket(shape.m), n: bucket(shape.n),
+    k: Math.max(shape.format === "fp8_blockwise" ? 128 : 32, bucket(shape.k)),
   }),
   candidates: (device: Device, { m }): BlockKernel[] => [
     ...(device.hasSubgroups ? ["block_quad" as const] : []), "block_tile" as const,
@@ -157,12 +164,11 @@ const blockTuning = defineTunable({
   ],
   fallback: (device, { m }) => kernelFor(device, m),
   trial: (device, { m, n, k, format }) => trial(() => {
-    const [codes, scales] = scope(() =>
-      quantize_blocks(randomTensor(device, [n, k], 1, k ** -0.5), format as BlockFormat)) as [Tensor, Tensor];
-    return { x: randomTensor(device, [m, k]), codes, scales };
-  }, ({ x, codes, scales }, kernel: BlockKernel) => {
+    const weight = scope(() => quantize(randomTensor(device, [n, k], 1, k ** -0.5), format as BlockFormat));
+    return { x: randomTensor(device, [m, k]), weight };
+  }, ({ x, weight: { codes, scales, global } }, kernel: BlockKernel) => {
     const y = device.empty([m, n]);
-    record({ kernel, x, codes, scales, y, format: format as BlockFormat });
+    record({ kernel, x, codes, scales, global, y, format: format as BlockFormat });
     return y;
   }),
   tolerance: ({ k }) => 8 * Math.sqrt(Math.max(k, 1)) * 2 ** -24,
@@ -183,6 +189,7 @@ interface BlockProduct {
   readonly scales: Tensor;
   readonly y: Tensor;
   readonly format: BlockFormat;
+  readonly global: Tensor | null;
   readonly bias?: Tensor | null;
   readonly residual?: Tensor | null;
   readonly relu2?: boolean;
@@ -191,24 +198,27 @@ interface BlockProduct {
 }
 
 function record(
-  { kernel, x, codes, scales, y, format, bias = null, residual = null, relu2 = false, offsets =
-    null }: BlockProduct,
+  {
+    kernel, x, codes, scales, y, format, global, bias = null, residual = null, relu2 = false, offsets = null,
+  }: BlockProduct,
 ): void {
   const [n, k] = [y.shape.at(-1)!, x.shape.at(-1)!];
   const m = y.size / Math.max(n, 1);
   const shared = [
-    ...(format === "q4" ? ["q4" as const] : []), ...(bias ? ["bias" as const] : []),
+    ...blockConditions(format), ...(bias ? ["bias" as const] : []),
     ...(relu2 ? ["relu2" as const] : []), ...(residual ? ["residual" as const] : []),
     ...(offsets ? ["grouped" as const] : []),
   ];
-  const bind = { x, codes, scales, y, bias: bias ?? scales, residual: residual ?? scales };
+  const experts = offsets ? codes.shape[0]! : 0;
+  const { outer, outer_rows } = outerScale(scales, format, global, n * Math.max(experts, 1));
+  const bind = { x, codes, scales, y, outer, bias: bias ?? scales, residual: residual ?? scales };
   if (kernel === "block_matvec_quad" || kernel === "block_matvec") {
     const quads = kernel === "block_matvec_quad";
     const rows8 = quads && format === "q4" && n >= ROWS8_FROM;
     const pieces = quads ? Math.ceil(n / (rows8 ? 8 : 4) / 4) * 4 : Math.ceil(n / 16);
     return launch("quant/block_matvec", {
       entry: kernel, bind: { ...bind, offsets: offsets ?? codes },
-      params: { m, n, k, experts: offsets ? codes.shape[0]! : 0 },
+      params: { m, n, k, experts, outer_rows },
       conditions: [
         ...shared, ...(rows8 ? ["rows8" as const] : []),
         ...(quads ? ["subgroups" as const] : []),
@@ -221,7 +231,7 @@ function record(
   const tiles = offsets ? groupedTiles(offsets, m, tile) : null;
   const row_tiles = tiles ? tiles.shape[0]! : Math.ceil(m / tile);
   const count = row_tiles * Math.ceil(n / tile);
-  const params = { m, n, k, row_tiles };
+  const params = { m, n, k, row_tiles, outer_rows };
   if (!quads) {
     return launch("quant/block_tile", {
       bind: { ...bind, tiles: tiles ?? codes }, params, conditions: shared, workgroups: [count],

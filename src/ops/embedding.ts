@@ -56,4 +56,5 @@ function vectors(D: number): { cols: number; conditions: "vec4"[] } {
  * @throws ShapeError when weight is not a matrix
  */
 export const embedding = orBlocks(
-  dense, (ids, { codes, scales, format }) => embedding_blocks(ids, codes, scales, format));
+  dense, (ids, { codes, scales, format, global }) =>
+    embedding_blocks(ids, codes, scales, format, global));

@@ -120,9 +120,10 @@ const gatherOf = ({ permute }: GroupedLinearOptions) =>
  * @returns [S, N]
  * @throws ShapeError when the widths or the number of experts differ, or for a plan of another size
  */
-export const grouped_linear = orBlocks(dense, (x, { codes, scales, format }, offsets, options = {}) => {
+export const grouped_linear = orBlocks(dense, (x, weight, offsets, options = {}) => {
+  const { codes, scales, format, global } = weight;
   const { permute, activation } = options;
   const rows = permute ? moe_permute(x, { offsets, ...permute }, permute.topk) : x;
-  const h = grouped_linear_blocks(rows, codes, scales, offsets, { format });
+  const h = grouped_linear_blocks(rows, codes, scales, offsets, { format, global });
   return activation ? relu2(h) : h;
 });

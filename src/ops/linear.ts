@@ -78,8 +78,10 @@ const dense: Op<
  * @returns [..., N]
  * @throws ShapeError when the widths differ, or for an activation together with a residual
  */
-export const linear = orBlocks(dense, (x, { codes, scales, format }, bias, residual = null, options = {}) =>
-  linear_blocks(x, codes, scales, bias, residual, { format, activation: options.activation }));
+export const linear = orBlocks(dense, (
+  x, { codes, scales, format, global }, bias, residual = null, options = {},
+) =>
+  linear_blocks(x, codes, scales, bias, residual, { format, global, activation: options.activation }));
 
 /** Gradients of h = x W^T + bias, those that are needed; where x is max(g, 0)^2, that of g instead of x. */
 function linearGradients(

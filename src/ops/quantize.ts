@@ -1,6 +1,10 @@
 import { launch } from "../kernel/launch.ts";
-import { BLOCK_LAYOUTS, type BlockFormat, BlockTensor, codeWords } from "../tensor/blocks.ts";
+import {
+  BLOCK_LAYOUTS, type BlockFormat, blockScaleShape, BlockTensor, codeWords,
+} from "../tensor/blocks.ts";
 import { check } from "../tensor/check.ts";
+import { UsageError } from "../tensor/errors.ts";
+import type { ScaleRule } from "../tensor/formats.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { scope } from "../tensor/scope.ts";
 import { isHalf, type Tensor } from "../tensor/tensor.ts";
@@ -8,26 +12,54 @@ import { cast } from "./cast.ts";
 import { defineOp, noGrad } from "./op.ts";
 
 const WG = 32;
+/** Values that one workgroup looks through for the largest. */
+const LARGEST_SPAN = 8192;
+
+/** Conditions of the kernels that read or write a format. */
+const CONDITIONS = {
+  q8: [], q4: ["q4"], mxfp8_e4m3: ["e4m3", "e8m0"], mxfp8_e5m2: ["e5m2", "e8m0"], mxfp4: ["e2m1", "e8m0"],
+  nvfp4: ["e2m1", "outer"], fp8_e4m3: ["e4m3", "outer"], fp8_e5m2: ["e5m2", "outer"], fp8_blockwise: ["e4m3"],
+} as const;
+type BlockCondition = (typeof CONDITIONS)[BlockFormat][number];
+
+export function blockConditions(format: BlockFormat): readonly BlockCondition[] {
+  return CONDITIONS[format];
+}
+
+export interface QuantizeOptions {
+  /** MX formats: see `ScaledOptions` of src/tensor/formats.ts. Default floor. */
+  readonly scaleRule?: ScaleRule;
+  /** fp8_e4m3, fp8_e5m2: one scale per row instead of one per matrix. */
+  readonly perRow?: boolean;
+}
 
 /**
- * Codes and scales of a matrix: every value becomes the nearest code of its block, ties to even. The same
- * bits on every adapter. Scales are as large as half precision allows at most.
+ * Codes and scales of a matrix or a stack of them: every value becomes the nearest code of its block, ties to
+ * even. The same bits on every adapter, and for all formats but q8 and q4 those of `quantizeScaled` for each
+ * matrix of a stack; fp8_blockwise takes blocks of 1 x 128. Scales of q8 and q4 are as large as half
+ * precision allows at most.
  *
  * @param values  f32 [..., K], finite; K a multiple of the format's block
- * @returns codes u32 [..., K * bits / 32] and scales f16 [..., K / block]
- * @throws ShapeError when K is not a multiple of the block
+ * @returns codes u32 [..., K * bits / 32], scales (see `BlockTensor`), and for nvfp4 the global scales
+ * @throws ShapeError when K is not a multiple of the block, UsageError for an option of another format
  */
 export const quantize_blocks = defineOp({
   name: "quantize_blocks",
-  forward(_ctx, values: Tensor, format: BlockFormat): Tensor[] {
-    const { block } = BLOCK_LAYOUTS[format];
+  forward(_ctx, values: Tensor, format: BlockFormat, options: QuantizeOptions = {}): Tensor[] {
+    const { block, scale } = BLOCK_LAYOUTS[format];
     const K = values.shape.at(-1) ?? 0;
     check(
       values.shape.length > 0 && K % block === 0, "quantize", "values",
       `[..., K] with K a multiple of ${block}, the block of ${format}`, values);
-    const lead = values.shape.slice(0, -1);
-    const codes = values.device.empty([...lead, codeWords(K, format)], "u32");
-    const scales = values.device.empty([...lead, K / block], "f16");
+    if (options.perRow && scale !== "rows") {
+      throw new UsageError(`quantize: perRow is for fp8_e4m3 and fp8_e5m2, found ${format}.`);
+    }
+    if (options.scaleRule && !format.startsWith("mx")) {
+      throw new UsageError(`quantize: scaleRule is for the MX formats, found ${format}.`);
+    }
+    const codes = values.device.empty([...values.shape.slice(0, -1), codeWords(K, format)], "u32");
+    if (format !== "q8" && format !== "q4") return quantizeScaledBlocks(values, format, codes, options);
+    const scales = values.device.empty(blockScaleShape(values.shape, format), "f16");
     launch("quant/quantize", {
       bind: { values, codes, scales }, params: { count: scales.size },
       conditions: format === "q4" ? ["q4"] : [], workgroups: [Math.ceil(scales.size / 2 / WG)],
@@ -36,21 +68,61 @@ export const quantize_blocks = defineOp({
   },
 });
 
+function quantizeScaledBlocks(
+  values: Tensor, format: Exclude<BlockFormat, "q8" | "q4">, codes: Tensor, options: QuantizeOptions,
+): Tensor[] {
+  const { device, shape } = values;
+  const { block, scale } = BLOCK_LAYOUTS[format];
+  const conditions = blockConditions(format).filter((each) => each !== "e4m3" && each !== "q4");
+  const rows = sizeOf(shape.slice(0, -1));
+  const groups = options.perRow ? rows : shape.length === 3 ? shape[0]! : 1;
+  const span = values.size / Math.max(groups, 1);
+  const params = { count: groups, span, pieces: 1, up: options.scaleRule === "ceil" ? 1 : 0 };
+  let outer: Tensor | null = null;
+  if (scale === "rows" || format === "nvfp4") {
+    const amax = device.zeros([groups], "u32");
+    outer = device.empty([groups]);
+    const pieces = Math.max(Math.ceil(span / LARGEST_SPAN), 1);
+    launch("quant/quantize_scaled", {
+      entry: "largest", bind: { values, magnitudes: amax }, params: { ...params, pieces }, constants: { WG },
+      workgroups: [values.size === 0 ? 0 : groups * pieces],
+    });
+    launch("quant/quantize_scaled", {
+      entry: "tensor_scales", bind: { largest_bits: amax, outer }, params, constants: { WG }, conditions,
+      workgroups: [Math.ceil(groups / WG)],
+    });
+  }
+  const stored = scale === "rows"
+    ? device.empty([1], "u32")
+    : device.empty(blockScaleShape(shape, format), scale === "f32" ? "f32" : "u32");
+  const count = values.size / block;
+  launch("quant/quantize_scaled", {
+    entry: "quantize_scaled", bind: { values, outer_bits: outer ?? values, codes, scales: stored },
+    params: { ...params, count }, constants: { WG }, conditions,
+    workgroups: [Math.ceil(count / (scale === "bytes" ? 4 : 1) / WG)],
+  });
+  if (scale === "rows") return [codes, outer!];
+  return outer ? [codes, stored, outer] : [codes, stored];
+}
+
 /**
  * The values of codes and scales.
  *
  * @param codes   u32 [..., K * bits / 32]
- * @param scales  f16 [..., K / block]
+ * @param scales  as in `BlockTensor`
+ * @param global  f32 [1] or [E] for nvfp4, else null
  * @returns f32 [..., K]
  * @throws ShapeError when codes and scales do not belong together
  */
 export const dequantize_blocks = defineOp({
   name: "dequantize_blocks",
   halves: [1],
-  forward(_ctx, codes: Tensor, scales: Tensor, format: BlockFormat): Tensor {
-    const shape = valueShape("dequantize", codes, scales, format);
+  forward(
+    _ctx, codes: Tensor, scales: Tensor, format: BlockFormat, global: Tensor | null = null,
+  ): Tensor {
+    const shape = valueShape("dequantize", codes, scales, format, global);
     const rows = sizeOf(shape.slice(0, -1));
-    return decode(codes, scales, format, shape, rows, null);
+    return decode(codes, scales, format, shape, rows, null, global);
   },
 });
 
@@ -59,42 +131,65 @@ export const dequantize_blocks = defineOp({
  *
  * @param ids     i32 [...]
  * @param codes   u32 [V, K * bits / 32]
- * @param scales  f16 [V, K / block]
+ * @param scales, global  as in `BlockTensor`
  * @returns f32 [..., K]
  */
 export const embedding_blocks = defineOp({
   name: "embedding_blocks",
   halves: [2],
-  forward(_ctx, ids: Tensor, codes: Tensor, scales: Tensor, format: BlockFormat): Tensor {
-    const [V, K] = valueShape("embedding", codes, scales, format) as [number, number];
+  forward(
+    _ctx, ids: Tensor, codes: Tensor, scales: Tensor, format: BlockFormat, global: Tensor | null = null,
+  ): Tensor {
+    const [V, K] = valueShape("embedding", codes, scales, format, global) as [number, number];
     check(codes.shape.length === 2, "embedding", "weight", "[V, D]", codes);
-    return decode(codes, scales, format, [...ids.shape, K], V, ids);
+    return decode(codes, scales, format, [...ids.shape, K], V, ids, global);
   },
 });
 
-/** The shape of the values of codes [..., K * bits / 32] with scales [..., K / block]. */
-export function valueShape(op: string, codes: Tensor, scales: Tensor, format: BlockFormat): number[] {
-  const { bits, block } = BLOCK_LAYOUTS[format];
+/** The shape of the values of codes [..., K * bits / 32] with their scales. */
+export function valueShape(
+  op: string, codes: Tensor, scales: Tensor, format: BlockFormat, global: Tensor | null = null,
+): number[] {
+  const { bits, block, scale, global: wanted } = BLOCK_LAYOUTS[format];
   const K = ((codes.shape.at(-1) ?? 0) * 32) / bits;
-  const lead = codes.shape.slice(0, -1);
+  const shape = [...codes.shape.slice(0, -1), K];
   check(K % block === 0, op, "codes", `whole blocks of ${block} values of ${bits} bits`, codes);
-  check(
-    scales.shape.join() === [...lead, K / block].join(), op, "scales", `[${[...lead, K / block].join(", ")}]`,
-    scales);
-  return [...lead, K];
+  const matrices = shape.length === 3 ? shape[0]! : 1;
+  if (scale === "rows") {
+    const counts = [1, matrices, sizeOf(shape.slice(0, -1))];
+    check(counts.includes(scales.size), op, "scales", `${[...new Set(counts)].join(" or ")} scales`, scales);
+  } else {
+    const expected = blockScaleShape(shape, format);
+    check(scales.shape.join() === expected.join(), op, "scales", `[${expected.join(", ")}]`, scales);
+  }
+  if (wanted) {
+    const fits = global?.size === 1 || global?.size === matrices;
+    check(fits, op, "global", `[1] or [${matrices}]`, global ?? []);
+  } else check(!global, op, "global", `null for ${format}`, global ?? []);
+  return shape;
+}
+
+/** The tensor that sums are multiplied with at the end, and how many rows share one of its elements. */
+export function outerScale(
+  scales: Tensor, format: BlockFormat, global: Tensor | null, rows: number,
+): { outer: Tensor; outer_rows: number } {
+  const outer = global ?? scales;
+  const counts = global !== null || BLOCK_LAYOUTS[format].scale === "rows";
+  return { outer, outer_rows: counts ? Math.max(rows / Math.max(outer.size, 1), 1) : 1 };
 }
 
 function decode(
   codes: Tensor, scales: Tensor, format: BlockFormat, shape: readonly number[], limit: number,
-  ids: Tensor | null,
+  ids: Tensor | null, global: Tensor | null,
 ): Tensor {
   const values = codes.device.empty(shape);
   const rows = sizeOf(shape.slice(0, -1));
-  const blocks = shape.at(-1)! / BLOCK_LAYOUTS[format].block;
+  const units = shape.at(-1)! / (format === "q8" || format === "q4" ? 32 : 16);
+  const { outer, outer_rows } = outerScale(scales, format, global, limit);
   launch("quant/dequantize", {
-    bind: { codes, scales, values, ...(ids ? { ids } : { ids: codes }) }, params: { rows, blocks, limit },
-    conditions: [...(format === "q4" ? ["q4" as const] : []), ...(ids ? ["gather" as const] : [])],
-    workgroups: [limit === 0 ? 0 : Math.ceil((rows * blocks) / WG)],
+    bind: { codes, scales, values, ids: ids ?? codes, outer }, params: { rows, units, limit, outer_rows },
+    conditions: [...blockConditions(format), ...(ids ? ["gather" as const] : [])],
+    workgroups: [limit === 0 ? 0 : Math.ceil((rows * units) / WG)],
   });
   return values;
 }
@@ -105,16 +200,18 @@ function decode(
  * @param values  f32 [..., K], finite; K a multiple of the format's block
  * @throws ShapeError when K is not a multiple of the block
  */
-export function quantize(values: Tensor, format: BlockFormat): BlockTensor {
+export function quantize(values: Tensor, format: BlockFormat, options: QuantizeOptions = {}): BlockTensor {
   return scope(() => {
-    const [codes, scales] = noGrad(() => quantize_blocks(values, format)) as [Tensor, Tensor];
-    return new BlockTensor(values.shape, format, codes.retain(), scales.retain());
+    const [codes, scales, global] = noGrad(() => quantize_blocks(values, format, options)) as
+      [Tensor, Tensor, Tensor | undefined];
+    return new BlockTensor(
+      values.shape, format, codes.retain(), scales.retain(), global?.retain() ?? null);
   });
 }
 
 /** The values of a block tensor: f32 of the same shape. */
 export function dequantize(blocks: BlockTensor): Tensor {
-  return dequantize_blocks(blocks.codes, blocks.scales, blocks.format);
+  return dequantize_blocks(blocks.codes, blocks.scales, blocks.format, blocks.global);
 }
 
 /** The same weight as a dense f32 tensor, for ops that need one. */

@@ -1,7 +1,16 @@
 import { f16ToF32, f32ToF16 } from "../tensor/dtype.ts";
+import {
+  dequantizeScaled, packNibbles, quantizeScaled, type Scaled, SCALED_LAYOUTS, type ScaledFormat,
+  type ScaleRule, unpackNibbles,
+} from "../tensor/formats.ts";
 import { type NdArray, ndarray } from "../tensor/ndarray.ts";
 
-type Format = "q8" | "q4";
+type Integers = "q8" | "q4";
+export type Format = Integers | Exclude<ScaledFormat, "nvfp4_16x16">;
+interface Options {
+  readonly scaleRule?: ScaleRule;
+  readonly perRow?: boolean;
+}
 
 const BLOCK = 32;
 const BITS = { q8: 8, q4: 4 } as const;
@@ -21,7 +30,7 @@ function nearestEven(x: number): number {
  * is the first value of the largest magnitude; rounded to half precision and saturated.
  * values [..., K] -> codes [..., K * bits / 32] of 32-bit words, scales [..., K / 32].
  */
-export function quantize_blocks(values: NdArray, format: Format): NdArray[] {
+function quantizeIntegers(values: NdArray, format: Integers): NdArray[] {
   const K = values.shape.at(-1)!;
   const lead = values.shape.slice(0, -1);
   const perWord = 32 / BITS[format];
@@ -47,7 +56,7 @@ export function quantize_blocks(values: NdArray, format: Format): NdArray[] {
 }
 
 /** codes [..., K * bits / 32], scales [..., K / 32] -> values [..., K]. */
-export function dequantize_blocks(codes: NdArray, scales: NdArray, format: Format): NdArray {
+function dequantizeIntegers(codes: NdArray, scales: NdArray, format: Integers): NdArray {
   const perWord = 32 / BITS[format];
   const values = ndarray([...codes.shape.slice(0, -1), codes.shape.at(-1)! * perWord]);
   for (let i = 0; i < values.data.length; i++) {
@@ -58,9 +67,77 @@ export function dequantize_blocks(codes: NdArray, scales: NdArray, format: Forma
   return values;
 }
 
+/** Little-endian words of bytes, the last filled up with zeros. */
+function words(bytes: Uint8Array): number[] {
+  const padded = new Uint8Array(Math.ceil(bytes.length / 4) * 4);
+  padded.set(bytes);
+  return [...new Uint32Array(padded.buffer)];
+}
+
+function bytesOf(array: NdArray): Uint8Array {
+  return new Uint8Array(Uint32Array.from(array.data).buffer);
+}
+
+/**
+ * Codes, scales and for nvfp4 global scales as they lie in memory: every matrix of a stack for itself, and
+ * fp8_blockwise in blocks of one row.
+ */
+export function quantize_blocks(values: NdArray, format: Format, options: Options = {}): NdArray[] {
+  if (format === "q8" || format === "q4") return quantizeIntegers(values, format);
+  const { shape } = values;
+  const matrices = shape.length === 3 ? shape[0]! : 1;
+  const own = shape.length === 3 ? shape.slice(1) : shape;
+  const size = values.data.length / Math.max(matrices, 1);
+  const parts = Array.from({ length: matrices }, (_, e) => quantizeScaled(
+    Float32Array.from(values.data.subarray(e * size, (e + 1) * size)), own, format,
+    { ...options, ...(format === "fp8_blockwise" ? { blockRows: 1 } : {}) }));
+  const join = (of: (part: Scaled) => Uint8Array) => Uint8Array.from(parts.flatMap((part) => [...of(part)]));
+  const half = SCALED_LAYOUTS[format].element === "e2m1";
+  const packed = words(join(({ codes }) => half ? packNibbles(codes, shape.at(-1)!) : codes));
+  const codes = ndarray([...shape.slice(0, -1), shape.at(-1)! / (half ? 8 : 4)], packed);
+  const list = parts.flatMap((part) => [...part.scales]);
+  if (SCALED_LAYOUTS[format].scale === "f32") {
+    const width = shape.at(-1)! / 128;
+    const scaleShape = format === "fp8_blockwise" ? [...shape.slice(0, -1), width] : [list.length];
+    return [codes, ndarray(scaleShape, list)];
+  }
+  const scales = words(Uint8Array.from(list));
+  const global = parts.map((part) => part.global!);
+  return [
+    codes, ndarray([scales.length], scales), ...(format === "nvfp4" ? [ndarray([matrices], global)] : []),
+  ];
+}
+
+/** The values of what `quantize_blocks` gives. */
+export function dequantize_blocks(
+  codes: NdArray, scales: NdArray, format: Format, global: NdArray | null = null,
+): NdArray {
+  if (format === "q8" || format === "q4") return dequantizeIntegers(codes, scales, format);
+  const { element, scale, block } = SCALED_LAYOUTS[format];
+  const half = element === "e2m1";
+  const shape = [...codes.shape.slice(0, -1), codes.shape.at(-1)! * (half ? 8 : 4)];
+  const K = shape.at(-1)!;
+  const rows = shape.slice(0, -1).reduce((a, b) => a * b, 1);
+  const all = half ? unpackNibbles(bytesOf(codes)) : bytesOf(codes);
+  const across = block ? K / block[1] : 0;
+  const list = scale === "f32" ? Float32Array.from(scales.data) : bytesOf(scales);
+  const pick = (from: NdArray, row: number) => from.data[Math.floor((row * from.data.length) / rows)]!;
+  const values = ndarray(shape);
+  for (let row = 0; row < rows; row++) {
+    const own = across ? list.slice(row * across, (row + 1) * across) : Float32Array.of(pick(scales, row));
+    values.data.set(dequantizeScaled({
+      format, shape: [1, K], codes: all.subarray(row * K, (row + 1) * K), scales: own,
+      scaleShape: across ? [1, across] : [], global: global && pick(global, row),
+    }), row * K);
+  }
+  return values;
+}
+
 /** y[t] = row ids[t] of the values, zero outside of the table. */
-export function embedding_blocks(ids: NdArray, codes: NdArray, scales: NdArray, format: Format): NdArray {
-  const table = dequantize_blocks(codes, scales, format);
+export function embedding_blocks(
+  ids: NdArray, codes: NdArray, scales: NdArray, format: Format, global: NdArray | null = null,
+): NdArray {
+  const table = dequantize_blocks(codes, scales, format, global);
   const [V, D] = table.shape as [number, number];
   const y = ndarray([...ids.shape, D]);
   ids.data.forEach((id, t) => {

@@ -11,7 +11,7 @@ import type { Tensor } from "./tensor.ts";
  * @param inputs  makes scratch tensors by name; they are freed with the trial
  * @param run     records one candidate and returns what it computed
  */
-export function trial<T extends Readonly<Record<string, Tensor>>, C extends string>(
+export function trial<T extends Readonly<Record<string, { dispose(): void }>>, C extends string>(
   inputs: () => T, run: (inputs: T, candidate: C) => Tensor | Tensor[],
 ): Trial<C> {
   const made = unscoped(inputs);

@@ -15,7 +15,7 @@ await onEveryAdapter((device) => {
   describe("block tensors", () => {
     test("products and rows read a quantised weight like the values it stands for", async () => {
       const before = device.pool.liveBytes;
-      for (const format of ["q8", "q4"] as const) {
+      for (const format of ["q8", "q4", "nvfp4", "fp8_e4m3", "mxfp8_e5m2"] as const) {
         const results = scope(() => {
           const weight = quantize(device.tensor(wave(3 * 20 * 64, 0.37), [60, 64]), format);
           const values = dequantize(weight);
@@ -38,10 +38,13 @@ await onEveryAdapter((device) => {
       expect(device.pool.liveBytes).toBe(before);
     });
 
-    test("takes 4.5 or 8.5 bits per value, and gives them back", () => {
+    test("takes the bits per value that it says, and gives them back", () => {
       const before = device.pool.liveBytes;
       const values = device.tensor(wave(64 * 1024, 0.01), [64, 1024]);
-      for (const [format, bits] of [["q8", 8.5], ["q4", 4.5]] as const) {
+      const formats = [
+        ["q8", 8.5], ["q4", 4.5], ["mxfp8_e4m3", 8.25], ["mxfp4", 4.25], ["fp8_blockwise", 8.25],
+      ] as const;
+      for (const [format, bits] of formats) {
         const weight = quantize(values, format);
         expect(weight.size).toBe(values.size);
         expect(weight.byteLength).toBe((values.size * bits) / 8);

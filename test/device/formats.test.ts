@@ -4,10 +4,14 @@ import { countMismatches, NUMERIC_CHECKS } from "../../src/cli/bench/numerics.ts
 import { memorySource } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
 import { decode_elements, encode_elements } from "../../src/ops/elements.ts";
-import { ELEMENTS } from "../../src/tensor/formats.ts";
+import { dequantize, quantize } from "../../src/ops/quantize.ts";
+import { BlockTensor } from "../../src/tensor/blocks.ts";
+import { dequantizeScaled, ELEMENTS, packNibbles, quantizeScaled } from "../../src/tensor/formats.ts";
 import { scope } from "../../src/tensor/scope.ts";
 import { onEveryAdapter } from "../support/devices.ts";
 
+const blocks = await openSafetensors(memorySource("block_formats.safetensors",
+  readFileSync(new URL("../fixtures/block_formats.safetensors", import.meta.url))));
 const golden = await openSafetensors(memorySource("numerics.safetensors",
   readFileSync(new URL("../fixtures/numerics.safetensors", import.meta.url))));
 
@@ -41,5 +45,64 @@ await onEveryAdapter((device) => {
   // `krait bench numerics` takes 10^7 patterns of each.
   test.each(NUMERIC_CHECKS)("%s of random bit patterns", async (name) => {
     expect(await countMismatches(device, name, 40_000, 12345)).toBe(0);
+  });
+
+  const bytes = (array: ArrayBufferView) => new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
+
+  test.each([...blocks.tensors.keys()].filter((name) => /codes$/.test(name) && !name.includes("16x16")))(
+    "%s of the exact table", async (name) => {
+      const [, matrix, format, rule] =
+        /^block\.(\w+)\.(\w+)(?:\.(floor|ceil))?\.codes$/.exec(name)! as unknown as
+          [string, string, "mxfp4" | "nvfp4", "floor" | "ceil" | undefined];
+      const values = await blocks.readTensorF32(`block.${matrix}`);
+      const tensor = scope(() => quantize(device.tensor(values, [64, 128]), format,
+        rule ? { scaleRule: rule } : {}));
+      const codes = await blocks.read(name);
+      expect(bytes(await tensor.codes.read())).toEqual(
+        format.endsWith("fp4") ? packNibbles(codes, 128) : codes);
+      expect(bytes(await tensor.scales.read())).toEqual(await blocks.read(name.replace("codes", "scales")));
+      if (tensor.global) {
+        const global = await blocks.readTensorF32(name.replace("codes", "global_scale"));
+        expect(await tensor.global.read()).toEqual(global);
+      }
+      tensor.dispose();
+    });
+
+  test.each([
+    ["nvfp4_16x16", {}], ["nvfp4", { fourOverSix: "squared" }], ["fp8_blockwise", {}], ["mxfp8_e5m2", {}],
+    ["fp8_e5m2", { perRow: true }],
+  ] as const)("%s made on the host stands for the same values on the device", async (format, options) => {
+    const values = Float32Array.from({ length: 128 * 256 }, (_, i) => Math.sin(i * 0.37) * (1 + (i % 7)));
+    const scaled = quantizeScaled(values, [128, 256], format, options);
+    const before = device.pool.liveBytes;
+    const tensor = BlockTensor.fromScaled(device, scaled);
+    const dense = scope(() => dequantize(tensor));
+    expect(await dense.read()).toEqual(dequantizeScaled(scaled));
+    dense.dispose();
+    tensor.dispose();
+    expect(device.pool.liveBytes).toBe(before);
+  });
+
+  test("codes and scales that do not fit, or are not finite, are refused by name", () => {
+    const raw = { codes: new Uint8Array(64), scales: new Uint8Array(8), global: 1, name: "w" };
+    const make = (change: object, shape = [8, 16], format: "nvfp4" | "fp8_e4m3" | "mxfp8_e4m3" = "nvfp4") =>
+      () => BlockTensor.fromCodes(device, format, shape, { ...raw, ...change });
+    const before = device.pool.liveBytes;
+    expect(make({}, [8, 24])).toThrow(/tensor "w": nvfp4: .*multiple of 16, found \[8, 24\]/);
+    expect(make({}, [128])).toThrow(/expected a matrix or a stack of them/);
+    expect(make({ codes: new Uint8Array(63) })).toThrow(/expected 64 bytes of codes for \[8, 16\], found 63/);
+    expect(make({ scales: new Uint8Array(7) })).toThrow(/expected 8 scales for \[8, 16\], found 7/);
+    expect(make({ scales: new Float32Array(8) })).toThrow(/expected scales as bytes, found the other/);
+    expect(make({ scales: new Uint8Array(8).fill(0x7f) })).toThrow(
+      /expected finite scales, found .* 127 at 0/);
+    expect(make({ global: NaN })).toThrow(/expected a finite tensor scale, found NaN/);
+    expect(make({ global: new Float32Array(3) })).toThrow(/expected 1 tensor scales, found 3/);
+    const eight = { codes: new Uint8Array(128).fill(0xff) };
+    expect(make({ ...eight, scales: Float32Array.of(1) }, [8, 16], "fp8_e4m3")).toThrow(
+      /expected finite codes, found 255 at 0/);
+    expect(make({ ...eight, scales: Float32Array.of(NaN) }, [8, 16], "fp8_e4m3")).toThrow(/finite scales/);
+    expect(make({ ...eight, scales: new Uint8Array(4).fill(255) }, [4, 32], "mxfp8_e4m3")).toThrow(
+      /expected finite scales, found .* 255 at 0/);
+    expect(device.pool.liveBytes).toBe(before);
   });
 });

@@ -48,7 +48,7 @@ await onEveryAdapter((device) => {
       });
     }
 
-    for (const format of ["q8", "q4"] as const) {
+    for (const format of ["q8", "q4", "fp8", "mxfp8", "nvfp4"] as const) {
       test(`${format} computes what its weights stand for, in one piece and token by token`, async () => {
         const before = device.pool.liveBytes;
         const model = new NemotronH(config, createWeights(device, config, 5, format));

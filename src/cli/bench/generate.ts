@@ -5,9 +5,9 @@ import { Generator } from "../../infer/engine.ts";
 import { countParameters, forwardFlops, stateBytes } from "../../models/accounting.ts";
 import type { NemotronHConfig } from "../../models/config.ts";
 import { disposeCache, type ModelCache, NemotronH, stepContext } from "../../models/nemotron_h.ts";
-import { createWeights, type WeightFormat } from "../../models/parameters.ts";
+import { blockFormatOf, createWeights, type WeightFormat } from "../../models/parameters.ts";
 import { argmax } from "../../ops/sample.ts";
-import { BLOCK_LAYOUTS, isBlockFormat } from "../../tensor/blocks.ts";
+import { bitsPerValue } from "../../tensor/blocks.ts";
 import { openDevice } from "../../tensor/device.ts";
 import { scope, unscoped } from "../../tensor/scope.ts";
 import { findConfig } from "../models.ts";
@@ -30,11 +30,11 @@ export function decodeBytes(
   return weightBytes(weights) * (active - rows) + 2 * (ssm + conv) + kvPerToken * (position + 1);
 }
 
-/** Bytes per weight; of blocks with their part of the block's f16 scale. */
+/** Bytes per weight; of blocks with their part of the block's scale. */
 function weightBytes(format: WeightFormat): number {
-  if (!isBlockFormat(format)) return format === "f32" ? 4 : 2;
-  const { bits, block } = BLOCK_LAYOUTS[format];
-  return bits / 8 + 2 / block;
+  const blocks = blockFormatOf(format);
+  if (!blocks) return format === "f32" ? 4 : 2;
+  return bitsPerValue(blocks) / 8;
 }
 
 const modelName = ({ options: { config, weights } }: Bench) =>

@@ -15,7 +15,7 @@ import { quantize } from "../../ops/quantize.ts";
 import { selective_state_update } from "../../ops/selective_state_update.ts";
 import { softmax } from "../../ops/softmax.ts";
 import { ssd_scan } from "../../ops/ssd_scan.ts";
-import { BLOCK_LAYOUTS, type BlockFormat } from "../../tensor/blocks.ts";
+import { bitsPerValue, type BlockFormat } from "../../tensor/blocks.ts";
 import type { Tensor } from "../../tensor/tensor.ts";
 import type { Bound } from "./line.ts";
 import type { Bench } from "./runner.ts";
@@ -55,11 +55,8 @@ function ssdInputs(make: (...shape: number[]) => Tensor) {
   };
 }
 
-/** Bytes per weight: its code, and its part of the block's f16 scale. */
-function blockBytes(format: BlockFormat): number {
-  const { bits, block } = BLOCK_LAYOUTS[format];
-  return bits / 8 + 2 / block;
-}
+/** Formats of weights beside f32; one of each pair that costs the same. */
+const PACKED: readonly BlockFormat[] = ["q8", "q4", "fp8_e4m3", "mxfp8_e4m3", "mxfp4", "nvfp4"];
 
 const CASES: readonly KernelCase[] = [
   ...[512, 1024].map((n): KernelCase => ({
@@ -90,8 +87,8 @@ const CASES: readonly KernelCase[] = [
       return () => linear(x, w, null);
     },
   },
-  ...(["q8", "q4"] as const).map((format): KernelCase => ({
-    name: `matvec_${format}_4096`, by: "copy", work: 4096 ** 2 * blockBytes(format),
+  ...PACKED.map((format): KernelCase => ({
+    name: `matvec_${format}_4096`, by: "copy", work: 4096 ** 2 * bitsPerValue(format) / 8,
     prepare(make, bench) {
       const x = make(1, 4096);
       const w = bench.own(quantize(make(4096, 4096), format));
@@ -99,13 +96,20 @@ const CASES: readonly KernelCase[] = [
     },
   })),
   {
-    name: "linear_q8_512x1024x1024", by: "matmul", work: 2 * 512 * 1024 ** 2,
-    prepare(make, bench) {
-      const x = make(512, 1024);
-      const w = bench.own(quantize(make(1024, 1024), "q8"));
+    name: "linear_f32_512x1024x1024", by: "matmul", work: 2 * 512 * 1024 ** 2,
+    prepare(make) {
+      const [x, w] = [make(512, 1024), make(1024, 1024)];
       return () => linear(x, w, null);
     },
   },
+  ...PACKED.map((format): KernelCase => ({
+    name: `linear_${format}_512x1024x1024`, by: "matmul", work: 2 * 512 * 1024 ** 2,
+    prepare(make, bench) {
+      const x = make(512, 1024);
+      const w = bench.own(quantize(make(1024, 1024), format));
+      return () => linear(x, w, null);
+    },
+  })),
   {
     name: "copy_16m", by: "copy", work: 8 * 16 * MEGA,
     prepare(make) {
