@@ -6,7 +6,7 @@ import type { GraphMemory } from "../gpu/pool.ts";
 import type { Graph } from "../gpu/stream.ts";
 import { pipelinesOf } from "../kernel/pipelines.ts";
 import type { NemotronHConfig } from "../models/config.ts";
-import { emptyWeights, type WeightFormat } from "../models/parameters.ts";
+import { emptyWeights, type KeptFormats, type WeightFormat } from "../models/parameters.ts";
 import {
   disposeCache, type KVFormat, type ModelCache, NemotronH, stepContext,
 } from "../models/nemotron_h.ts";
@@ -88,11 +88,11 @@ export class Generator {
    */
   static warmUp(
     device: Device, config: NemotronHConfig, promptTokens: number,
-    { sampling = GREEDY, draft = 0, weights = "f32", kv = "f32" }:
-      Partial<GenerateOptions> & { weights?: WeightFormat; kv?: KVFormat },
+    { sampling = GREEDY, draft = 0, weights = "f32", kept = new Map(), kv = "f32" }:
+      Partial<GenerateOptions> & { weights?: WeightFormat; kept?: KeptFormats; kv?: KVFormat },
   ): void {
     device.rehearse(() => scope(() => {
-      const model = new NemotronH(config, emptyWeights(device, config, weights));
+      const model = new NemotronH(config, emptyWeights(device, config, weights, kept));
       const generator = new Generator(model, promptTokens + draft, kv);
       generator.#sampling = sampling;
       const speculation = draft > 0

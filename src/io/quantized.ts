@@ -184,6 +184,12 @@ function companion(name: string, suffix: string): string {
   return name.replace(/\.(?:weight|weight_packed)$/, `.${suffix}`);
 }
 
+/** Names under which the scales of a weight may be found. */
+export function companionsOf(name: string): string[] {
+  if (!/\.weight(?:_packed)?$/.test(name)) return [];
+  return ["weight_scale", "weight_scale_2", "weight_global_scale"].map((suffix) => companion(name, suffix));
+}
+
 /** The name of a weight's scales; throws where there are none. */
 function scaleOf(reader: TensorReader, name: string, suffix: string): string {
   const scaleName = companion(name, suffix);

@@ -1,10 +1,18 @@
 /** Models to and from checkpoint files in the published layout. */
 import type { Folder } from "../io/files.ts";
-import { readFloatScales, readWeightF32 } from "../io/quantized.ts";
-import { openTensors, safetensorsPieces, type TensorEntry, type TensorReader } from "../io/safetensors.ts";
+import {
+  type CodedFormat, CODED_FORMATS, type CodedWeight, companionsOf, readFloatScales, readStoredWeight,
+    readWeightF32,
+  storedFormat,
+} from "../io/quantized.ts";
+import {
+  openTensors, safetensorsPieces, type TensorEntry, type TensorInfo, type TensorReader,
+} from "../io/safetensors.ts";
 import type { KVScales } from "../nn/attention.ts";
 import type { Weight } from "../nn/weights.ts";
+import { BlockTensor } from "../tensor/blocks.ts";
 import type { Device } from "../tensor/device.ts";
+import { decodeFloat32 } from "../tensor/dtype.ts";
 import { FormatError, UsageError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { unscoped } from "../tensor/scope.ts";
@@ -14,17 +22,22 @@ import {
 } from "./checkpoint_names.ts";
 import { type NemotronHConfig, serialiseConfig } from "./config.ts";
 import type { HostArray, Outputs } from "./evaluate.ts";
-import { NemotronH } from "./nemotron_h.ts";
-import { checkFits, storeParameter, trainableParameters, type WeightFormat } from "./parameters.ts";
+import { type KVFormat, NemotronH } from "./nemotron_h.ts";
+import {
+  canBeCoded, checkFits, type KeptFormats, storeParameter, trainableParameters, type WeightFormat,
+} from "./parameters.ts";
 
 /**
  * Finds every parameter in a checkpoint and hands it over, one after the other.
- * @param take gets the canonical name, a function that reads the values as float32, and the parameter
+ * @param take gets the canonical name, a function that reads the values as float32, the parameter, and the
+ *   names of the tensors that hold it
  * @throws FormatError when a tensor is missing, extra or of another shape, before anything is read.
  */
 export async function readParameters(
   config: NemotronHConfig, reader: TensorReader,
-  take: (name: string, values: () => Promise<Float32Array>, parameter: Parameter) => Promise<void>,
+  take: (
+    name: string, values: () => Promise<Float32Array>, parameter: Parameter, tensors: readonly string[],
+  ) => Promise<void>,
   what?: string,
 ): Promise<void> {
   for (const { parameter, from, tensors } of resolveTensors(config, reader.tensors, what ? { what } : {})) {
@@ -35,7 +48,7 @@ export async function readParameters(
         values.set(await readWeightF32(reader, name), i * (values.length / tensors.length));
       }
       return values;
-    }, parameter);
+    }, parameter, tensors);
   }
 }
 
@@ -57,9 +70,111 @@ export async function readKVScales(reader: TensorReader): Promise<Map<string, KV
 }
 
 /**
- * Loads a checkpoint folder (model.safetensors, or shards with an index) onto a device.
+ * The formats of matrices that a checkpoint stores as codes with scales and that can be held so. Experts of
+ * one layer in several formats, and rows that are no whole blocks, become f32 instead.
+ * @throws FormatError for tensors that do not fit the config
+ */
+export function keptFormats(
+  config: NemotronHConfig, found: ReadonlyMap<string, TensorInfo>, what?: string,
+): KeptFormats {
+  const kept = new Map<string, CodedFormat>();
+  for (const { parameter, tensors } of resolveTensors(config, found, what ? { what } : {})) {
+    const formats = new Set(tensors.map((name) => storedFormat(found, name)));
+    const [format] = formats;
+    if (formats.size === 1 && format && canBeCoded(parameter, format)) kept.set(parameter.name, format);
+  }
+  return kept;
+}
+
+/** What a checkpoint holds in one format. */
+export interface StoredPart {
+  /** f32, bf16, ... for plain numbers, or that of the codes. */
+  readonly format: string;
+  /** Parameters, or parts of stacked ones. */
+  readonly tensors: number;
+  readonly weights: number;
+  /** With scales. */
+  readonly bytes: number;
+}
+
+export interface StoredModel {
+  /** By format, the one with the most weights first. */
+  readonly parts: readonly StoredPart[];
+  readonly kept: KeptFormats;
+  readonly kv: KVFormat;
+}
+
+/**
+ * What a checkpoint folder holds, from the headers of its files.
+ * @throws FormatError for tensors that do not fit the config
+ */
+export async function inspectCheckpoint(config: NemotronHConfig, folder: Folder): Promise<StoredModel> {
+  const reader = await openTensors(folder);
+  try {
+    const parts = new Map<string, { tensors: number; weights: number; bytes: number }>();
+    for (const { parameter, tensors } of resolveTensors(config, reader.tensors, { what: folder.name })) {
+      for (const name of tensors) {
+        const { dtype, byteLength } = reader.info(name);
+        const format = storedFormat(reader.tensors, name) ?? dtype.toLowerCase();
+        const part = parts.get(format) ?? { tensors: 0, weights: 0, bytes: 0 };
+        const scales = companionsOf(name).reduce((sum, scale) =>
+          sum + (reader.tensors.get(scale)?.byteLength ?? 0), 0);
+        parts.set(format, {
+          tensors: part.tensors + 1, weights: part.weights + sizeOf(parameter.shape) / tensors.length,
+          bytes: part.bytes + byteLength + scales,
+        });
+      }
+    }
+    return {
+      parts: [...parts].map(([format, part]) => ({ format, ...part }))
+        .toSorted((a, b) => b.weights - a.weights),
+      kept: keptFormats(config, reader.tensors, folder.name),
+      kv: (await readKVScales(reader)).size > 0 ? "fp8" : "f32",
+    };
+  } finally {
+    await reader.close();
+  }
+}
+
+/** Codes and scales of one matrix, or of the experts of a layer, as one tensor on the device. */
+async function loadCoded(
+  device: Device, reader: TensorReader, { shape, name }: Parameter, tensors: readonly string[],
+): Promise<BlockTensor> {
+  const parts: CodedWeight[] = [];
+  for (const tensor of tensors) parts.push(await readStoredWeight(reader, tensor) as CodedWeight);
+  const { format } = parts[0]!;
+  const codes = joined(parts.map((part) => part.codes));
+  const global = Float32Array.from(parts, (part) => part.global);
+  if (CODED_FORMATS[format].scale !== "F32") {
+    const scales = joined(parts.map((part) => part.scales));
+    return unscoped(() => BlockTensor.fromCodes(
+      device, format, shape, { codes, scales, global: format === "nvfp4" ? global : null, name }));
+  }
+  // One scale for each expert, or, where one of them has a scale for every row, all have.
+  const lists = parts.map((part) => decodeFloat32("F32", part.scales));
+  const rows = Math.max(...lists.map((list) => list.length));
+  const scales = Float32Array.from({ length: rows * lists.length }, (_, i) => {
+    const list = lists[Math.floor(i / rows)]!;
+    return list.length === 1 ? list[0]! : list[i % rows]!;
+  });
+  return unscoped(() => BlockTensor.fromCodes(device, format, shape, { codes, scales, name }));
+}
+
+function joined(parts: readonly Uint8Array[]): Uint8Array {
+  const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    whole.set(part, at);
+    at += part.length;
+  }
+  return whole;
+}
+
+/**
+ * Loads a checkpoint folder (model.safetensors, or shards with an index) onto a device. Matrices that are
+ * stored as codes with scales (FP8, MXFP8, MXFP4, NVFP4) stay so, unless they are to be trained.
  * @param trainable parameters require gradients; then `weights` must be f32
- * @param weights the format of matrices on the device
+ * @param weights the format on the device of matrices that are stored as plain numbers
  * @throws FormatError for a checkpoint that does not fit the config;
  *   OutOfMemoryError when it does not fit the device.
  */
@@ -69,12 +184,17 @@ export async function loadModel(
   if (trainable && weights !== "f32") {
     throw new UsageError(`Weights that are trained must be f32, found ${weights}.`);
   }
-  checkFits(device, config, weights);
   const reader = await openTensors(folder);
   let parameters = new Map<string, Weight>();
   try {
+    const kept: KeptFormats = trainable ? new Map() : keptFormats(config, reader.tensors, folder.name);
+    checkFits(device, config, weights, kept);
     if (trainable) parameters = unscoped(() => trainableParameters(device, config));
-    await readParameters(config, reader, async (name, values, parameter) => {
+    await readParameters(config, reader, async (name, values, parameter, tensors) => {
+      if (kept.has(name)) {
+        parameters.set(name, await loadCoded(device, reader, parameter, tensors));
+        return;
+      }
       const data = await values();
       const made = parameters.get(name);
       if (made instanceof Tensor) made.write(data);

@@ -3,10 +3,13 @@
  * so that a seed means the same weights everywhere.
  */
 import { OutOfMemoryError } from "../gpu/errors.ts";
+import type { CodedFormat } from "../io/quantized.ts";
 import type { Weight } from "../nn/weights.ts";
 import { cast } from "../ops/cast.ts";
 import { quantize } from "../ops/quantize.ts";
-import { bitsPerValue, BLOCK_LAYOUTS, type BlockFormat, type BlockTensor } from "../tensor/blocks.ts";
+import {
+  bitsPerValue, BLOCK_LAYOUTS, type BlockFormat, blockScaleShape, BlockTensor, codeWords,
+} from "../tensor/blocks.ts";
 import type { Device } from "../tensor/device.ts";
 import { ConfigError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
@@ -33,25 +36,37 @@ export function blockFormatOf(weights: WeightFormat): BlockFormat | undefined {
   return BLOCKS[weights];
 }
 
+/** Formats of the parameters that keep the codes and scales of a checkpoint, by name. */
+export type KeptFormats = ReadonlyMap<string, CodedFormat>;
+
+/** Whether a parameter may be held as codes and scales of a format. */
+export function canBeCoded({ kind, shape }: Parameter, format: CodedFormat): boolean {
+  return MATRICES.has(kind) && shape.at(-1)! % BLOCK_LAYOUTS[format].block === 0;
+}
+
 /**
  * Checks that every parameter can be bound on the device, before anything is drawn or read.
+ * @param weights the format of matrices; those in `kept` have another
  * @throws OutOfMemoryError naming the first parameter that is too large.
  */
-export function checkFits(device: Device, config: NemotronHConfig, weights: WeightFormat = "f32"): void {
+export function checkFits(
+  device: Device, config: NemotronHConfig, weights: WeightFormat = "f32", kept: KeptFormats = new Map(),
+): void {
   const { maxBufferSize, maxStorageBufferBindingSize } = device.gpuDevice.limits;
   const most = Math.min(maxBufferSize, maxStorageBufferBindingSize);
   const list = listParameters(config);
   for (const { name, shape } of list) {
-    const bytes = 4 * sizeOf(shape);
+    const stored = kept.get(name);
+    const bytes = stored ? 4 * codeWords(sizeOf(shape), stored) : 4 * sizeOf(shape);
     if (bytes <= most) continue;
     throw new OutOfMemoryError(
-      `The model is larger than the device: ${name} [${shape.join(", ")}] takes ${bytes} bytes in f32, but ` +
-      `${device.info.id} binds at most ${most}.`, bytes, most);
+      `The model is larger than the device: ${name} [${shape.join(", ")}] takes ${bytes} bytes in ` +
+      `${stored ?? "f32"}, but ${device.info.id} binds at most ${most}.`, bytes, most);
   }
   const total = list.reduce((sum, parameter) => {
     const format = formatOf(parameter, weights);
     const size = sizeOf(parameter.shape);
-    const blocks = blockFormatOf(format);
+    const blocks = kept.get(parameter.name) ?? blockFormatOf(format);
     return sum + (blocks ? (size * bitsPerValue(blocks)) / 8 : storageBytes(size, format as TensorDType));
   }, 0);
   if (total > device.pool.ceilingBytes) {
@@ -143,14 +158,26 @@ export function storeParameter(
  * Every parameter in its format, of any contents: for going through a model's motions (`device.rehearse`).
  */
 export function emptyWeights(
-  device: Device, config: NemotronHConfig, weights: WeightFormat = "f32",
+  device: Device, config: NemotronHConfig, weights: WeightFormat = "f32", kept: KeptFormats = new Map(),
 ): Map<string, Weight> {
   return new Map(listParameters(config).map((parameter): [string, Weight] => {
+    const stored = kept.get(parameter.name);
+    if (stored) return [parameter.name, emptyBlocks(device, parameter.shape, stored)];
     const format = formatOf(parameter, weights);
     const tensor = device.empty(parameter.shape);
     if (format === "f32") return [parameter.name, tensor];
     return [parameter.name, converted(tensor, format)];
   }));
+}
+
+function emptyBlocks(device: Device, shape: readonly number[], format: CodedFormat): BlockTensor {
+  const { global, scale } = BLOCK_LAYOUTS[format];
+  return scope(() => {
+    const codes = device.empty([...shape.slice(0, -1), codeWords(shape.at(-1)!, format)], "u32");
+    const scales = device.empty(blockScaleShape(shape, format), scale === "bytes" ? "u32" : "f32");
+    return new BlockTensor(
+      shape, format, codes.retain(), scales.retain(), global ? device.empty([1]).retain() : null);
+  });
 }
 
 function converted(tensor: Tensor, format: WeightFormat): Tensor | BlockTensor {

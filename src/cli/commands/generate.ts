@@ -6,6 +6,8 @@ import { KV_FORMATS } from "../../models/nemotron_h.ts";
 import { WEIGHT_FORMATS } from "../../models/parameters.ts";
 import { UsageError } from "../../tensor/errors.ts";
 import { defineCommand } from "../args.ts";
+import { openFolder } from "../../io/files.node.ts";
+import { inspectCheckpoint } from "../../models/checkpoint.ts";
 import { findConfig, findTokenizer, modelFolder, openModel } from "../models.ts";
 import { colours, wantsColour } from "../terminal.ts";
 
@@ -41,8 +43,8 @@ export const generate = defineCommand({
     },
     weights: {
       type: "string", choices: WEIGHT_FORMATS, default: "f32",
-      help: "How matrices lie in memory: f32, f16 or bf16, or in blocks of 32 values of 8 or 4 bits with a " +
-        "scale (tables of tokens never below 8).",
+      help: "How matrices that the checkpoint holds as plain numbers lie in memory: f32, f16 or bf16, or " +
+        "in blocks of 16 or 32 values of 8 or 4 bits with a scale (tables of tokens never below 8).",
     },
     kvCache: {
       type: "string", choices: KV_FORMATS,
@@ -74,20 +76,24 @@ export const generate = defineCommand({
         },
       };
       const pipelines = pipelinesOf(device);
-      const prepare = () => {
+      const prepare = async () => {
         const { tokenizer } = findTokenizer(folder, config.vocab_size);
         const prompt = options.prompt === undefined
           ? parseIds(options.promptTokens!)
           : [...(tokenizer.bosId === null ? [] : [tokenizer.bosId]), ...tokenizer.encode(options.prompt)];
-        Generator.warmUp(device, config, prompt.length, { ...settings, weights: options.weights });
-        return { tokenizer, prompt };
+        const stored = await inspectCheckpoint(config, openFolder(folder));
+        Generator.warmUp(device, config, prompt.length, {
+          ...settings, weights: options.weights, kept: stored.kept, kv: options.kvCache ?? stored.kv,
+        });
+        const formats = [...new Set(stored.kept.values()), options.weights];
+        return { tokenizer, prompt, formats: formats.join(", ") };
       };
       // Kernels compile while the weights are read. What is wrong with the weights is said first.
       const loading = openModel(device, options.model, { weights: options.weights });
-      const preparing = Promise.resolve().then(prepare);
+      const preparing = prepare();
       await Promise.allSettled([loading, preparing]);
       const { model } = await loading;
-      const { tokenizer, prompt } = await preparing;
+      const { tokenizer, prompt, formats } = await preparing;
       const weightBytes = device.pool.liveBytes;
       const kv = options.kvCache ?? model.kvFormat;
       const generator = new Generator(model, prompt.length + options.maxTokens + options.draft, kv);
@@ -107,7 +113,7 @@ export const generate = defineCommand({
         text, tokens: run.tokens, prompt_tokens: stats.promptTokens, first_token_ms: firstMs,
         compile_ms: pipelines.compileMs, prefill_ms: stats.prefillMs,
         decode_ms: stats.decodeMs, tokens_per_s: speed,
-        weights: options.weights, weight_bytes: weightBytes,
+        weights: formats, weight_bytes: weightBytes,
         kv_cache: kv, kv_bytes: generator.kvBytes,
         passes: stats.passes, drafted: stats.drafted, accepted: stats.accepted,
         acceptance: stats.drafted > 0 ? stats.accepted / stats.drafted : null, stopped: run.stopped,
@@ -122,7 +128,7 @@ export const generate = defineCommand({
         stderr.write(colours(wantsColour(stderr, env)).dim(
           `${stats.tokens} tokens, ${speed.toFixed(1)} tokens/s after a prompt of ${stats.promptTokens} in ` +
           `${stats.prefillMs.toFixed(0)} ms${drafts}, ${(weightBytes / 2 ** 20).toFixed(1)} MiB of ` +
-          `${options.weights} weights, on ${device.info.id}; the first after ` +
+          `${formats} weights, on ${device.info.id}; the first after ` +
           `${(firstMs / 1000).toFixed(2)} s in all, kernels compiled for ` +
           `${(pipelines.compileMs / 1000).toFixed(2)} s\n`));
       }

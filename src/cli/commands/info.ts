@@ -1,10 +1,16 @@
+import { existsSync, readFileSync, statSync } from "node:fs";
+import { join } from "node:path";
 import {
   countLayers, countParameters, countTensors, layerStrip, memoryToRun, memoryToTrain, stateBytes,
   type RunFormat,
 } from "../../models/accounting.ts";
+import { inspectCheckpoint, type StoredPart } from "../../models/checkpoint.ts";
 import type { NemotronHConfig } from "../../models/config.ts";
+import { openFolder } from "../../io/files.node.ts";
+import { isObject, parseJson } from "../../io/json.ts";
+import { INDEX_FILE, SINGLE_FILE } from "../../io/safetensors.ts";
 import { defineCommand } from "../args.ts";
-import { findConfig } from "../models.ts";
+import { findConfig, modelFolder } from "../models.ts";
 import { colours, formatBytes, formatCount, table, wantsColour } from "../terminal.ts";
 
 const FORMATS: readonly RunFormat[] = ["f32", "bf16", "f16", "fp8", "nvfp4"];
@@ -19,13 +25,48 @@ export const info = defineCommand({
     json: { type: "boolean", help: "Print one JSON object instead of text." },
   },
   examples: ["krait info nemotron-3-nano-30b-a3b", "krait info runs/first --json"],
-  run({ options, args, stdout, env }) {
+  async run({ options, args, stdout, env }) {
     const config = findConfig(args[0]!);
-    const facts = examine(config, options.batch, options.tokens);
+    const stored = await examineFolder(args[0]!, config);
+    const facts = { ...examine(config, options.batch, options.tokens), ...(stored ? { stored } : {}) };
     stdout.write(options.json ? `${JSON.stringify(facts, null, 2)}\n`
       : render(args[0]!, config, facts, colours(wantsColour(stdout, env))));
   },
 });
+
+interface StoredFacts {
+  readonly parts: readonly (StoredPart & { readonly bits_per_weight: number })[];
+  readonly bits_per_weight: number;
+  readonly bytes: number;
+  readonly kv_cache: string;
+  /** What hf_quant_config.json or config.json says, which decides nothing. */
+  readonly metadata: string | null;
+}
+
+/** What the weights of a model folder are stored in; null for presets and folders without weights. */
+async function examineFolder(path: string, config: NemotronHConfig): Promise<StoredFacts | null> {
+  if (!statSync(path, { throwIfNoEntry: false })?.isDirectory()) return null;
+  const folder = modelFolder(path);
+  if (![INDEX_FILE, SINGLE_FILE].some((file) => existsSync(join(folder, file)))) return null;
+  const { parts, kv } = await inspectCheckpoint(config, openFolder(folder));
+  const sum = (key: "weights" | "bytes") => parts.reduce((total, part) => total + part[key], 0);
+  return {
+    parts: parts.map((part) => ({ ...part, bits_per_weight: (8 * part.bytes) / part.weights })),
+    bits_per_weight: (8 * sum("bytes")) / sum("weights"), bytes: sum("bytes"), kv_cache: kv,
+    metadata: quantisationMetadata(folder),
+  };
+}
+
+function quantisationMetadata(folder: string): string | null {
+  const read = (file: string, key: string) => {
+    if (!existsSync(join(folder, file))) return undefined;
+    const value = parseJson(readFileSync(join(folder, file)), { what: file, nonFinite: true });
+    return isObject(value) && isObject(value[key]) ? value[key] : undefined;
+  };
+  const said = read("hf_quant_config.json", "quantization") ?? read("config.json", "quantization_config");
+  const name = said?.["quant_algo"] ?? said?.["format"] ?? said?.["quant_method"];
+  return typeof name === "string" ? name : null;
+}
 
 function examine(config: NemotronHConfig, batch: number, tokens: number) {
   const { total, backbone, mtp, active } = countParameters(config);
@@ -44,7 +85,8 @@ function examine(config: NemotronHConfig, batch: number, tokens: number) {
 }
 
 function render(
-  name: string, config: NemotronHConfig, facts: ReturnType<typeof examine>, c: ReturnType<typeof colours>,
+  name: string, config: NemotronHConfig, facts: ReturnType<typeof examine> & { stored?: StoredFacts },
+  c: ReturnType<typeof colours>,
 ): string {
   const { parameters: p, state, state_f32: f32, train, batch, tokens } = facts;
   const exact = (count: number) => `${count.toLocaleString("en-US")} (${formatCount(count)})`;
@@ -56,6 +98,7 @@ function render(
       ...(p.mtp > 0 ? [[" backbone", exact(p.backbone)], [" MTP", exact(p.mtp)]] : []),
       [" tensors in a checkpoint", String(facts.checkpoint_tensors)],
     ]),
+    ...(facts.stored ? renderStored(facts.stored, c) : []),
     "", c.bold("State of one sequence"),
     table([
       [" SSM state, each Mamba layer", `${formatBytes(state.ssmPerLayer)}`],
@@ -76,4 +119,19 @@ function render(
       [" activations, about", formatBytes(train.activations)],
     ]), "",
   ].join("\n");
+}
+
+function renderStored(stored: StoredFacts, c: ReturnType<typeof colours>): string[] {
+  const bits = (x: number) => `${x.toFixed(3)} bits per weight`;
+  return [
+    "", c.bold(`Stored weights${stored.metadata === null ? "" : `, ${stored.metadata} by their metadata`}`),
+    table([
+      ...stored.parts.map((part) => [
+        ` ${part.format}`, `${formatCount(part.weights)} weights in ${part.tensors} tensors`,
+        formatBytes(part.bytes), bits(part.bits_per_weight),
+      ]),
+      [" all", "", formatBytes(stored.bytes), bits(stored.bits_per_weight)],
+      ...(stored.kv_cache === "fp8" ? [[" keys and values", "with scales for fp8"]] : []),
+    ]),
+  ];
 }
