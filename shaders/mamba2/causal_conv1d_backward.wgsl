@@ -3,7 +3,7 @@
 //   documents left out.
 //
 // Shapes as in causal_conv1d.wgsl. The sums over t are left per span of positions: `part` [B * ceil(L /
-// SPAN), C * K + C], weights first, then biases, for sum_rows.
+// SPAN), bias_at + C], the C * K weights first, then biases, for sum_rows.
 //
 // `causal_conv1d_backward`: one invocation slides over SPAN positions of four channels and recomputes v; the
 // three gradients dv behind its span that reach back into it are computed a second time.
@@ -18,6 +18,7 @@ struct Params {
   seqlen: u32,
   channels: u32,
   taps: u32, // K
+  bias_at: u32, // where a row of `part` has the bias
   total: u32, // batch * ceil(seqlen / SPAN) * ceil(channels / 4), or batch * channels
 }
 
@@ -57,13 +58,13 @@ override SPAN: u32 = 32;
 
 // Stores the sums of channels c, ..., c + 3 over one span; column d is the tap d positions back.
 fn store_part(span: u32, c: u32, dw: mat4x4f, dbias: vec4f) {
-  let row = span * params.channels * (params.taps + 1u);
+  let row = span * (params.bias_at + params.channels);
   for (var k = 0u; k < 4u && c + k < params.channels; k++) {
     let taps = vec4f(dw[0][k], dw[1][k], dw[2][k], dw[3][k]);
     for (var d = 0u; d < params.taps; d++) {
       part[row + (c + k + 1u) * params.taps - 1u - d] = taps[d];
     }
-    part[row + params.channels * params.taps + c + k] = dbias[k];
+    part[row + params.bias_at + c + k] = dbias[k];
   }
 }
 

@@ -8,8 +8,8 @@
 //   ddt_raw_t = (x_t . (L_t B_t) + A alpha_t) sigmoid(dt_raw_t + dt_bias), 0 where dt was clamped;
 //   dA_log = A sum dt_t alpha_t;  ddt_bias = sum ddt_raw_t;  dD = sum dy_t . x_t.
 //
-// ddt_raw [B,L,H]; the last three are left per chunk, [B*chunks,3,H], for sum_rows.wgsl. One invocation walks
-// one chunk of one head backwards.
+// ddt_raw [B,L,H]; the last three are left per chunk, [B*chunks,3,apart], for sum_rows.wgsl. One invocation
+// walks one chunk of one head backwards.
 
 import package::lib::index::workgroup_index;
 import package::lib::activations::{sigmoid, softplus};
@@ -23,6 +23,7 @@ struct Params {
   total: u32, // batch * chunks * nheads
   lo: f32,
   hi: f32,
+  apart: u32, // from one of the last three to the next
 }
 
 @group(0) @binding(0) var<storage, read> dt_raw: array<f32>;
@@ -96,8 +97,8 @@ fn ssd_steps_backward(
     dbias += d;
     dD += sum.z;
   }
-  let row = (b * params.chunks + c) * 3u * params.nheads + h;
+  let row = (b * params.chunks + c) * 3u * params.apart + h;
   sums[row] = A * dA;
-  sums[row + params.nheads] = dbias;
-  sums[row + 2u * params.nheads] = dD;
+  sums[row + params.apart] = dbias;
+  sums[row + 2u * params.apart] = dD;
 }

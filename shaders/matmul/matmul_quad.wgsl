@@ -68,7 +68,7 @@ struct Params {
 @group(0) @binding(6) var<storage, read> extra: array<Extra>;
 @group(1) @binding(0) var<uniform> params: Params;
 
-override WG: u32 = 32;
+override WG: u32 = 16;
 
 // Four k: where they may be read in A and in B, and which of them count.
 struct Step { at: vec4u, at_b: vec4u, live: vec4<bool> }

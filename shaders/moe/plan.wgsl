@@ -7,6 +7,7 @@
 //   scan_pieces:   counters become the number of the expert in earlier pieces; one invocation per expert
 //   scan_experts:  offsets from the totals; one workgroup
 //   scatter:       each piece places its choices in order; one invocation per piece
+//   whole:         the four after each other in one workgroup, WG pieces that need not come cleared
 //   small:         everything for S <= 128 in one workgroup, by counting who comes before
 // Nothing that decides the order is atomic, hence the same plan every time.
 import package::lib::index::workgroup_index;
@@ -42,7 +43,10 @@ fn count(
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
   @builtin(local_invocation_index) lane: u32,
 ) {
-  let piece = workgroup_index(wid, nwg) * WG + lane;
+  count_piece(workgroup_index(wid, nwg) * WG + lane);
+}
+
+fn count_piece(piece: u32) {
   if (piece >= params.pieces) {
     return;
   }
@@ -57,7 +61,10 @@ fn scan_pieces(
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
   @builtin(local_invocation_index) lane: u32,
 ) {
-  let e = workgroup_index(wid, nwg) * WG + lane;
+  scan_expert(workgroup_index(wid, nwg) * WG + lane);
+}
+
+fn scan_expert(e: u32) {
   let E = params.experts;
   if (e >= E) {
     return;
@@ -86,6 +93,10 @@ fn scan_pieces(
 
 @compute @workgroup_size(WG)
 fn scan_experts(@builtin(local_invocation_index) lane: u32) {
+  scan_totals(lane);
+}
+
+fn scan_totals(lane: u32) {
   let size = (params.experts + WG - 1u) / WG;
   let first = lane * size;
   let end = min(first + size, params.experts);
@@ -113,7 +124,10 @@ fn scatter(
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
   @builtin(local_invocation_index) lane: u32,
 ) {
-  let piece = workgroup_index(wid, nwg) * WG + lane;
+  scatter_piece(workgroup_index(wid, nwg) * WG + lane);
+}
+
+fn scatter_piece(piece: u32) {
   if (piece >= params.pieces) {
     return;
   }
@@ -126,6 +140,22 @@ fn scatter(
     slot_token[slot] = i;
     token_slot[i] = slot;
   }
+}
+
+@compute @workgroup_size(WG)
+fn whole(@builtin(local_invocation_index) lane: u32) {
+  for (var e = 0u; e < params.experts; e++) {
+    histogram[lane * params.experts + e] = 0u;
+  }
+  count_piece(lane);
+  storageBarrier();
+  for (var e = lane; e < params.experts; e += WG) {
+    scan_expert(e);
+  }
+  storageBarrier();
+  scan_totals(lane);
+  storageBarrier();
+  scatter_piece(lane);
 }
 
 @compute @workgroup_size(WG)

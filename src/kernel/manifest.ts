@@ -400,6 +400,35 @@ export const manifest = {
       gather: ["dweight","dy","head","mask","next","params"],
     },
   },
+  "elementwise/parts": {
+    bindings: {
+      src: { binding: 0, access: "read" },
+      out0: { binding: 1, access: "read_write" },
+      out1: { binding: 2, access: "read_write" },
+      out2: { binding: 3, access: "read_write" },
+      dst: { binding: 4, access: "read_write" },
+      in0: { binding: 5, access: "read" },
+      in1: { binding: 6, access: "read" },
+      in2: { binding: 7, access: "read" },
+    },
+    params: {
+      rows: "u32",
+      cols: "u32",
+      first: "u32",
+      width0: "u32",
+      width1: "u32",
+      width2: "u32",
+      parts: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["vec4"],
+    entries: {
+      split: ["out0","out1","out2","params","src"],
+      join: ["dst","in0","in1","in2","params"],
+    },
+  },
   "elementwise/unary": {
     bindings: {
       x: { binding: 0, access: "read" },
@@ -624,6 +653,7 @@ export const manifest = {
       seqlen: "u32",
       channels: "u32",
       taps: "u32",
+      bias_at: "u32",
       total: "u32",
     },
     overrides: {
@@ -987,6 +1017,7 @@ export const manifest = {
       total: "u32",
       lo: "f32",
       hi: "f32",
+      apart: "u32",
     },
     overrides: {
       WG: "u32",
@@ -1452,6 +1483,7 @@ export const manifest = {
       scan_pieces: ["histogram","offsets","params"],
       scan_experts: ["offsets","params"],
       scatter: ["histogram","offsets","params","slot_token","token_slot","topk_idx"],
+      whole: ["histogram","offsets","params","slot_token","token_slot","topk_idx"],
       small: ["offsets","params","slot_token","token_slot","topk_idx"],
     },
   },

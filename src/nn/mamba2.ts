@@ -123,7 +123,8 @@ export class Mamba2 {
     const { nheads: H, headdim: P, dstate: N, ngroups: G } = this.sizes;
     const [B, L] = xBC.shape as [number, number, number];
     const [conv, conv_state] = causal_conv1d(
-      xBC, this.#convWeight, this.conv_bias, cache && cache.conv_state, context.seq_idx) as [Tensor, Tensor];
+      xBC, this.#convWeight, this.conv_bias, cache && cache.conv_state, context.seq_idx, cache !== null,
+    ) as [Tensor, Tensor | undefined];
     const [x, Bmat, C] = split_columns(conv, [H * P, G * N, G * N]) as [Tensor, Tensor, Tensor];
     const x_BLHP = x.reshape([B, L, H, P]);
     const B_BLGN = Bmat.reshape([B, L, G, N]);
@@ -132,7 +133,7 @@ export class Mamba2 {
     if (cache && context.step?.verify) {
       cache.pending = promote({ xBC, x: x_BLHP, dt, B: B_BLGN, C: C_BLGN });
     } else if (cache) {
-      cache.conv_state.copyFrom(conv_state);
+      cache.conv_state.copyFrom(conv_state!);
       cache.ssm_state.copyFrom(ssm_state);
     }
     return y;

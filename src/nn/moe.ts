@@ -1,9 +1,9 @@
-import { grouped_linear } from "../ops/grouped_linear.ts";
+import { expert_tiles, grouped_linear } from "../ops/grouped_linear.ts";
 import { linear } from "../ops/linear.ts";
 import { moe_plan, moe_unpermute } from "../ops/moe.ts";
 import { router } from "../ops/router.ts";
 import { promote } from "../tensor/scope.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
 import { MLP } from "./mlp.ts";
 import type { Weight, Weights } from "./weights.ts";
@@ -73,9 +73,10 @@ export class MoE {
     context.routing?.push(promote({ layer: this.path, logits, weight, index }));
     const plan = moe_plan(index, E);
     const inner = this.latent ? linear(x_TD, this.latent.fc1, this.latent.fc1_bias) : x_TD;
+    const tiles = this.up instanceof Tensor ? expert_tiles(plan.offsets, plan.slot_token.size) : null;
     const up = grouped_linear(inner, this.up, plan.offsets,
-      { permute: { ...plan, topk: K }, activation: "relu2" });
-    const expert_out = grouped_linear(up, this.down, plan.offsets);
+      { permute: { ...plan, topk: K }, activation: "relu2", tiles });
+    const expert_out = grouped_linear(up, this.down, plan.offsets, { tiles });
     const rest = residual && residual.reshape([-1, hidden]);
     const base = this.shared ? this.shared.forward(x_TD, rest) : rest;
     if (!this.latent) return moe_unpermute(expert_out, weight, plan, base).reshape(x_BLD.shape);

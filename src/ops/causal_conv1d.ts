@@ -1,7 +1,7 @@
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { checkSeqIdx, checkShape, documents, groups, quads, sumRows } from "./chunking.ts";
+import { checkSeqIdx, checkShape, documents, groups, quads, rangeAt, sumRows } from "./chunking.ts";
 import { defineOp } from "./op.ts";
 
 const SPAN = 16;
@@ -31,6 +31,7 @@ function optional(weight: Tensor, bias: Tensor | null, initial_state: Tensor | n
  *                      zeros; no gradient
  * @param seq_idx       (B, L) i32 or null; a change of value starts a document, and inputs of another count
  *                      as zero
+ * @param wants_state   false: without final_state
  * @returns             y (B, L, C) and final_state (B, C, K): the last K inputs, oldest first
  *
  * Throws   ShapeError for shapes that do not fit.
@@ -41,6 +42,7 @@ export const causal_conv1d = defineOp({
   name: "causal_conv1d",
   forward(
     ctx, x: Tensor, weight: Tensor, bias: Tensor | null, initial_state: Tensor | null, seq_idx: Tensor | null,
+    wants_state = true,
   ) {
     const op = "causal_conv1d";
     check(x.shape.length === 3, op, "x", "[batch, seqlen, channels]", x);
@@ -52,19 +54,20 @@ export const causal_conv1d = defineOp({
     if (initial_state) checkShape(op, "initial_state", initial_state, [batch, channels, taps]);
     checkSeqIdx(op, seq_idx, batch, seqlen);
     const y = x.device.empty(x.shape);
-    const state = x.device.empty([batch, channels, taps]);
     const { conditions, ...rest } = optional(weight, bias, initial_state, seq_idx);
     const total = batch * Math.ceil(seqlen / SPAN) * Math.ceil(channels / 4);
     launch("mamba2/causal_conv1d", {
       entry: "causal_conv1d", bind: { x, weight, ...rest, y }, params: { seqlen, channels, taps, total },
       constants: { SPAN }, conditions: [...conditions, ...quads(channels)], workgroups: groups(total),
     });
+    ctx.save({ x, weight, bias, initial_state, seq_idx });
+    if (!wants_state) return [y];
+    const state = x.device.empty([batch, channels, taps]);
     launch("mamba2/causal_conv1d", {
       entry: "final_state", bind: { x, initial_state: rest.initial_state, seq_idx: rest.seq_idx, state },
       params: { seqlen, channels, taps, total: batch * channels },
       conditions: [...conditions, ...quads(channels)], workgroups: groups(batch * channels),
     });
-    ctx.save({ x, weight, bias, initial_state, seq_idx });
     return [y, state];
   },
   backward({ x, weight, bias, initial_state, seq_idx }, [dy, dstate]) {
@@ -72,24 +75,25 @@ export const causal_conv1d = defineOp({
     const taps = weight.shape[1]!;
     const dx = x.device.empty(x.shape);
     const spans = batch * Math.ceil(seqlen / SPAN_BACKWARD);
-    const part = x.device.empty([spans, channels * (taps + 1)]);
+    const bias_at = rangeAt(channels * taps);
+    const part = x.device.empty([spans, bias_at + channels]);
     const { conditions, ...rest } = optional(weight, bias, initial_state, seq_idx);
     const total = spans * Math.ceil(channels / 4);
     launch("mamba2/causal_conv1d_backward", {
       entry: "causal_conv1d_backward",
       bind: { x, weight, ...rest, dy: dy ?? x.device.zeros(x.shape), dx, part },
-      params: { seqlen, channels, taps, total }, constants: { SPAN: SPAN_BACKWARD },
+      params: { seqlen, channels, taps, bias_at, total }, constants: { SPAN: SPAN_BACKWARD },
       conditions: [...conditions, ...quads(channels)], workgroups: groups(total),
     });
     if (dstate) {
       launch("mamba2/causal_conv1d_backward", {
         entry: "final_state_backward", bind: { seq_idx: rest.seq_idx, dx, dstate },
-        params: { seqlen, channels, taps, total: batch * channels },
+        params: { seqlen, channels, taps, bias_at, total: batch * channels },
         conditions: [...conditions, ...quads(channels)], workgroups: groups(batch * channels),
       });
     }
-    const dweight = sumRows(part, channels * taps).reshape([channels, taps]);
-    return [dx, dweight, bias && sumRows(part, channels, channels * taps)];
+    const sums = sumRows(part, bias_at + (bias ? channels : 0));
+    return [dx, sums.range(0, [channels, taps]), bias && sums.range(bias_at, [channels])];
   },
 });
 

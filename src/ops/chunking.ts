@@ -20,6 +20,9 @@ export function quads(...widths: readonly number[]): "vec4"[] {
   return widths.every((width) => width % 4 === 0) ? ["vec4"] : [];
 }
 
+/** The first place from `at` on where a kernel may begin to read (`Tensor.range`). */
+export const rangeAt = (at: number): number => Math.ceil(at / 64) * 64;
+
 /** The condition `documents`, where there is a tensor of document starts. */
 export const documents = (start: Tensor | null): "documents"[] => (start ? ["documents"] : []);
 

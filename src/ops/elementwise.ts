@@ -138,6 +138,34 @@ const columnsOf = (x: Tensor): number => x.shape.at(-1)!;
 const rowsOf = (x: Tensor): number => x.shape.slice(0, -1).reduce((a, b) => a * b, 1);
 const withColumns = (x: Tensor, cols: number): number[] => [...x.shape.slice(0, -1), cols];
 
+/** Copies between a tensor and the parts that lie side by side in its rows, three parts to a launch. */
+function moveParts(entry: "split" | "join", whole: Tensor, parts: readonly Tensor[]): void {
+  const rows = rowsOf(whole);
+  let first = 0;
+  for (let i = 0; i < parts.length; i += 3) {
+    const widths = [0, 1, 2].map((j) => (parts[i + j] ? columnsOf(parts[i + j]!) : 0));
+    const [width0, width1, width2] = widths as [number, number, number];
+    const total = width0 + width1 + width2;
+    const isWide = [columnsOf(whole), first, ...widths].every((n) => n % 4 === 0);
+    const unit = isWide ? 4 : 1;
+    const each = Math.max(1, Math.ceil(total / unit / (whole.device.info.isSoftware ? 16 : 2)));
+    const part = (j: number) => parts[i + j] ?? whole.device.empty([0]);
+    launch("elementwise/parts", {
+      entry,
+      bind: entry === "split"
+        ? { src: whole, out0: part(0), out1: part(1), out2: part(2) }
+        : { dst: whole, in0: part(0), in1: part(1), in2: part(2) },
+      params: {
+        rows, cols: columnsOf(whole) / unit, first: first / unit, width0: width0 / unit,
+        width1: width1 / unit, width2: width2 / unit, parts: each,
+      },
+      constants: { WG }, conditions: isWide ? ["vec4"] : [],
+      workgroups: [total === 0 ? 0 : Math.ceil((rows * each) / WG)],
+    });
+    first += total;
+  }
+}
+
 /**
  * Columns of x as separate tensors.
  *
@@ -154,24 +182,14 @@ export const split_columns = defineOp({
     const total = widths.reduce((a, b) => a + b, 0);
     check(total === cols, "split_columns", "the sum of the widths", String(cols), total);
     ctx.save({ shape: x.shape, widths });
-    let first = 0;
-    return widths.map((width) => {
-      const part = x.device.empty(withColumns(x, width), x.dtype);
-      copyColumns(rowsOf(x), width, { tensor: x, cols, first }, { tensor: part, cols: width, first: 0 });
-      first += width;
-      return part;
-    });
+    const parts = widths.map((width) => x.device.empty(withColumns(x, width), x.dtype));
+    moveParts("split", x, parts);
+    return parts;
   },
-  backward({ shape, widths }: { shape: readonly number[]; widths: readonly number[] }, grads) {
-    const device = grads.find((grad) => grad !== null)!.device;
-    const dx = grads.includes(null) ? device.zeros(shape) : device.empty(shape);
-    let first = 0;
-    widths.forEach((width, i) => {
-      const grad = grads[i];
-      const dst = { tensor: dx, cols: columnsOf(dx), first };
-      if (grad) copyColumns(rowsOf(dx), width, { tensor: grad, cols: width, first: 0 }, dst);
-      first += width;
-    });
+  backward({ shape, widths }: { shape: readonly number[]; widths: readonly number[] }, grads, _needs, into) {
+    const { device } = grads.find((grad) => grad !== null)!;
+    const dx = into.empty(0, { device, shape });
+    moveParts("join", dx, widths.map((width, i) => grads[i] ?? device.zeros([...shape.slice(0, -1), width])));
     return [dx];
   },
 });
@@ -191,8 +209,7 @@ export const concat_columns = defineOp({
     const expected = withColumns(a, Cb);
     check(b.shape.join() === expected.join(), "concat_columns", "b", `[${expected.join(", ")}]`, b);
     const y = a.device.empty(withColumns(a, Ca + Cb));
-    copyColumns(rowsOf(a), Ca, { tensor: a, cols: Ca, first: 0 }, { tensor: y, cols: Ca + Cb, first: 0 });
-    copyColumns(rowsOf(a), Cb, { tensor: b, cols: Cb, first: 0 }, { tensor: y, cols: Ca + Cb, first: Ca });
+    moveParts("join", y, [a, b]);
     ctx.save({ widths: [Ca, Cb] });
     return y;
   },

@@ -59,13 +59,16 @@ export interface Product {
 }
 
 const TILE = {
-  quad: { rows: 16, columns: 16, per_workgroup: 8 },
+  quad: { rows: 16, columns: 16, per_workgroup: 4 },
   tile: { rows: 64, columns: 64, per_workgroup: 1 },
   tile_large: { rows: 128, columns: 128, per_workgroup: 1 },
 } as const;
-/** A sum over k is split where there are fewer workgroups, but not into parts shorter than SPLIT_K. */
+/**
+ * A sum over k is split where there are fewer workgroups, but not into parts shorter than SPLIT_K: on a
+ * processor another launch costs as much as a long loop.
+ */
 const WANTED = { quad: 4, tile: 128, tile_large: 128 } as const;
-const SPLIT_K = 128;
+const SPLIT_K = { quad: 2048, tile: 128, tile_large: 128 } as const;
 const WG = 32; // of sum_rows and grouped_tiles
 
 /**
@@ -165,7 +168,7 @@ function splitsOf(p: Product, kernel: ProductKernel, tiles: number): number {
   if (p.bias || p.relu2 || p.relu2_of || p.residual || p.tiles || p.offsets || !whole ||
     tiles === 0) return 1;
   const workgroups = tiles / TILE[kernel].per_workgroup;
-  return Math.max(1, Math.min(Math.ceil(WANTED[kernel] / workgroups), Math.floor(k / SPLIT_K), 16));
+  return Math.max(1, Math.min(Math.ceil(WANTED[kernel] / workgroups), Math.floor(k / SPLIT_K[kernel]), 16));
 }
 
 function run(p: Product, { kernel, rows4, row_tiles, tiles, splits }: Plan, c: Product["c"]): void {

@@ -21,6 +21,8 @@ export interface GroupedLinearOptions {
    * moe_permute came before, without its copy. From moe_plan, with the number of experts per token.
    */
   readonly permute?: { readonly slot_token: Tensor; readonly token_slot: Tensor; readonly topk: number };
+  /** From `expert_tiles` for the same offsets; otherwise every product works them out. */
+  readonly tiles?: Tensor | null;
 }
 
 interface Saved {
@@ -35,6 +37,20 @@ interface Saved {
 const name = "grouped_linear";
 /** Up to so many rows are taken one by one: experts then have about one row each. */
 const FEW_ROWS = 8;
+
+/**
+ * How rows are cut into tiles of one expert each, for several calls of grouped_linear with the same offsets;
+ * null for so few rows that none are needed.
+ */
+export function expert_tiles(offsets: Tensor, rows: number): Tensor | null {
+  return rows <= FEW_ROWS ? null : groupedTiles(offsets, rows, tileRows(productKernel(offsets.device)));
+}
+
+function tilesFor(
+  offsets: Tensor, rows: number, kernel: ProductKernel, given: GroupedLinearOptions,
+): Tensor {
+  return (given.kernel ? null : given.tiles) ?? groupedTiles(offsets, rows, tileRows(kernel));
+}
 
 const dense: Op<
   [x: Tensor, weight: Tensor, offsets: Tensor, options?: GroupedLinearOptions], Tensor
@@ -65,7 +81,7 @@ const dense: Op<
       product({
         m: S, n: N, k: K, a: { tensor: x, row: K, col: 1 },
         b: { tensor: weight, row: 1, col: K, batch: N * K },
-        c: { tensor: y, row: N }, tiles: groupedTiles(offsets, S, tileRows(kernel)), kernel,
+        c: { tensor: y, row: N }, tiles: tilesFor(offsets, S, kernel, options), kernel,
         relu2: activation === "relu2", gather: gatherOf(options),
       });
     }
@@ -86,7 +102,7 @@ const dense: Op<
       product({
         m: S, n: K, k: N, a: { tensor: dh, row: N, col: 1 },
         b: { tensor: weight, row: K, col: 1, batch: N * K },
-        c: { tensor: rows, row: K }, tiles: groupedTiles(offsets, S, tileRows(kernel)), kernel,
+        c: { tensor: rows, row: K }, tiles: tilesFor(offsets, S, kernel, options), kernel,
         ...(permute ? {} : { relu2_of: before, residual: soFar }),
       });
       if (permute) {

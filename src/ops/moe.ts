@@ -76,6 +76,15 @@ const sortChoices = defineOp({
       });
       return [offsets, slot_token, token_slot];
     }
+    // Where launches cost more than a loop.
+    if (S <= (device.info.isSoftware ? 4096 : E <= WG ? 1024 : 0)) {
+      const histogram = device.empty([WG, E], "u32");
+      launch("moe/plan", {
+        entry: "whole", bind: { topk_idx, histogram, offsets, slot_token, token_slot }, constants: { WG },
+        params: { choices: S, experts: E, pieces: WG, length: Math.ceil(S / WG) }, workgroups: [1],
+      });
+      return [offsets, slot_token, token_slot];
+    }
     // More pieces share the work among more invocations, but each adds E counters to clear and to scan.
     const length = Math.max(16, Math.ceil(S / (device.info.isSoftware ? 128 : 512)));
     const pieces = Math.ceil(S / length);

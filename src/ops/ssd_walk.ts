@@ -3,7 +3,9 @@ import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import type { Device } from "../tensor/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { checkGroups, checkSeqIdx, checkShape, documents, groups, LARGEST, sumRows } from "./chunking.ts";
+import {
+  checkGroups, checkSeqIdx, checkShape, documents, groups, LARGEST, rangeAt, sumRows,
+} from "./chunking.ts";
 import { defineOp } from "./op.ts";
 
 const WG = 32; // eight quads
@@ -156,13 +158,16 @@ export const ssd_walk = defineOp({
     const [dC, outputs] = walk("mamba2/ssd_walk_dC", batch * nheads * (blocks + chunks) * tiles);
 
     const ddt_raw = device.empty(dt_raw.shape);
-    const sums = device.empty([batch * chunks, 3 * nheads]);
+    const apart = rangeAt(nheads);
+    const sums = device.empty([batch * chunks, 3 * apart]);
     const total = batch * chunks * nheads;
     launch("mamba2/ssd_steps_backward", {
       bind: { dt_raw, A_log, dt_bias, inputs, outputs, steps, ddt_raw, sums },
-      params: { seqlen, nheads, blocks, chunks, tiles, total, lo, hi }, workgroups: [Math.ceil(total / WG)],
+      params: { seqlen, nheads, blocks, chunks, tiles, total, lo, hi, apart },
+      workgroups: [Math.ceil(total / WG)],
     });
-    const [dA_log, ddt_bias, dD] = [0, 1, 2].map((i) => sumRows(sums, nheads, i * nheads));
+    const all = sumRows(sums, 3 * apart);
+    const [dA_log, ddt_bias, dD] = [0, 1, 2].map((i) => all.range(i * apart, [nheads]));
     const dinitial = initial_state ? dstates.prefix(initial_state.shape) : null;
     return [dx, ddt_raw, dA_log, dB, dC, dD, ddt_bias, dinitial];
   },

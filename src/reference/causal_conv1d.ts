@@ -15,7 +15,8 @@ function input(
 }
 
 /**
- * y[t,c] = silu(bias[c] + sum_j weight[c,j] x[t-K+1+j, c]), and the last K inputs, oldest first.
+ * y[t,c] = silu(bias[c] + sum_j weight[c,j] x[t-K+1+j, c]), and the last K inputs, oldest first, unless
+ * `wants_state` is false.
  *
  * @param x             [B,L,C]
  * @param weight        [C,K]; weight[c,K-1] multiplies the current position
@@ -26,7 +27,8 @@ function input(
  */
 export function causal_conv1d(
   x: NdArray, weight: NdArray, bias: NdArray | null, initial_state: NdArray | null, seq_idx: NdArray | null,
-): [NdArray, NdArray] {
+  wants_state = true,
+): [NdArray, ...NdArray[]] {
   const [B, L, C] = x.shape as [number, number, number];
   const K = weight.shape[1]!;
   const y = ndarray([B, L, C]);
@@ -42,7 +44,7 @@ export function causal_conv1d(
       }
     }
   }
-  return [y, final_state];
+  return wants_state ? [y, final_state] : [y];
 }
 
 function pre_activation(

@@ -124,6 +124,12 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     bind: { topk_idx: Uint32Array.from(integers(20, 5)), offsets: 6, slot_token: 20, token_slot: 20 },
     params: { choices: 20, experts: 5, pieces: 1, length: 20 }, constants: { WG: 16 }, workgroups: [1],
   },
+  "moe/plan:whole": {
+    bind: {
+      topk_idx: Uint32Array.from(integers(50, 5)), histogram: 16 * 5, offsets: 6, slot_token: 50, token_slot: 50,
+    },
+    params: { choices: 50, experts: 5, pieces: 16, length: 4 }, constants: { WG: 16 }, workgroups: [1],
+  },
   "moe/router:router": {
     bind: { logits: normal(3 * 12), bias: normal(12), keys: 4 * 12, topk_weight: 9, topk_idx: 9 },
     params: { tokens: 3, experts: 12, topk: 3, topk_group: 2, normalise: 1, scaling: 2.5 },
@@ -269,10 +275,12 @@ describe("a removed barrier is reported", () => {
 });
 
 test("the interpreter follows the kernels: their results are right", () => {
-  const plan = run("moe/plan:small", linked("moe/plan:small")).buffers;
-  const choices = [...plan.topk_idx!].map((expert, choice) => ({ expert, choice }));
-  const sorted = choices.sort((a, b) => a.expert - b.expert); // stable, as the plan is
-  expect([...plan.slot_token!]).toEqual(sorted.map(({ choice }) => choice));
+  for (const name of ["moe/plan:small", "moe/plan:whole"]) {
+    const plan = run(name, linked(name)).buffers;
+    const choices = [...plan.topk_idx!].map((expert, choice) => ({ expert, choice }));
+    const sorted = choices.sort((a, b) => a.expert - b.expert); // stable, as the plan is
+    expect([...plan.slot_token!]).toEqual(sorted.map(({ choice }) => choice));
+  }
 
   const given = LAUNCHES["moe/router:router"]!.bind as Record<string, Float32Array>;
   const [, expected] = router(ndarray([3, 12], given.logits), ndarray([12], given.bias), {

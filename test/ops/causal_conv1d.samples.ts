@@ -39,6 +39,7 @@ const forward = opSamples({
       name: "a document that starts at the last position",
       args: (r) => continued(r, 1, 4, 4, 4).with(4, r.of([1, 4], [7, 7, 7, 1], "i32")),
     },
+    { name: "no state wanted", args: (r) => [...plain(r, 1, 9, 8, 4), false] },
     { name: "no rows", args: (r) => plain(r, 0, 8, 4, 4) },
     { name: "no positions", args: (r) => continued(r, 2, 0, 4, 4) },
   ],

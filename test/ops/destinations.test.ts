@@ -2,7 +2,7 @@ import { expect, test } from "vitest";
 import { Tape } from "../../src/autograd/tape.ts";
 import { launchObservers } from "../../src/kernel/launch.ts";
 import { add, relu2 } from "../../src/ops/elementwise.ts";
-import { grouped_linear } from "../../src/ops/grouped_linear.ts";
+import { expert_tiles, grouped_linear } from "../../src/ops/grouped_linear.ts";
 import { linear } from "../../src/ops/linear.ts";
 import { linear_cross_entropy } from "../../src/ops/linear_cross_entropy.ts";
 import { moe_permute, moe_plan, type MoePlan } from "../../src/ops/moe.ts";
@@ -88,7 +88,7 @@ await onEveryAdapter((device) => {
     const permute = { ...plan, topk: K };
     const run = (activate: (h: Tensor) => Tensor, given: { activation?: "relu2" }) => walk(device, () => {
       const inner = activate(grouped_linear(x, up, plan.offsets, { permute, ...given }));
-      return [grouped_linear(inner, down, plan.offsets)];
+      return [grouped_linear(inner, down, plan.offsets, { tiles: expert_tiles(plan.offsets, T * K) })];
     });
     const fused = await run((h) => h, { activation: "relu2" });
     expect(fused.launches).not.toContain("matmul/relu2_gradient");

@@ -62,6 +62,7 @@ export default [
       { name: "odd widths", args: (r) => [r.normal([5, 7]), [1, 4, 2]] },
       { name: "an empty part", args: (r) => [r.normal([3, 8]), [4, 0, 4]] },
       { name: "one part", args: (r) => [r.normal([4, 5]), [5]] },
+      { name: "five parts", args: (r) => [r.normal([6, 40]), [4, 16, 8, 5, 7]] },
       { name: "one row", args: (r) => [r.normal([9]), [4, 5]] },
       { name: "many rows", args: (r) => [r.normal([300, 40]), [16, 20, 4]] },
       { name: "wide rows", args: (r) => [r.normal([3, 700]), [256, 444]] },

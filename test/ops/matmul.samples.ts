@@ -44,6 +44,7 @@ export default opSamples({
     ...every("whole vectors", [], [20, 36, 24]),
     ...every("odd", [], [17, 19, 23]),
     ...every("odd rows, whole columns", [], [33, 20, 21]),
+    ...every("a long sum", [], [5, 4, 4100]),
     ...every("several tiles", [], [70, 68, 40]),
     ...every("batch", [2, 3], [5, 8, 12]),
     ...every("workgroup tile, odd", [], [67, 70, 19], { kernel: "tile" }),
