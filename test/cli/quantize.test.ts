@@ -3,7 +3,7 @@ import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { openFile } from "../../src/io/files.node.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
-import { fixture, krait, withFolder } from "./krait.ts";
+import { fixture, jsonLines, krait, withFolder } from "./krait.ts";
 
 const text = readFileSync(new URL("../../docs/architecture.md", import.meta.url), "utf8");
 
@@ -105,6 +105,20 @@ test("a checkpoint is quantised, says what it lost, and is read by others and by
     [2, expect.stringMatching(/must not exist yet, found a folder/)]);
   expect(readdirSync(folder).filter((name) => name.includes("tmp") || name === "again")).toEqual([]);
 }), 300_000);
+
+test("bench formats decodes one model from bf16, FP8 and NVFP4 checkpoints", async () => {
+  const run = await krait(["bench", "formats", "--config", fixture("micro.json"), "--runs", "2", "--json"]);
+  expect(run.code, run.stderr).toBe(0);
+  const lines = jsonLines(run.stdout).filter(({ suite }) => suite === "formats");
+  expect(lines.map((line) => line["case"])).toEqual(
+    ["decode_micro_bf16", "decode_micro_fp8", "decode_micro_nvfp4"]);
+  for (const key of ["bytes_per_weight", "device_bytes_per_weight"]) {
+    const bytes = lines.map((line) => line[key] as number);
+    expect(bytes).toEqual(bytes.toSorted((a, b) => b - a));
+    expect(new Set(bytes).size).toBe(3);
+  }
+  expect(lines.every(({ rate, runs }) => (rate as number) > 0 && runs === 2)).toBe(true);
+}, 60_000);
 
 describe("bad input is one sentence and an exit code", () => {
   const cases: [string, string[], string, RegExp][] = [

@@ -126,7 +126,8 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
   },
   "moe/plan:whole": {
     bind: {
-      topk_idx: Uint32Array.from(integers(50, 5)), histogram: 16 * 5, offsets: 6, slot_token: 50, token_slot: 50,
+      topk_idx: Uint32Array.from(integers(50, 5)), histogram: 16 * 5, offsets: 6, slot_token: 50,
+      token_slot: 50,
     },
     params: { choices: 50, experts: 5, pieces: 16, length: 4 }, constants: { WG: 16 }, workgroups: [1],
   },

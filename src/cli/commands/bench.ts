@@ -6,6 +6,7 @@ import { WEIGHT_FORMATS } from "../../models/parameters.ts";
 import { type Device, openDevice } from "../../tensor/device.ts";
 import { KraitError, UsageError } from "../../tensor/errors.ts";
 import { defineCommand } from "../args.ts";
+import { benchFormats } from "../bench/formats.ts";
 import { benchGenerate } from "../bench/generate.ts";
 import { benchGrowth } from "../bench/growth.ts";
 import { benchKernels } from "../bench/kernels.ts";
@@ -47,8 +48,8 @@ const SUITES: Readonly<Record<string, (bench: Bench) => Promise<void>>> = {
     await ceilings.of("matmul");
     await ceilings.dispatch();
   },
-  kernels: benchKernels, train: benchTrain, generate: benchGenerate, growth: benchGrowth,
-  overhead: benchOverhead, roofline: benchRoofline, numerics: benchNumerics,
+  kernels: benchKernels, train: benchTrain, generate: benchGenerate, formats: benchFormats,
+  growth: benchGrowth, overhead: benchOverhead, roofline: benchRoofline, numerics: benchNumerics,
 };
 /** `peers` takes minutes and needs packages of its own, so it runs only when named. */
 const SUITE_NAMES = [...Object.keys(SUITES), "peers"];
@@ -70,7 +71,7 @@ export const bench = defineCommand({
   options: {
     config: {
       type: "string", value: "PRESET|FILE", default: "tiny",
-      help: "The model of the train, generate and roofline suites.",
+      help: "The model of the train, generate, formats and roofline suites.",
     },
     data: {
       type: "string", value: "PATH", multiple: true,
