@@ -5,13 +5,14 @@ import { generate } from "./commands/generate.ts";
 import { info } from "./commands/info.ts";
 import { logits } from "./commands/logits.ts";
 import { quantize } from "./commands/quantize.ts";
+import { numerics } from "./commands/numerics.ts";
 import { quickstart } from "./commands/quickstart.ts";
 import { train } from "./commands/train.ts";
 import { tune } from "./commands/tune.ts";
 import { packageVersion } from "./package.ts";
 
 process.exitCode = await runCli(
-  [doctor, info, train, generate, logits, quantize, bench, tune, quickstart], process.argv.slice(2), {
+  [doctor, info, train, generate, logits, quantize, bench, tune, numerics, quickstart], process.argv.slice(2), {
     version: packageVersion(),
     summary: "Trains and runs hybrid Mamba-2 / attention / mixture-of-experts language models on WebGPU.",
   });
