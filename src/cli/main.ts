@@ -12,7 +12,8 @@ import { tune } from "./commands/tune.ts";
 import { packageVersion } from "./package.ts";
 
 process.exitCode = await runCli(
-  [doctor, info, train, generate, logits, quantize, bench, tune, numerics, quickstart], process.argv.slice(2), {
+  [doctor, info, train, generate, logits, quantize, bench, tune, numerics, quickstart],
+  process.argv.slice(2), {
     version: packageVersion(),
     summary: "Trains and runs hybrid Mamba-2 / attention / mixture-of-experts language models on WebGPU.",
   });
