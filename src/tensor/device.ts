@@ -20,6 +20,8 @@ export interface DeviceOptions extends GpuOptions {
    * `KRAIT_TUNER=off` means false.
    */
   tuning?: false | "cached" | "background";
+  /** Most milliseconds to measure for in the background; default: 10 s. The next device goes on. */
+  tuningBudgetMs?: number;
 }
 
 /** Every adapter of this machine or page, each once; empty where there is none. */
@@ -46,7 +48,7 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Device> {
   if (tuning === false) return device;
   const cache = new TunerCache(device);
   device.choices.load(choiceTable(await cache.load()));
-  if (tuning === "background") void tuneBeside(device, open, cache);
+  if (tuning === "background") void tuneBeside(device, open, cache, options.tuningBudgetMs);
   return device;
 }
 

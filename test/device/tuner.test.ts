@@ -10,7 +10,7 @@ import { choiceTable, TunerCache } from "../../src/kernel/tuner_cache.ts";
 import { folderStore } from "../../src/kernel/tuner_store.node.ts";
 import { add, scale } from "../../src/ops/elementwise.ts";
 import { matmul } from "../../src/ops/matmul.ts";
-import { type Device, openDevice } from "../../src/tensor/device.ts";
+import { type Device, type DeviceOptions, openDevice } from "../../src/tensor/device.ts";
 import { randomTensor, trial } from "../../src/tensor/trial.ts";
 import { testAdapters } from "../support/adapters.ts";
 import { onEveryAdapter } from "../support/devices.ts";
@@ -200,6 +200,71 @@ await onEveryAdapter((device, openAnother) => {
   });
 });
 
+/** Runs `body` with a cache folder of its own, and the tuner as `tuner` says. */
+async function withCache<T>(tuner: string, body: () => Promise<T>): Promise<T> {
+  const before = { KRAIT_TUNER: process.env["KRAIT_TUNER"], KRAIT_CACHE: process.env["KRAIT_CACHE"] };
+  process.env["KRAIT_TUNER"] = tuner;
+  process.env["KRAIT_CACHE"] = mkdtempSync(join(folder, "cache-"));
+  try {
+    return await body();
+  } finally {
+    for (const [name, value] of Object.entries(before)) {
+      if (value === undefined) delete process.env[name];
+      else process.env[name] = value;
+    }
+  }
+}
+
+describe("tuning in the background", async () => {
+  const [adapter] = await testAdapters();
+  const shape = { n: 4096, ways: "many.once" };
+  const settled = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
+
+  test("goes on beside work, whose results stay, stops at its budget, and is taken up again", () => withCache(
+    "", async () => {
+      let opened = 0;
+      const counting = { ...adapter!, request: () => (opened++, adapter!.request()) };
+      const open = (options: DeviceOptions) => openDevice({ adapter: counting, ...options });
+      const work = async (device: Device) => {
+        expect(choose(device, doubling, shape)).toBe("many");
+        const [a, b] = [randomTensor(device, [65, 70]), randomTensor(device, [70, 33], 1)];
+        const c = matmul(a, b, {});
+        const values = await c.read();
+        for (const each of [a, b, c]) each.dispose();
+        return values;
+      };
+      const decided = async (device: Device) =>
+        (await new TunerCache(device).load())
+          .filter(({ tunable, choice }) => tunable === doubling.name && choice !== null);
+
+      const plain = await open({ tuning: false });
+      const expected = await work(plain);
+      // A budget that is spent with the first device for measuring.
+      const hasty = await open({ tuning: "background", tuningBudgetMs: 1 });
+      expect(await work(hasty)).toEqual(expected);
+      for (let waited = 0; opened < 3 && waited < 5000; waited += 50) await settled(50);
+      expect(opened).toBe(3);
+      await settled(300);
+      choose(hasty, doubling, { ...shape, n: 8192 });
+      await settled(600); // twice the time between two looks for new classes
+      expect(opened).toBe(3);
+      expect(await decided(plain)).toEqual([]);
+
+      const patient = await open({ tuning: "background" });
+      let rounds = 0;
+      for (; (await decided(plain)).length === 0 && rounds < 500; rounds++) {
+        expect(await work(patient)).toEqual(expected);
+        await settled(10);
+      }
+      expect(rounds).toBeGreaterThan(2);
+      expect(await work(patient)).toEqual(expected);
+      expect(await decided(plain)).toMatchObject([{ class: "n=4096 ways=many.once", choice: "once" }]);
+      const next = await open({});
+      expect(choose(next, doubling, shape)).toBe("once");
+      for (const device of [plain, hasty, patient, next]) device.destroy();
+    }));
+});
+
 describe("opening a device", async () => {
   const [adapter] = await testAdapters();
   const cases = [
@@ -210,24 +275,18 @@ describe("opening a device", async () => {
   ] as const;
   for (const [name, options, tuner, expected] of cases) {
     test(name, async () => {
-      const before = { KRAIT_TUNER: process.env["KRAIT_TUNER"], KRAIT_CACHE: process.env["KRAIT_CACHE"] };
-      process.env["KRAIT_TUNER"] = tuner === "off" ? "off" : "";
-      process.env["KRAIT_CACHE"] = join(folder, "cache");
-      try {
+      await withCache(tuner === "off" ? "off" : "", async () => {
         const first = await openDevice({ adapter: adapter! });
         await new TunerCache(first).save({
           tunable: doubling.name, class: "n=64 ways=many.once", choice: "once", default: "many", ms: {},
-            rejected: {},
+          rejected: {},
         });
         first.destroy();
         if (tuner === "/dev/null") process.env["KRAIT_CACHE"] = tuner;
         const device = await openDevice({ adapter: adapter!, ...options });
         expect(choose(device, doubling, { n: 64, ways: "many.once" })).toBe(expected);
         device.destroy();
-      } finally {
-        Object.assign(process.env, before);
-        if (before.KRAIT_CACHE === undefined) delete process.env["KRAIT_CACHE"];
-      }
+      });
     });
   }
 });
