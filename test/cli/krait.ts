@@ -17,11 +17,12 @@ export interface Finished {
 /** Starts the command line in a process of its own. `onStdout` sees the output as it comes. */
 export function krait(
   args: readonly string[], onStdout?: (text: string, child: ChildProcess) => void,
-  env: Readonly<Record<string, string>> = {},
+  env: Readonly<Record<string, string>> = {}, started?: (child: ChildProcess) => void,
 ): Promise<Finished> {
   const child = spawn(process.execPath, [join(root, "src/cli/krait.mjs"), ...args], {
     cwd: root, stdio: ["ignore", "pipe", "pipe"], env: { ...process.env, ...env },
   });
+  started?.(child);
   let stdout = "";
   let stderr = "";
   child.stdout.setEncoding("utf8").on("data", (text: string) => {

@@ -1,6 +1,7 @@
-import { readdirSync, writeFileSync } from "node:fs";
+import { existsSync, readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
+import type { Decision } from "../../src/kernel/tune.ts";
 import { fixture, krait, withFolder } from "./krait.ts";
 
 interface Report {
@@ -8,16 +9,15 @@ interface Report {
   readonly classes: number;
   readonly undecided: number;
   readonly spent_ms: number;
-  readonly decisions: readonly { choice: string | null; ms: Record<string, number>; rejected: Record<string,
-    string> }[];
+  readonly decisions: readonly Decision[];
 }
 
 const small = ["--config", fixture("micro.json"), "--batch", "1", "--seqlen", "16", "--prompt", "8"];
 
 describe("tune", () => {
   test("measures, keeps, shows a table, goes on and starts over", () => withFolder(async (folder) => {
-    const tune = (...args: string[]) => krait(
-      ["tune", ...small, ...args], undefined, { KRAIT_TUNER: "", KRAIT_CACHE: folder });
+    const env = { KRAIT_TUNER: "", KRAIT_CACHE: folder };
+    const tune = (...args: string[]) => krait(["tune", ...small, ...args], undefined, env);
     const report = async (...args: string[]) => {
       const { code, stdout, stderr } = await tune("--json", ...args);
       expect(code, stderr).toBe(0);
@@ -26,17 +26,35 @@ describe("tune", () => {
     const none = await report("--budget", "0s");
     expect(none.classes).toBeGreaterThan(3);
     expect(none).toMatchObject({ undecided: none.classes, decisions: [] });
-    const some = await report("--budget", "15s");
+    // Interrupted as soon as something is decided: it says what it has, and the next run goes on from there.
+    const cut = await krait(["tune", ...small, "--budget", "60s"], undefined, env, (child) => {
+      const timer = setInterval(() => {
+        if (existsSync(join(folder, "tuning")) && readdirSync(join(folder, "tuning")).length > 0) {
+          clearInterval(timer);
+          child.kill("SIGINT");
+        }
+      }, 20);
+      child.on("exit", () => clearInterval(timer));
+    });
+    expect(cut.code).toBe(130);
+    expect(cut.stdout).toMatch(/shape classes of .* are decided/);
+    expect(cut.stdout).toContain("Run the command again to go on");
+    const some = await report("--budget", "0s");
     expect(some.undecided).toBeLessThan(none.classes);
-    for (const { choice, ms, rejected } of some.decisions) {
-      if (choice !== null) expect(Object.keys({ ...ms, ...rejected })).toContain(choice);
+    expect(some.undecided).toBeGreaterThan(0);
+    const more = await report("--budget", "3s");
+    expect(more.undecided).toBeLessThan(some.undecided);
+    expect(more.decisions).toEqual(expect.arrayContaining(some.decisions.filter((d) => d.choice !== null)));
+    for (const { choice, default: fallback, ms, rejected } of more.decisions) {
+      if (choice !== null) expect([fallback, ...Object.keys({ ...ms, ...rejected })]).toContain(choice);
     }
     const [file] = readdirSync(join(folder, "tuning"));
     expect(file).toContain(some.adapter);
     const shown = await tune("--budget", "0s");
-    expect(shown.stdout).toMatch(/tunable +class +candidates, ms +choice +default/);
-    expect(shown.stdout).toMatch(/matmul\/product +m=\d+ n=\d+/);
+    expect(shown.stdout).toMatch(/^matmul\/product.*\n class +choice +time +others\n m=\d+ n=\d+ .* ms /m);
     expect(shown.stdout).toContain(`Kept in ${join(folder, "tuning", file!)}`);
+    const wide = shown.stdout.split("\n").filter((line) => line.startsWith(" ") && line.length > 80);
+    expect(wide).toEqual([]);
     // A damaged file is as good as none, for every command.
     writeFileSync(join(folder, "tuning", file!), '{"format": "krait-tun');
     expect((await report("--budget", "0s")).undecided).toBe(none.classes);

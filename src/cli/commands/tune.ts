@@ -1,13 +1,14 @@
 import { environment } from "../../gpu/adapters.ts";
 import { rehearse } from "../../infer/rehearse.ts";
 import { type Decision, tune as measure } from "../../kernel/tune.ts";
+import { parseClass, type Shape } from "../../kernel/tuner.ts";
 import { TunerCache } from "../../kernel/tuner_cache.ts";
 import { openDevice } from "../../tensor/device.ts";
 import { UsageError } from "../../tensor/errors.ts";
 import { defineCommand } from "../args.ts";
 import { findConfig } from "../models.ts";
 import { Progress } from "../progress.ts";
-import { colours, formatDuration, table, wantsColour } from "../terminal.ts";
+import { type Colours, colours, formatDuration, table, wantsColour } from "../terminal.ts";
 
 export const tune = defineCommand({
   name: "tune",
@@ -63,8 +64,8 @@ export const tune = defineCommand({
     const start = performance.now();
     await measure({
       open, classes, budgetMs, known, signal,
-      onProgress: ({ tunable, class: text, candidate }) =>
-        progress.update({ step: finished, note: `${tunable} ${text}: ${candidate}` }),
+      onProgress: ({ tunable, candidate }) =>
+        progress.update({ step: finished, note: `${tunable}: ${candidate}` }),
       onDecision: async (decision) => {
         done.set(name(decision), decision);
         finished++;
@@ -85,13 +86,8 @@ export const tune = defineCommand({
     }
     const c = colours(wantsColour(stdout, env));
     stdout.write(`${c.bold(`On ${info.name} (${info.description})`)}\n`);
-    const rows = decisions.map((d) => [
-      d.tunable, d.class, candidatesText(d), d.choice === null ? c.dim("undecided")
-        : d.choice === d.default ? d.choice : c.green(d.choice), c.dim(d.default),
-    ]);
-    if (rows.length > 0) {
-      const head = ["tunable", "class", "candidates, ms", "choice", "default"].map(c.dim);
-      stdout.write(`${table([head, ...rows], { indent: " " })}\n`);
+    for (const tunable of new Set(decisions.map((d) => d.tunable))) {
+      stdout.write(`${section(tunable, decisions.filter((d) => d.tunable === tunable), c)}\n`);
     }
     const faster = decisions.filter((d) => d.choice !== null && d.choice !== d.default).length;
     stdout.write(
@@ -103,12 +99,35 @@ export const tune = defineCommand({
   },
 });
 
-/** "tile 1.20, quad 3.4 times as slow" */
-function candidatesText({ ms, rejected }: Decision): string {
-  return [
-    ...Object.entries(ms).map(([name, value]) => `${name} ${value.toPrecision(3)}`),
-    ...Object.entries(rejected).map(([name, reason]) => `${name} ${reason}`),
-  ].join(", ") || "only one";
+/** The decisions of one tunable: what its classes have in common above, a line for each below. */
+function section(tunable: string, decisions: readonly Decision[], c: Colours): string {
+  const shapes = decisions.map((d) => parseClass(d.class) ?? {});
+  const isCommon = (field: string) =>
+    shapes.length > 1 && shapes.every((shape) => shape[field] === shapes[0]![field]);
+  const fields = (shape: Shape, wanted: (field: string) => boolean) => Object.entries(shape)
+    .filter(([field, value]) => wanted(field) && value !== false)
+    .map(([field, value]) => (value === true ? field : `${field}=${value}`)).join(" ");
+  const rows = decisions.map((d, i) => {
+    const { choice, ms, rejected } = d;
+    const best = choice === null ? undefined : ms[choice];
+    const named = (name: string) => (name === d.default && name !== choice ? `${name} (default)` : name);
+    const others = [
+      ...Object.entries(ms).filter(([name]) => name !== choice).map(([name, value]) => {
+        const time = best === undefined ? `${value.toPrecision(3)} ms` : `${(value / best).toFixed(1)}x`;
+        return `${named(name)} ${time}`;
+      }),
+      ...Object.entries(rejected).map(([name, reason]) =>
+        `${named(name)} ${reason.replace(/^([\d.]+) times as slow$/, "$1x")}`),
+    ];
+    return [
+      fields(shapes[i]!, (field) => !isCommon(field)),
+      choice === null ? c.dim("undecided") : choice === d.default ? choice : c.green(choice),
+      best === undefined ? "" : `${best.toPrecision(3)} ms`, c.dim(others.join(", ") || "alone"),
+    ];
+  });
+  const head = ["class", "choice", "time", "others"].map(c.dim);
+  const title = `${c.bold(tunable)} ${c.dim(fields(shapes[0]!, isCommon))}`.trimEnd();
+  return `${title}\n${table([head, ...rows], { indent: " ", align: ["left", "left", "right", "left"] })}`;
 }
 
 /** Milliseconds of "500ms", "10s", "2min" or a number of seconds. */
