@@ -27,29 +27,34 @@ export class Divergence {
   /** Remembers what the model says now. @param batches of one size, at least one */
   static async of(model: NemotronH, batches: readonly Batch[]): Promise<Divergence> {
     const divergence = new Divergence(model, batches);
-    for (const batch of batches) divergence.#before.push(await divergence.#logProbabilities(batch));
+    for (const batch of batches) divergence.#before.push(await divergence.#logProbabilities(model, batch));
     return divergence;
   }
 
-  /** Mean over the positions of KL(before || now), in nats. */
-  async measure(): Promise<number> {
+  /**
+   * Mean over the positions of KL(before || now), in nats.
+   * @param model that is compared; default: the one whose predictions were remembered, as it is now
+   */
+  async measure(model = this.#model): Promise<number> {
     const V = this.#model.config.vocab_size;
     let sum = 0;
     let count = 0;
     for (const [b, batch] of this.#batches.entries()) {
-      const [p, q] = [this.#before[b]!, await this.#logProbabilities(batch)];
+      const [p, q] = [this.#before[b]!, await this.#logProbabilities(model, batch)];
       for (let i = 0; i < p.length; i++) sum += Math.exp(p[i]!) * (p[i]! - q[i]!);
       count += p.length / V;
     }
     return Math.max(0, sum / count);
   }
 
-  async #logProbabilities({ batch: B, seqlen: L, input_ids, seq_idx }: Batch): Promise<Float32Array> {
-    const { device, config: { hidden_size: D, vocab_size: V } } = this.#model;
+  async #logProbabilities(
+    model: NemotronH, { batch: B, seqlen: L, input_ids, seq_idx }: Batch,
+  ): Promise<Float32Array> {
+    const { device, config: { hidden_size: D, vocab_size: V } } = model;
     const logits = scope(() => {
       const context = { seq_idx: device.tensor(seq_idx, [B, L]), step: null, routing: null };
-      const h = this.#model.hidden(device.tensor(input_ids, [B, L]), context).reshape([B * L, D]);
-      return this.#model.logits(
+      const h = model.hidden(device.tensor(input_ids, [B, L]), context).reshape([B * L, D]);
+      return model.logits(
         embedding(device.tensor(this.#positions, [this.#positions.length]), h));
     });
     const values = await logits.read().finally(() => logits.dispose()) as Float32Array;

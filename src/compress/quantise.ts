@@ -21,6 +21,7 @@ import {
   ALPHAS, applyFold, channelScales, columnWeights, type Fold, inputMagnitudes, listFolds, scaleColumns,
 } from "./awq.ts";
 import { type Calibration, type CalibrationData, calibrate, meanLoss } from "./calibrate.ts";
+import { distill, type Distilled, type DistillOptions } from "./distill.ts";
 import { Divergence } from "./divergence.ts";
 import { BITS, BLOCK, encodeMatrix, type TargetFormat } from "./encode.ts";
 import { codedEntries, kvEntries } from "./export.ts";
@@ -38,6 +39,8 @@ export interface QuantiseOptions {
   readonly kvCache: boolean;
   /** Bits per quantisable weight, for `mixed`. */
   readonly bits?: number | undefined;
+  /** Trains the quantised matrices towards the model's own predictions; not with `mse`. */
+  readonly distill?: DistillOptions | undefined;
 }
 
 export interface ModuleReport {
@@ -66,6 +69,7 @@ export interface Quantised {
   readonly reports: readonly ModuleReport[];
   readonly sensitivities: readonly Sensitivity[];
   readonly loss_before: number;
+  readonly distilled: Distilled | null;
   /** Bits per weight of the modules that could be quantised, and of the whole checkpoint. */
   readonly module_bits: number;
   readonly bits: number;
@@ -79,8 +83,7 @@ type AnyFormat = TargetFormat | "bf16";
 
 /**
  * Chooses codes and scales for a model's matrices.
- * @param model f32 weights of the checkpoint that `reader` reads; changed by awq and mixed, not in what it
- *   computes
+ * @param model f32 weights of the checkpoint that `reader` reads; worthless afterwards
  * @throws UsageError for rows that are no whole blocks of the format, or a budget that cannot be met
  */
 export async function quantiseModel(
@@ -90,6 +93,9 @@ export async function quantiseModel(
   const { config, device } = model;
   const { format, method } = options;
   const selection = selectModules(config, options.exclude);
+  if (options.distill && method === "mse") {
+    throw new UsageError("Distillation rounds by the largest value, which the method mse does not.");
+  }
   if (format !== "mixed") for (const module of selection.chosen) checkBlocks(module, format);
   const loss_before = await meanLoss(model, data.evaluation);
   const calibration = await calibrate(model, data.calibration, (done) =>
@@ -130,16 +136,22 @@ export async function quantiseModel(
     assigned = new Map(selection.chosen.map(({ name }) => [name, format]));
   }
 
+  const originals = new Map(values);
+  const distilled = options.distill ? await distill(
+    model, data.calibration, new Map(selection.chosen.map(({ name, tensor }) =>
+      [tensor.name, assigned.get(name)!])), values, options.distill,
+    (done) => onProgress("distilling", done, options.distill!.steps)) : null;
+
   const coded = new Map<string, CodedWeight>();
   const halves = new Set<string>();
   const reports: ModuleReport[] = [];
   for (const [i, module] of selection.chosen.entries()) {
     const target = assigned.get(module.name)!;
-    const original = values.get(module.tensor.name)!;
+    const original = originals.get(module.tensor.name)!;
     let rounded: Float32Array;
     if (target === "bf16") {
       halves.add(module.tensor.name);
-      rounded = roundedToBf16(original);
+      rounded = roundedToBf16(values.get(module.tensor.name)!);
     } else {
       const weight = encode(module, target);
       coded.set(module.tensor.name, weight);
@@ -168,7 +180,7 @@ export async function quantiseModel(
   const modules = new Map([...assigned].filter(
     (entry): entry is [string, TargetFormat] => entry[1] !== "bf16"));
   return {
-    entries, modules, reports, sensitivities, loss_before, bytes,
+    entries, modules, reports, sensitivities, loss_before, distilled, bytes,
     excluded: [...selection.excluded, ...[...assigned.keys()].filter((name) => !modules.has(name))],
     unmatched: selection.unmatched,
     module_bits: (8 * chosenBytes) / size(selection.chosen.map(({ tensor }) => tensor.name)),

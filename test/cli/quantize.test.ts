@@ -44,7 +44,7 @@ test("a checkpoint is quantised, says what it lost, and is read by others and by
   writeFileSync(join(step, "tokenizer_config.json"), "{}");
   const quantize = (out: string, ...more: string[]) => krait([
     "quantize", "--model", model, "--calib", calib, "--out", join(folder, out), "--seqlen", "64",
-    "--samples", "16", ...more,
+    "--samples", "4", ...more,
   ]);
   const four = await quantize("four", "--format", "nvfp4", "--method", "mse", "--kv-cache", "fp8", "--json");
   expect(four.code, four.stderr).toBe(0);

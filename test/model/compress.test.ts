@@ -1,6 +1,7 @@
 import { describe, expect, test } from "vitest";
 import { applyFold, channelScales, columnWeights, listFolds } from "../../src/compress/awq.ts";
 import { calibrate, calibrationData, InputStats, meanLoss } from "../../src/compress/calibrate.ts";
+import { Divergence } from "../../src/compress/divergence.ts";
 import { quantiseModel, type QuantiseOptions } from "../../src/compress/quantise.ts";
 import { memorySource } from "../../src/io/files.ts";
 import { dequantised, readStoredWeight } from "../../src/io/quantized.ts";
@@ -239,10 +240,40 @@ await onEveryAdapter((device) => {
       }
     });
 
+    test("learns its teacher's predictions, and nothing else changes", async () => {
+      const taught = await run({ distill: { steps: 8, lr: 1e-3 } });
+      const { before: first, after } = taught.quantised.distilled!;
+      expect(after).toBeLessThan(0.8 * first);
+      // What the written codes stand for predicts as well as training said.
+      const before = device.pool.liveBytes;
+      const decoded = new Map<string, Float32Array>();
+      const original = new Map<string, Float32Array>();
+      for (const parameter of listParameters(config)) {
+        for (const { name } of tensorsOf(parameter)) {
+          const stored = await readStoredWeight(taught.reader, name);
+          decoded.set(name, stored.format === null ? stored.values : dequantised(stored));
+          original.set(name, await taught.source.readTensorF32(name));
+        }
+      }
+      const [teacher, student] = [modelOf(device, config, original), modelOf(device, config, decoded)];
+      const divergence = await Divergence.of(teacher, data.calibration.slice(0, 4));
+      expect(await divergence.measure(student)).toBeCloseTo(after, 6);
+      for (const model of [teacher, student]) model.dispose();
+      expect(device.pool.liveBytes).toBe(before);
+      const isQuantised = (name: string) => taught.quantised.reports.some(
+        ({ module }) => name.startsWith(module));
+      for (const name of taught.source.tensors.keys()) {
+        if (isQuantised(name)) continue;
+        expect(await taught.reader.read(name), name).toEqual(await taught.source.read(name));
+      }
+    });
+
     test("is refused where blocks do not fit or a budget cannot be met", async () => {
       await expect(run({ format: "mxfp8" })).rejects.toThrow(
         /must have rows of whole mxfp8 blocks of 32 weights, found \[.*\]; leave it out with --exclude/);
       await expect(run({ format: "mixed", bits: 2 })).rejects.toThrow(/budget must be from .* found 2/);
+      await expect(run({ method: "mse", distill: { steps: 1, lr: 1e-4 } })).rejects.toThrow(
+        /Distillation rounds by the largest value, which the method mse does not/);
     });
   });
 });

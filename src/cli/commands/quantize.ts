@@ -63,6 +63,11 @@ export const quantize = defineCommand({
     },
     defaultExcludes: { type: "boolean", default: true, help: "Leave out what releases leave out." },
     kvCache: { type: "string", choices: ["fp8"], help: "Store scales for keys and values in FP8." },
+    distill: {
+      type: "integer", min: 1, value: "STEPS",
+      help: "Then train the quantised matrices towards the model's own predictions on the same text.",
+    },
+    distillLr: { type: "number", min: 0, default: 1e-4, help: "Learning rate of --distill." },
     samples: { type: "integer", min: 1, default: 64, help: "Rows of text to calibrate with, at most." },
     seqlen: { type: "integer", min: 32, default: 256, help: "Tokens of a row." },
     adapter: {
@@ -105,6 +110,8 @@ export const quantize = defineCommand({
         format: options.format, method: options.method, bits: options.bits,
         exclude: [...options.defaultExcludes ? defaultExclusions(config) : [], ...options.exclude],
         kvCache: options.kvCache !== undefined,
+        distill: options.distill === undefined ? undefined
+          : { steps: options.distill, lr: options.distillLr },
       }, (phase, done, total) => {
         signal.throwIfAborted();
         if (phase !== latest) stages++;
@@ -156,13 +163,15 @@ function summarise<F extends object>(quantised: Quantised, lossAfter: number, fa
     ...facts, layers: reports, excluded: excluded.length,
     ...(sensitivities.length > 0 ? { sensitivities } : {}),
     bits_per_quantised_weight: module_bits, bits_per_weight: bits, bytes_per_weight: bits / 8, bytes,
+    ...(quantised.distilled ? { distilled: quantised.distilled } : {}),
     loss_before, loss_after: lossAfter,
     perplexity_before: Math.exp(loss_before), perplexity_after: Math.exp(lossAfter),
   };
 }
 
 function render(
-  { reports, excluded }: Quantised, summary: ReturnType<typeof summarise> & { evaluated_on: string },
+  { reports, excluded, distilled }: Quantised,
+    summary: ReturnType<typeof summarise> & { evaluated_on: string },
   c: ReturnType<typeof colours>,
 ): string {
   const percent = (x: number | null) => (x === null ? "" : `${(100 * x).toFixed(2)} %`);
@@ -177,6 +186,10 @@ function render(
     `${summary.bits_per_quantised_weight.toFixed(3)} bits per weight of those, ` +
     `${summary.bits_per_weight.toFixed(3)} of the whole checkpoint: ` +
     `${formatBytes(summary.bytes)}, ${summary.bytes_per_weight.toFixed(4)} bytes per weight`,
+    ...(distilled ? [
+      `divergence from the model's predictions ${distilled.before.toFixed(6)} nats before distillation, ` +
+      `${distilled.after.toFixed(6)} after`,
+    ] : []),
     `perplexity ${before.toFixed(4)} before, ${after.toFixed(4)} after ` +
     `(${percent(after / before - 1)}), on ${summary.evaluated_on}`, "",
   ].join("\n");
