@@ -90,6 +90,14 @@ test("a checkpoint is quantised, says what it lost, and is read by others and by
   const said = JSON.parse(spoken.stdout) as { tokens: number[]; kv_cache: string };
   expect([said.tokens.length, said.kv_cache]).toEqual([4, "fp8"]);
 
+  const shown = await krait(["info", join(folder, "four"), "--json"]);
+  expect(JSON.parse(shown.stdout)).toMatchObject({
+    stored: { metadata: "NVFP4", kv_cache: "fp8", bytes: expect.any(Number) as number },
+  });
+  const { parts } = (JSON.parse(shown.stdout) as { stored: { parts: { format: string; tensors: number }[] } })
+    .stored;
+  expect(parts.find(({ format }) => format === "nvfp4")!.tensors).toBe(summary.layers.length);
+
   const mixed = await quantize("mixed", "--format", "mixed", "--bits", "7", "--exclude", "*.nothing");
   expect(mixed.code, mixed.stderr).toBe(0);
   expect(mixed.stderr).toContain("--exclude *.nothing matches no module");

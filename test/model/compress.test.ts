@@ -13,6 +13,7 @@ import { evaluate } from "../../src/models/evaluate.ts";
 import { NemotronH } from "../../src/models/nemotron_h.ts";
 import { createParameters, uploadWeights } from "../../src/models/parameters.ts";
 import type { Device } from "../../src/tensor/device.ts";
+import { encodeFloat } from "../../src/tensor/dtype.ts";
 import { sizeOf } from "../../src/tensor/ndarray.ts";
 import { fillUniform } from "../../src/tensor/philox.ts";
 import { byteTokenizer } from "../../src/text/byte_tokenizer.ts";
@@ -238,6 +239,27 @@ await onEveryAdapter((device) => {
         const found = (await readStoredWeight(reader, `${module}.weight`)).format;
         expect(found).toBe({ nvfp4: "nvfp4", fp8: "fp8_e4m3", bf16: null, mxfp8: "mxfp8_e4m3" }[format]);
       }
+    });
+
+    test("of a bf16 checkpoint with stacked experts has published names and the source's bytes", async () => {
+      const model = create(device, config);
+      const entries = await Promise.all([...model.parameters].map(async ([name, tensor]) => ({
+        name: name.replace("backbone.", "model."), dtype: "BF16" as const, shape: tensor.shape,
+        bytes: encodeFloat("BF16", await tensor.read() as Float32Array),
+      })));
+      const source = await openSafetensors(memorySource("model", await encodeSafetensors(entries)));
+      const quantised = await quantiseModel(model, source, data, {
+        ...options, format: "fp8", exclude: [...options.exclude, "*.experts.1.*"],
+      });
+      model.dispose();
+      const reader = await openSafetensors(memorySource("out", await encodeSafetensors(quantised.entries)));
+      const [kept, coded] = [1, 2].map((e) => `backbone.layers.3.mixer.experts.${e}.up_proj.weight`);
+      const size = 16 * 16;
+      expect(reader.info(kept!).dtype).toBe("BF16");
+      expect(await reader.read(kept!)).toEqual(
+        await source.read("model.layers.3.mixer.experts.up_proj", { start: size, count: size }));
+      expect(reader.info(coded!).dtype).toBe("F8_E4M3");
+      expect(reader.tensors.has("model.norm_f.weight")).toBe(false);
     });
 
     test("learns its teacher's predictions, and nothing else changes", async () => {
