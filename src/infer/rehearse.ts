@@ -2,7 +2,7 @@ import type { NemotronHConfig } from "../models/config.ts";
 import { NemotronH } from "../models/nemotron_h.ts";
 import { createParameters, emptyWeights } from "../models/parameters.ts";
 import type { Device } from "../tensor/device.ts";
-import { makeRecipe, type Recipe, scheduleOf } from "../train/recipe.ts";
+import { makeRecipe, precisionOf, type Recipe, scheduleOf } from "../train/recipe.ts";
 import { Trainer } from "../train/trainer.ts";
 import { Generator } from "./engine.ts";
 
@@ -28,7 +28,7 @@ export async function rehearse(
   const { batch, seqlen, accumulate } = recipe;
   const trainer = new Trainer(model, {
     ...recipe, schedule: scheduleOf(recipe), betas: [recipe.beta1, recipe.beta2],
-    mtp_depths: model.mtp ? recipe.mtp_depths : 0,
+    mtp_depths: model.mtp ? recipe.mtp_depths : 0, precision: precisionOf(recipe),
   });
   const zeros = () => new Int32Array(batch * seqlen);
   const micro = {

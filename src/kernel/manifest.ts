@@ -1850,6 +1850,82 @@ export const manifest = {
       arithmetic: ["codes","others","params","values"],
     },
   },
+  "quant/fake_quantize": {
+    bindings: {
+      x: { binding: 0, access: "read" },
+      y: { binding: 1, access: "read_write" },
+      amax: { binding: 2, access: "read" },
+      jobs: { binding: 3, access: "read" },
+      tiles: { binding: 4, access: "read" },
+      table: { binding: 5, access: "read" },
+      random: { binding: 6, access: "read" },
+      scales: { binding: 7, access: "read" },
+    },
+    params: {
+      rows: "u32",
+      cols: "u32",
+      block: "u32",
+      units: "u32",
+      each: "u32",
+      groups: "u32",
+      first: "u32",
+      partials: "u32",
+      stream: "u32",
+      per: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["bf16","block_scale","columns","e4m3","e5m2","e8m0","floor_scale","gather","given","grouped","jobs","nvfp4","square","stochastic","tensor_scale","vec4","whole_scale"],
+    entries: {
+      values: ["amax","jobs","params","random","scales","table","tiles","x","y"],
+    },
+  },
+  "quant/largest": {
+    bindings: {
+      x: { binding: 0, access: "read" },
+      y: { binding: 1, access: "read_write" },
+      partial: { binding: 2, access: "read_write" },
+      jobs: { binding: 3, access: "read" },
+      tiles: { binding: 4, access: "read" },
+      table: { binding: 5, access: "read" },
+    },
+    params: {
+      rows: "u32",
+      cols: "u32",
+      block: "u32",
+      units: "u32",
+      each: "u32",
+      groups: "u32",
+      first: "u32",
+      partials: "u32",
+      per: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["accumulate","gather","grouped","jobs","vec4"],
+    entries: {
+      largest: ["jobs","params","partial","x"],
+      rotate: ["jobs","params","partial","table","tiles","x","y"],
+    },
+  },
+  "quant/padded_groups": {
+    bindings: {
+      offsets: { binding: 0, access: "read" },
+      padded: { binding: 1, access: "read_write" },
+    },
+    params: {
+      groups: "u32",
+      multiple: "u32",
+    },
+    overrides: {
+    },
+    conditions: [],
+    entries: {
+      padded_groups: ["offsets","padded","params"],
+    },
+  },
   "quant/quantize": {
     bindings: {
       values: { binding: 0, access: "read" },
@@ -1891,6 +1967,27 @@ export const manifest = {
       largest: ["magnitudes","params","values"],
       tensor_scales: ["largest_bits","outer","params"],
       quantize_scaled: ["codes","outer_bits","params","scales","values"],
+    },
+  },
+  "quant/update_scales": {
+    bindings: {
+      magnitudes: { binding: 0, access: "read_write" },
+      history: { binding: 1, access: "read_write" },
+      scales: { binding: 2, access: "read_write" },
+      tops: { binding: 3, access: "read" },
+      counter: { binding: 4, access: "read" },
+    },
+    params: {
+      slots: "u32",
+      length: "u32",
+      entries: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: [],
+    entries: {
+      update_scales: ["counter","history","magnitudes","params","scales","tops"],
     },
   },
   "sample/argmax": {

@@ -1,6 +1,6 @@
 import { attention } from "../ops/attention.ts";
 import { cache_read, cache_write, decode_attention } from "../ops/decode_attention.ts";
-import { linear } from "../ops/linear.ts";
+import { linear } from "./product.ts";
 import type { Device } from "../tensor/device.ts";
 import { UsageError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";

@@ -1,7 +1,7 @@
 import { causal_conv1d, causal_conv1d_update } from "../ops/causal_conv1d.ts";
 import { split_columns } from "../ops/elementwise.ts";
 import { gated_rms_norm } from "../ops/gated_rms_norm.ts";
-import { linear } from "../ops/linear.ts";
+import { linear } from "./product.ts";
 import { selective_state_update } from "../ops/selective_state_update.ts";
 import { ssd_scan } from "../ops/ssd_scan.ts";
 import type { Device } from "../tensor/device.ts";

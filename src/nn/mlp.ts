@@ -1,4 +1,4 @@
-import { linear } from "../ops/linear.ts";
+import { linear } from "./product.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { Weight, Weights } from "./weights.ts";
 

@@ -1,11 +1,11 @@
-import { expert_tiles, grouped_linear } from "../ops/grouped_linear.ts";
-import { linear } from "../ops/linear.ts";
+import { expert_tiles } from "../ops/grouped_linear.ts";
 import { moe_plan, moe_unpermute } from "../ops/moe.ts";
 import { router } from "../ops/router.ts";
 import { promote } from "../tensor/scope.ts";
 import { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
 import { MLP } from "./mlp.ts";
+import { grouped_linear, linear } from "./product.ts";
 import type { Weight, Weights } from "./weights.ts";
 
 export interface MoESizes {

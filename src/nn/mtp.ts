@@ -1,5 +1,5 @@
 import { concat_columns } from "../ops/elementwise.ts";
-import { linear } from "../ops/linear.ts";
+import { linear } from "./product.ts";
 import { rms_norm } from "../ops/rms_norm.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { Block } from "./block.ts";

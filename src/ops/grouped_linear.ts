@@ -8,6 +8,7 @@ import {
 import { relu2 } from "./elementwise.ts";
 import { combine, moe_permute } from "./moe.ts";
 import { defineOp, type Op } from "./op.ts";
+import type { Rounding, Summand } from "./rounding.ts";
 
 export interface GroupedLinearOptions {
   /** Which kernel computes it; default: the one that suits the adapter and the shape. */
@@ -23,10 +24,16 @@ export interface GroupedLinearOptions {
   readonly permute?: { readonly slot_token: Tensor; readonly token_slot: Tensor; readonly topk: number };
   /** From `expert_tiles` for the same offsets; otherwise every product works them out. */
   readonly tiles?: Tensor | null;
+  /** Rounds the factors of the product and of its gradients; default: they stay as they are. */
+  readonly rounding?: Rounding;
 }
 
 interface Saved {
-  readonly x: Tensor;
+  /** x as the weight's gradient reads it; null where there is none. */
+  readonly kept: Summand | null;
+  /** x itself, if it is max(g, 0)^2: then the gradient of g is due. */
+  readonly x: Tensor | null;
+  readonly shape: readonly number[];
   readonly weight: Tensor;
   readonly offsets: Tensor;
   readonly options: GroupedLinearOptions;
@@ -70,38 +77,49 @@ const dense: Op<
     check(offsets.shape.length === 1 && offsets.size === E + 1, name, "offsets", `[${E + 1}]`, offsets);
     const y = x.device.empty([S, N], productDType(x, weight, options.out));
     if (activation) y.relu2Key = nextKey();
-    ctx.save({ x, weight, offsets, options, squared: activation ? y : null });
+    const { rounding } = options;
+    const rounded = rounding?.input(x, ctx.needs(1), { offsets, permute });
+    const [a, b] = rounded ? [rounded.forward, rounding!.forward()] : [x, weight];
+    ctx.save({
+      kept: rounded ? rounded.kept : { tensor: x, offsets: null }, x: x.relu2Key === null ? null : x,
+      shape: x.shape, weight, offsets, options, squared: activation ? y : null,
+    });
     const few = x.device.info.isSoftware ? "matvec_quad" : "matvec";
-    const wanted = options.kernel ?? (S <= FEW_ROWS && readsInVectors(x, weight) ? few : undefined);
+    const wanted = options.kernel ?? (S <= FEW_ROWS && readsInVectors(a, b) ? few : undefined);
     if (wanted === "matvec" || wanted === "matvec_quad") {
-      const rows = permute ? moe_permute(converted(x, "f32"), { offsets, ...permute }, permute.topk) : x;
-      vectorProduct(wanted, rows, weight, y, { relu2: activation === "relu2" }, offsets);
+      const rows = permute ? moe_permute(converted(a, "f32"), { offsets, ...permute }, permute.topk) : a;
+      vectorProduct(wanted, rows, b, y, { relu2: activation === "relu2" }, offsets);
     } else {
       const kernel = productKernel(x.device, wanted);
       product({
-        m: S, n: N, k: K, a: { tensor: x, row: K, col: 1 },
-        b: { tensor: weight, row: 1, col: K, batch: N * K },
+        m: S, n: N, k: K, a: { tensor: a, row: K, col: 1 },
+        b: { tensor: b, row: 1, col: K, batch: N * K },
         c: { tensor: y, row: N }, tiles: tilesFor(offsets, S, kernel, options), kernel,
         relu2: activation === "relu2", gather: gatherOf(options),
       });
     }
     return y;
   },
-  backward({ x, weight, offsets, options, squared }: Saved, [dy, dsquare], needs, into) {
+  backward(
+    { kept, x, shape, weight, offsets, options, squared }: Saved, [dy, dsquare], needs, into,
+  ) {
     const dh = squared ? relu2Gradients(dy, dsquare, squared) : dy;
     if (!dh) return [];
-    const { permute } = options;
-    const [S, K] = [dh.shape[0]!, x.shape[1]!];
-    const [E, N] = weight.shape as [number, number, number];
-    const kernel = productKernel(x.device, options.kernel);
-    let dx = needs[0] ? into.empty(0, x) : null;
+    const { permute, rounding } = options;
+    const { device } = dh;
+    const [E, N, K] = weight.shape as [number, number, number];
+    const S = dh.shape[0]!;
+    const rounded = rounding?.gradient(dh, { x: needs[0]!, weight: needs[1]! }, { offsets });
+    const kernel = productKernel(device, options.kernel);
+    let dx = needs[0] ? into.empty(0, { device, shape }) : null;
     if (dx) {
-      const rows = permute ? x.device.empty([S, K]) : dx;
-      const before = x.relu2Key === null ? null : converted(x, "f32"); // x is max(g, 0)^2: that of g is due
+      const [a, b] = rounded ? [rounded.backward!, rounding!.backward()] : [dh, weight];
+      const rows = permute ? device.empty([S, K]) : dx;
+      const before = x && converted(x, "f32");
       const soFar = before ? null : into.soFar(0);
       product({
-        m: S, n: K, k: N, a: { tensor: dh, row: N, col: 1 },
-        b: { tensor: weight, row: K, col: 1, batch: N * K },
+        m: S, n: K, k: N, a: { tensor: a, row: N, col: 1 },
+        b: { tensor: b, row: K, col: 1, batch: N * K },
         c: { tensor: rows, row: K }, tiles: tilesFor(offsets, S, kernel, options), kernel,
         ...(permute ? {} : { relu2_of: before, residual: soFar }),
       });
@@ -112,9 +130,11 @@ const dense: Op<
     }
     const dweight = needs[1] ? into.empty(1, weight) : null;
     if (dweight) {
+      const a = rounded ? rounded.kept! : { tensor: dh, offsets: null };
       product({
-        m: N, n: K, k: S, batches: E, a: { tensor: dh, row: 1, col: N }, b: { tensor: x, row: K, col: 1 },
-        c: { tensor: dweight, row: K, batch: N * K }, offsets, kernel, gather: gatherOf(options),
+        m: N, n: K, k: a.tensor.shape[0]!, batches: E, a: { tensor: a.tensor, row: 1, col: N },
+        b: { tensor: kept!.tensor, row: K, col: 1 }, c: { tensor: dweight, row: K, batch: N * K },
+        offsets: a.offsets ?? offsets, kernel, gather: a.offsets ? null : gatherOf(options),
       });
     }
     return [dx, dweight];

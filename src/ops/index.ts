@@ -11,6 +11,7 @@ export * from "./decode_attention.ts";
 export * from "./elementwise.ts";
 export * from "./elements.ts";
 export * from "./embedding.ts";
+export * from "./fake_quantize.ts";
 export * from "./gated_rms_norm.ts";
 export * from "./global_norm.ts";
 export * from "./grouped_linear.ts";

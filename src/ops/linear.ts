@@ -5,18 +5,26 @@ import { linear_blocks, orBlocks } from "./block_linear.ts";
 import {
   converted, type FloatDType, product, productDType, relu2Gradients, sumRows, vectorKernel, vectorProduct,
 } from "./gemm.ts";
-import { type Destinations, defineOp, type Op } from "./op.ts";
+import { defineOp, type Op } from "./op.ts";
+import type { Rounding } from "./rounding.ts";
 
 export interface LinearOptions {
   /** relu2: max(., 0)^2 of the product with its bias. */
   readonly activation?: "relu2";
   /** Number format of the result; default: that of x and weight where both are the same half, or f32. */
   readonly out?: FloatDType;
+  /** Rounds the factors of the product and of its gradients; default: they stay as they are. */
+  readonly rounding?: Rounding;
 }
 
 interface Saved {
-  readonly x: Tensor;
+  /** x as the weight's gradient reads it; null where there is none. */
+  readonly kept: Tensor | null;
+  /** x itself, if it is max(g, 0)^2: then the gradient of g is due. */
+  readonly x: Tensor | null;
+  readonly shape: readonly number[];
   readonly weight: Tensor;
+  readonly rounding: Rounding | undefined;
   /** max(h, 0)^2, from which the backward pass takes max(h, 0); null without an activation. */
   readonly squared: Tensor | null;
 }
@@ -45,24 +53,52 @@ const dense: Op<
     const rows = sizeOf(x.shape.slice(0, -1));
     const y = x.device.empty(shape, productDType(x, weight, options.out));
     if (relu2) y.relu2Key = nextKey();
-    ctx.save({ x, weight, squared: relu2 ? y : null });
+    const { rounding } = options;
+    const rounded = rounding?.input(x, ctx.needs(1), null);
+    const [a, b] = rounded ? [rounded.forward, rounding!.forward()] : [x, weight];
+    ctx.save({
+      kept: rounded ? rounded.kept && rounded.kept.tensor : x, x: x.relu2Key === null ? null : x,
+      shape: x.shape, weight, rounding, squared: relu2 ? y : null,
+    });
     const epilogue = {
       bias: bias && converted(bias, "f32"), relu2, residual: residual && converted(residual, "f32"),
     };
-    const few = vectorKernel(x, weight, rows);
-    if (few) vectorProduct(few, x, weight, y, epilogue);
+    const few = vectorKernel(a, b, rows);
+    if (few) vectorProduct(few, a, b, y, epilogue);
     else {
       product({
-        m: rows, n: N, k: K, a: { tensor: x, row: K, col: 1 }, b: { tensor: weight, row: 1, col: K },
+        m: rows, n: N, k: K, a: { tensor: a, row: K, col: 1 }, b: { tensor: b, row: 1, col: K },
         c: { tensor: y, row: N }, ...epilogue,
       });
     }
     return y;
   },
-  backward({ x, weight, squared }: Saved, [dy, dsquare], needs, into) {
+  backward({ kept, x, shape, weight, rounding, squared }: Saved, [dy, dsquare], needs, into) {
     const dh = squared ? relu2Gradients(dy, dsquare, squared) : dy;
     if (!dh) return [];
-    return [...linearGradients(x, weight, dh, needs, into), needs[3] ? dh : null];
+    const [N, K] = weight.shape as [number, number];
+    const { device } = dh;
+    const rounded = rounding?.gradient(dh, { x: needs[0]!, weight: needs[1]! }, null);
+    const dx = needs[0] ? into.empty(0, { device, shape }) : null;
+    if (dx) {
+      const [a, b] = rounded ? [rounded.backward!, rounding!.backward()] : [dh, weight];
+      product({
+        m: sizeOf(shape.slice(0, -1)), n: K, k: N, a: { tensor: a, row: N, col: 1 },
+        b: { tensor: b, row: K, col: 1 }, c: { tensor: dx, row: K }, relu2_of: x && converted(x, "f32"),
+        residual: x ? null : into.soFar(0),
+      });
+    }
+    const dweight = needs[1] ? into.empty(1, weight) : null;
+    if (dweight) {
+      const a = rounded ? rounded.kept!.tensor : dh; // rounding may have filled up the rows of both
+      product({
+        m: N, n: K, k: a.size / Math.max(N, 1), a: { tensor: a, row: 1, col: N },
+        b: { tensor: kept!, row: K, col: 1 }, c: { tensor: dweight, row: K },
+      });
+    }
+    const dbias = needs[2] ? into.empty(2, { device, shape: [N] }) : null;
+    if (dbias) sumRows(dh, dh.size / Math.max(N, 1), N, dbias);
+    return [dx, dweight, dbias, needs[3] ? dh : null];
   },
 });
 
@@ -82,30 +118,3 @@ export const linear = orBlocks(dense, (
   x, { codes, scales, format, global }, bias, residual = null, options = {},
 ) =>
   linear_blocks(x, codes, scales, bias, residual, { format, global, activation: options.activation }));
-
-/** Gradients of h = x W^T + bias, those that are needed; where x is max(g, 0)^2, that of g instead of x. */
-function linearGradients(
-  x: Tensor, weight: Tensor, dh: Tensor, needs: readonly boolean[], into: Destinations,
-): [dx: Tensor | null, dweight: Tensor | null, dbias: Tensor | null] {
-  const [N, K] = weight.shape as [number, number];
-  const rows = sizeOf(x.shape.slice(0, -1));
-  const dx = needs[0] ? into.empty(0, x) : null;
-  if (dx) {
-    const squared = x.relu2Key !== null;
-    product({
-      m: rows, n: K, k: N, a: { tensor: dh, row: N, col: 1 }, b: { tensor: weight, row: K, col: 1 },
-      c: { tensor: dx, row: K }, relu2_of: squared ? converted(x, "f32") : null,
-      residual: squared ? null : into.soFar(0),
-    });
-  }
-  const dweight = needs[1] ? into.empty(1, weight) : null;
-  if (dweight) {
-    product({
-      m: N, n: K, k: rows, a: { tensor: dh, row: 1, col: N }, b: { tensor: x, row: K, col: 1 },
-      c: { tensor: dweight, row: K },
-    });
-  }
-  const dbias = needs[2] ? into.empty(2, { device: x.device, shape: [N] }) : null;
-  if (dbias) sumRows(dh, rows, N, dbias);
-  return [dx, dweight, dbias];
-}

@@ -9,6 +9,9 @@ import type { Recipe } from "./recipe.ts";
 import type { TrainingRun } from "./run.ts";
 import type { SkippedSteps } from "./trainer.ts";
 
+/** Scales of FP8 that follow from earlier updates, where a run has them. */
+const SCALES = "precision.safetensors";
+
 /** state.json: where the run stands. */
 export interface SavedRun {
   readonly format: "krait-training-state";
@@ -40,9 +43,12 @@ export function checkpointFiles(
   const { moments } = run.trainer.optimizer;
   const entries = [...moments].flatMap(([name, pair]) =>
     (["m", "v"] as const).map((moment) => tensorEntry(`${moment}.${name}`, pair[moment])));
+  const precision = [...run.trainer.precision?.state ?? []].map(
+    ([name, tensor]) => tensorEntry(name, tensor));
   return {
     ...modelFiles(run.model), ...modelExtras,
     "optimizer.safetensors": safetensorsPieces(entries),
+    ...(precision.length > 0 ? { [SCALES]: safetensorsPieces(precision) } : {}),
     "state.json": `${JSON.stringify(state, null, 2)}\n`,
   };
 }
@@ -83,6 +89,12 @@ export async function restoreRun(run: TrainingRun, checkpoint: SavedCheckpoint):
   run.packer.restore(state.packing);
   run.trainer.steps = state.steps;
   if (state.skipped) run.trainer.skipped = state.skipped;
+  const scales = run.trainer.precision?.state;
+  if (scales && scales.size > 0) {
+    const saved = await openSafetensors(await checkpoint.open(SCALES));
+    for (const [name, tensor] of scales) tensor.write(await saved.readTensorF32(name));
+    await saved.close();
+  }
   const { device } = run.model;
   if (state.kernels?.adapter === device.info.id) device.choices.pin(state.kernels.choices);
   return state;

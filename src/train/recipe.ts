@@ -1,4 +1,5 @@
 /** The numbers of a training run, with defaults that suit the tiny presets. */
+import { choosePrecision, type PrecisionChoice } from "../precision/plan.ts";
 import { UsageError } from "../tensor/errors.ts";
 import { makeSchedule, type Schedule } from "./schedule.ts";
 
@@ -31,6 +32,9 @@ export interface Recipe {
   readonly max_skipped: number;
   /** Run every block's forward a second time instead of keeping what its backward pass needs. */
   readonly recompute: boolean;
+  /** Formats of products, and the ingredients left out: names of src/precision/recipes.ts, by commas. */
+  readonly precision: string;
+  readonly without: string;
   /** Steps between evaluations; 0: only at the end. Rows of validation text per evaluation; 0: all. */
   readonly eval_every: number;
   readonly eval_rows: number;
@@ -48,7 +52,7 @@ export const RECIPE: Recipe = {
   lr: 4e-3, min_lr: 4e-5, schedule: "wsd", warmup: 20, decay: 100,
   beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1,
   mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, bias_rate: 1e-3, max_skipped: MAX_SKIPPED,
-  recompute: false, eval_every: 0, eval_rows: 0,
+  recompute: false, precision: "f32", without: "", eval_every: 0, eval_rows: 0,
 };
 
 /**
@@ -90,7 +94,13 @@ export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key]
     if (!holds) throw new UsageError(`The recipe's ${name} must be ${expected}, found ${recipe[name]}.`);
   }
   scheduleOf(recipe);
-  return recipe;
+  return { ...recipe, without: precisionOf(recipe).without.join() };
+}
+
+/** The formats of products. @throws UsageError for a name that is not known */
+export function precisionOf({ precision, without }: Pick<Recipe, "precision" | "without">): PrecisionChoice {
+  return choosePrecision(precision, without.split(",").map((name) => name.trim()).filter(
+    (name) => name !== ""));
 }
 
 /** The learning rate by step. */

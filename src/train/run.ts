@@ -4,7 +4,7 @@
  */
 import type { NemotronH } from "../models/nemotron_h.ts";
 import { BatchPacker, bitsPerByte, type TokenCorpus } from "./packing.ts";
-import { type Recipe, scheduleOf } from "./recipe.ts";
+import { precisionOf, type Recipe, scheduleOf } from "./recipe.ts";
 import { type StepMetrics, Trainer } from "./trainer.ts";
 
 export interface RunStep extends StepMetrics {
@@ -37,7 +37,7 @@ export class TrainingRun {
     this.#validationPacker = new BatchPacker(validation, { batch, seqlen, seed });
     this.trainer = new Trainer(model, {
       ...recipe, accumulate, schedule: scheduleOf(recipe), betas: [beta1, beta2],
-      mtp_depths: model.mtp ? recipe.mtp_depths : 0,
+      mtp_depths: model.mtp ? recipe.mtp_depths : 0, precision: precisionOf(recipe),
     });
   }
 

@@ -10,9 +10,13 @@ import type { Device } from "../tensor/device.ts";
 import { KraitError, UsageError } from "../tensor/errors.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import { withRoundings } from "../precision/active.ts";
+import { FULL_PRECISION, type PrecisionChoice } from "../precision/plan.ts";
+import type { Precision } from "../precision/precision.ts";
 import { AdamW, type AdamWOptions } from "./optimizer.ts";
 import { type Batch, mtpInputs, mtpLabels } from "./packing.ts";
 import { MAX_SKIPPED } from "./recipe.ts";
+import { TrainingPrecision } from "./rounding.ts";
 import type { Schedule } from "./schedule.ts";
 
 export interface TrainerOptions extends AdamWOptions {
@@ -33,6 +37,12 @@ export interface TrainerOptions extends AdamWOptions {
   readonly max_skipped?: number;
   /** Less memory for a second forward pass of every block; the gradients stay the same bit for bit. */
   readonly recompute?: boolean;
+  /** In which formats products are multiplied; default: f32. */
+  readonly precision?: PrecisionChoice;
+  /** Updates of the whole run, for what changes towards its end; default: nothing changes. */
+  readonly steps?: number;
+  /** Of random roundings; default 0. */
+  readonly seed?: number;
 }
 
 export interface StepMetrics {
@@ -88,6 +98,8 @@ export class Trainer {
   skipped: SkippedSteps = { total: 0, in_a_row: 0 };
   readonly #device: Device;
   readonly #inputs: Inputs;
+  readonly #rounding: TrainingPrecision;
+  #precision: Precision | null = null;
   #captured: Captured | null = null;
   #evaluation: { graph: Graph; loss: Tensor } | null = null;
 
@@ -100,6 +112,8 @@ export class Trainer {
     this.model = model;
     this.options = options;
     this.#device = model.device;
+    const { precision = FULL_PRECISION, steps = Infinity, seed = 0 } = options;
+    this.#rounding = new TrainingPrecision(model, precision, steps, seed);
     const trainable = new Map([...model.parameters].filter(([, parameter]) => parameter.requiresGrad));
     const shape = [options.batch, options.seqlen];
     const ids = () => this.#device.zeros(shape, "i32");
@@ -121,15 +135,17 @@ export class Trainer {
     }
     const lr = schedule(this.steps);
     this.optimizer.prepare(this.steps - this.skipped.total, lr);
+    this.#usePrecision();
     const captured = (this.#captured ??= this.#capture());
     if (captured.update) {
       for (const tensor of [captured.scalars, ...captured.loads]) tensor.clear();
       this.optimizer.clearGradients();
     }
-    for (const batch of batches) {
+    batches.forEach((batch, i) => {
+      this.#precision?.prepare(this.steps, this.steps * micros + i);
       this.#write(batch);
       this.#device.replay(captured.micro);
-    }
+    });
     if (captured.update) this.#device.replay(captured.update);
     const scalars = Array.from(await captured.scalars.read());
     const [total, loss, aux_loss, grad_norm] = scalars as [number, number, number, number];
@@ -163,8 +179,24 @@ export class Trainer {
     return this.#captured?.micro.memory ?? null;
   }
 
+  /** The roundings of the next update, for checkpoints; null: none. */
+  get precision(): Precision | null {
+    return this.#rounding.at(this.steps);
+  }
+
+  /** Goes over to the roundings of the next update, and rounds the weights as they are now. */
+  #usePrecision(): void {
+    const { precision } = this;
+    if (precision !== this.#precision) {
+      this.#disposeGraphs();
+      this.#precision = precision;
+    }
+    precision?.roundWeights();
+  }
+
   /** Mean cross entropy of the next token over batches, each weighed by its scored positions. Nats. */
   async evaluate(batches: Iterable<Batch>): Promise<number> {
+    this.#usePrecision();
     this.#evaluation ??= this.#captureEvaluation();
     const { graph, loss } = this.#evaluation;
     let sum = 0;
@@ -181,6 +213,15 @@ export class Trainer {
 
   /** Gives back graphs, inputs and optimiser state; the model stays. */
   dispose(): void {
+    this.#disposeGraphs();
+    this.#rounding.dispose();
+    this.optimizer.dispose();
+    const { input_ids, targets, seq_idx, mtp } = this.#inputs;
+    for (const tensor of [input_ids, targets, seq_idx]) tensor.dispose();
+    for (const depth of mtp) for (const tensor of [depth.input_ids, depth.targets]) tensor.dispose();
+  }
+
+  #disposeGraphs(): void {
     for (const graph of [this.#captured?.micro, this.#captured?.update, this.#evaluation?.graph]) {
       if (graph) this.#device.stream.disposeGraph(graph);
     }
@@ -189,10 +230,7 @@ export class Trainer {
       const { scalars, loads, seed } = this.#captured;
       for (const tensor of [scalars, seed, ...loads]) tensor.dispose();
     }
-    this.optimizer.dispose();
-    const { input_ids, targets, seq_idx, mtp } = this.#inputs;
-    for (const tensor of [input_ids, targets, seq_idx]) tensor.dispose();
-    for (const depth of mtp) for (const tensor of [depth.input_ids, depth.targets]) tensor.dispose();
+    this.#captured = this.#evaluation = null;
   }
 
   /**
@@ -207,7 +245,8 @@ export class Trainer {
       const loads = this.#moeLayers().map(({ bias }) => device.zeros(bias.shape, "u32"));
       const seed = device.tensor([1 / micros], []);
       const held = { scalars, loads, seed };
-      const micro = device.capture(() => scope(() => this.#recordMicroBatch(held))).graph;
+      const micro = device.capture(() => scope(() =>
+        withRoundings(this.#precision, () => this.#recordMicroBatch(held)))).graph;
       if (micros === 1) return { micro, update: null, ...held };
       try {
         const { gradients } = this.optimizer;
@@ -248,6 +287,7 @@ export class Trainer {
   #recordUpdate(gradients: GradientMap, scalars: Tensor, loads: readonly Tensor[]): void {
     const { norm, scale: gate } = this.optimizer.update(gradients, scalars.prefix([1]));
     this.#device.stream.copy(norm.storage, norm.byteOffset, scalars.storage, scalars.byteOffset + 12, 4);
+    this.#precision?.update();
     const rate = this.options.bias_rate;
     if (rate > 0) this.#moeLayers().forEach(({ bias }, i) => update_expert_bias(bias, loads[i]!, rate, gate));
   }
@@ -258,7 +298,9 @@ export class Trainer {
     return unscoped(() => {
       const loss = this.#device.zeros([]);
       const { graph } = this.#device.capture(() => scope(() => {
-        const { main } = model.loss({ input_ids, targets, seq_idx, mtp: [] }, { mtp_scale: 0, aux_coeff: 0 });
+        const evaluate = () => withRoundings(this.#precision, () =>
+          model.loss({ input_ids, targets, seq_idx, mtp: [] }, { mtp_scale: 0, aux_coeff: 0 }));
+        const { main } = this.#precision ? this.#precision.watching(evaluate) : evaluate();
         loss.copyFrom(main);
       }));
       return { graph, loss };

@@ -176,6 +176,28 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     bind: { partial: normal(11), norm: 1 }, params: { count: 11, first: 0, max_norm: 1 },
     constants: { WG: 16, EACH: 2 }, workgroups: [1],
   },
+  "quant/largest:largest": {
+    bind: { x: normal(70), partial: 3, jobs: 1 },
+    params: { rows: 1, cols: 70, block: 0, units: 18, each: 1, groups: 2, first: 0, partials: 2, per: 1 },
+    constants: { WG: 16 }, workgroups: [2],
+  },
+  "quant/largest:rotate": {
+    bind: { x: normal(20 * 8), y: 32 * 8, partial: 4, jobs: 1, tiles: 4, table: 1 }, conditions: ["vec4"],
+    params: { rows: 20, cols: 8, block: 16, units: 4, each: 1, groups: 1, first: 0, partials: 1, per: 1 },
+    constants: { WG: 16 }, workgroups: [1],
+    // What a rotated row is does not matter, nor where it goes: no two invocations share one.
+    rewrite: [
+      ["var bits = bitcast<vec4u>(0.25 * v[r]);", "var bits = vec4u(7u);"],
+      ["store4(m, row + r, col, bitcast<vec4f>(bits));", ""],
+    ],
+  },
+  "quant/update_scales:update_scales": {
+    bind: {
+      magnitudes: u32(0x3f800000, 0, 0x40000000, 5), history: normal(2 * 5), scales: normal(2),
+      tops: normal(2), counter: u32(0, 0, 0, 7),
+    },
+    params: { slots: 2, length: 5, entries: 2 }, constants: { WG: 16 }, workgroups: [2],
+  },
   "quant/block_matvec:block_matvec": {
     bind: {
       x: normal(2 * 64), codes: integers(6 * 16, 2 ** 31), scales: integers(6, 2 ** 14), y: 12, bias: normal(

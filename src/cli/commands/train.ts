@@ -5,6 +5,7 @@ import { localFileLayer } from "../../io/files.node.ts";
 import { parseConfig, type NemotronHConfig } from "../../models/config.ts";
 import { countParameters } from "../../models/accounting.ts";
 import { openDevice } from "../../tensor/device.ts";
+import { RECIPE_NAMES, RECIPES } from "../../precision/recipes.ts";
 import { KraitError, UsageError } from "../../tensor/errors.ts";
 import { readSavedRun } from "../../train/checkpoint.ts";
 import { splitDocuments } from "../../train/data.ts";
@@ -58,6 +59,14 @@ export const train = defineCommand({
     maxSkipped: {
       type: "integer", min: 1,
       help: "Steps in a row without a finite loss that end the run; each is skipped (5).",
+    },
+    precision: {
+      type: "string", choices: RECIPE_NAMES, help: "Formats of the factors of products (f32).",
+    },
+    without: {
+      type: "string", value: "NAMES",
+      help: "Ingredients of the precision to leave out, by commas: for nvfp4 " +
+        `${Object.keys(RECIPES.nvfp4.ingredients).join(", ")}.`,
     },
     recompute: {
       type: "boolean",
@@ -178,6 +187,7 @@ async function plan(options: {
   readonly mtpDepths: number | undefined; readonly mtpScale: number | undefined;
   readonly auxCoeff: number | undefined; readonly biasRate: number | undefined;
   readonly recompute: boolean; readonly maxSkipped: number | undefined;
+  readonly precision: string | undefined; readonly without: string | undefined;
   readonly evalEvery: number; readonly evalRows: number | undefined;
 }): Promise<Plan> {
   const given: GivenRecipe = {
@@ -187,6 +197,7 @@ async function plan(options: {
     weight_decay: options.weightDecay, clip: options.clip,
     mtp_depths: options.mtpDepths, mtp_scale: options.mtpScale,
     aux_coeff: options.auxCoeff, bias_rate: options.biasRate, recompute: options.recompute || undefined,
+    precision: options.precision, without: options.without,
     max_skipped: options.maxSkipped, eval_rows: options.evalRows, eval_every: options.evalEvery,
   };
   if (!options.resume) {
@@ -196,7 +207,9 @@ async function plan(options: {
   }
   const checkpoint = await openCheckpoint(localFileLayer(), options.out);
   if (!checkpoint) throw new KraitError(`There is no checkpoint in ${options.out} to resume from.`);
-  const { recipe, steps: doneBefore } = await readSavedRun(checkpoint);
+  const saved = await readSavedRun(checkpoint);
+  const doneBefore = saved.steps;
+  const recipe = makeRecipe(saved.recipe); // older runs lack newer fields
   // what may change without making another run of it
   const free = new Set(["steps", "eval_every", "eval_rows", "recompute", "max_skipped"]);
   for (const [key, value] of Object.entries(given)) {

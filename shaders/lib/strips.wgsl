@@ -1,0 +1,66 @@
+// Matrices in strips, for the kernels of quantised values: which part of which matrix a workgroup takes, and
+// where its elements lie.
+//
+// The importing file declares x, y, tiles, table, jobs, params and WG, and V by the condition `vec4` (rows of
+// whole vectors). Conditions:
+//   jobs     many matrices in one launch: a record of 8 u32 per workgroup, the fields of Matrix
+//   grouped  blocks of a column start anew in every group of rows. Block b holds source rows
+//            tiles[b] = (group, first, end, 0) and becomes rows b * block .. of y, zeros past its end
+//   gather   source row s is row floor(table[s] / per) of x
+
+// A workgroup's part of a matrix: its first elements in x and y, its strips, and its entries of amax.
+struct Matrix {
+  x: u32, y: u32, rows: u32, cols: u32, unit: u32, end: u32, first: u32, partials: u32,
+}
+
+fn matrix_of(group: u32) -> Matrix {
+  @if(jobs) {
+    let at = 8u * group;
+    return Matrix(jobs[at], jobs[at + 1u], jobs[at + 2u], jobs[at + 3u], jobs[at + 4u], jobs[at + 5u],
+      jobs[at + 6u], jobs[at + 7u]);
+  }
+  @else {
+    let unit = group * WG * params.each;
+    return Matrix(0u, 0u, params.rows, params.cols, unit, min(unit + WG * params.each, params.units),
+      params.first, params.partials);
+  }
+}
+
+fn load4(m: Matrix, row: u32, col: u32) -> vec4f {
+  let at = m.x + row * m.cols + col;
+  @if(vec4) return x[at / 4u];
+  @else {
+    var v = vec4f();
+    for (var i = 0u; i < 4u; i++) { if (col + i < m.cols) { v[i] = x[at + i]; } }
+    return v;
+  }
+}
+
+fn store4(m: Matrix, row: u32, col: u32, v: vec4f) {
+  let at = m.y + row * m.cols + col;
+  @if(vec4) y[at / 4u] = v;
+  @else { for (var i = 0u; i < 4u; i++) { if (col + i < m.cols) { y[at + i] = v[i]; } } }
+}
+
+// Elements col .. col + 3 of a row of y, before rounding; zeros where x has no such row.
+fn fetch(m: Matrix, row: u32, col: u32) -> vec4f {
+  @if(grouped) {
+    let tile = tiles[row / params.block];
+    let source = tile.y + row % params.block;
+    if (source >= tile.z) { return vec4f(); }
+    @if(gather) return load4(m, table[source] / params.per, col);
+    @else return load4(m, source, col);
+  }
+  @else {
+    if (row >= m.rows) { return vec4f(); }
+    return load4(m, row, col);
+  }
+}
+
+fn magnitudes(v: vec4f) -> vec4u {
+  return bitcast<vec4u>(v) & vec4u(0x7fffffffu);
+}
+
+fn largest_of(v: vec4u) -> u32 {
+  return max(max(v.x, v.y), max(v.z, v.w));
+}
