@@ -57,7 +57,7 @@ const MATMUL = {
 /** For what may be an element of an array, whose rows the interpreter cannot set. */
 const COPY = ["var sum = acc;", "var sum = mat4x4f(acc[0], acc[1], acc[2], acc[3]);"] as const;
 /** Scales as whole numbers instead of packed halves. */
-const HALVES = [["unpack2x16float(pair)", "vec2f(f32(pair & 0xffffu), f32(pair >> 16u))"]] as const;
+const HALVES = [["unpack2x16float(word)", "vec2f(f32(word & 0xffffu), f32(word >> 16u))"]] as const;
 /** Three queries over 35 keys: two tiles of keys, of which the second holds what masks hide. */
 const TILED = {
   params: { batch: 1, seqlen: 3, kv_seqlen: 35, nheads: 1, nkv_heads: 1, reach: 32, scale: 0.35 },
@@ -113,7 +113,7 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     params: { m: 2, n: 6, k: 20, experts: 0 }, constants: { WG: 16 }, workgroups: [4],
   },
   "moe/expert_bias:expert_bias": {
-    bind: { bias: 11, counts: Uint32Array.from(integers(11, 9)) },
+    bind: { bias: 11, counts: Uint32Array.from(integers(11, 9)), gate: 1 },
     params: { experts: 11, rate: 0.01 }, constants: { WG: 16 }, workgroups: [1],
   },
   "moe/plan:scan_experts": {
@@ -202,18 +202,19 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     bind: {
       x: normal(2 * 64), codes: integers(6 * 16, 2 ** 31), scales: integers(6, 2 ** 14), y: 12, bias: normal(
         6),
-      offsets: 1, residual: 1,
+      offsets: 1, residual: 1, outer: 1,
     },
-    params: { m: 2, n: 6, k: 64, experts: 0 }, constants: { WG: 16 }, conditions: ["bias"], workgroups: [2],
-      rewrite: HALVES,
+    params: { m: 2, n: 6, k: 64, experts: 0, outer_rows: 1 }, constants: { WG: 16 }, conditions: ["bias"],
+    workgroups: [2], rewrite: HALVES,
   },
   "quant/block_tile:block_tile": {
     bind: {
       x: normal(3 * 32), codes: integers(6 * 8, 2 ** 31), scales: integers(3, 2 ** 14), y: 18, bias: normal(
         6),
-      tiles: 1, residual: 1,
+      tiles: 1, residual: 1, outer: 1,
     },
-    params: { m: 3, n: 6, k: 32, row_tiles: 1 }, conditions: ["bias"], workgroups: [1], rewrite: HALVES,
+    params: { m: 3, n: 6, k: 32, row_tiles: 1, outer_rows: 1 }, conditions: ["bias"], workgroups: [1],
+    rewrite: HALVES,
   },
   "sample/argmax:argmax": { bind: { logits, token: 2 }, ...sampled },
   "sample/draw:draw": {
