@@ -1,7 +1,7 @@
 /** Trials of candidates whose backward pass counts as well. */
 import type { Tensor } from "../tensor/tensor.ts";
 import { add } from "./elementwise.ts";
-import { noGrad, type OpRecord, recordOps } from "./op.ts";
+import { noGrad, NOWHERE, type OpRecord, recordOps } from "./op.ts";
 
 /**
  * Runs `body` on inputs, and its ops backward.
@@ -15,13 +15,9 @@ export function withGradients(
   for (const input of inputs) input.requiresGrad = true;
   const outputs = recordOps((record) => records.push(record), body);
   const gradients = new Map(outputs.map(({ key }, i) => [key, seeds[i]!]));
-  const into = {
-    empty: (_: number, like: Pick<Tensor, "device" | "shape">) => like.device.empty(like.shape),
-    soFar: () => null,
-  };
   for (const record of records.toReversed()) {
     const incoming = record.outputs.map(({ key, shape }) => gradients.get(key)?.reshape(shape) ?? null);
-    const results = record.backward(incoming, into);
+    const results = record.backward(incoming, NOWHERE);
     for (const { key, argument } of record.inputs) {
       const [found, result] = [gradients.get(key), results[argument]];
       if (result) gradients.set(key, found ? noGrad(() => add(found, result.reshape(found.shape))) : result);

@@ -23,6 +23,12 @@ export interface Destinations {
   soFar(i: number): Tensor | null;
 }
 
+/** No places of their own: every gradient is a new tensor. */
+export const NOWHERE: Destinations = {
+  empty: (_, like) => like.device.empty(like.shape),
+  soFar: () => null,
+};
+
 export interface OpContext<S> {
   /** Keeps values for the backward pass; tensors among them stay alive until then. */
   save(values: S): void;

@@ -1,7 +1,10 @@
 import { launch } from "../kernel/launch.ts";
+import { bucket, choose, defineTunable } from "../kernel/tuner.ts";
 import { check } from "../tensor/check.ts";
+import type { Device } from "../tensor/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { type Destinations, defineOp } from "./op.ts";
+import { randomTensor, trial } from "../tensor/trial.ts";
+import { type Destinations, defineOp, NOWHERE } from "./op.ts";
 
 /** The input of a norm over `ngroups` groups of n columns; with z it is x * silu(z). */
 export interface NormInput {
@@ -9,17 +12,60 @@ export interface NormInput {
   readonly z: Tensor | null;
   readonly weight: Tensor;
   readonly ngroups: number;
+  /** Default: what suits the adapter and the shape. */
+  readonly kernel?: NormKernel;
 }
 
-/** Sizes of the kernels, and how the rows are shared out: four to an invocation, or one to a workgroup. */
-function plan({ x, z, weight, ngroups }: NormInput) {
+/**
+ * How rows are shared out: `rows` four to an invocation, the others one to a workgroup of so many. A
+ * workgroup per row needs barriers, which are dear on a CPU; with only a few rows they are the smaller evil.
+ */
+type NormKernel = "rows" | "row_32" | "row_64" | "row_256";
+
+type NormShape = {
+  readonly tokens: number; readonly ngroups: number; readonly n: number; readonly gated: boolean;
+  /** The backward pass counts, too. */
+  readonly training: boolean;
+};
+
+const normTuning = defineTunable({
+  name: "norm/rms_norm",
+  classOf: ({ tokens, ngroups, n, gated, training }: NormShape) => ({
+    tokens: bucket(tokens), ngroups, n: bucket(n), gated, training,
+  }),
+  candidates: (device: Device, { n }): NormKernel[] => {
+    if (device.info.isSoftware) return ["rows", "row_32"];
+    return n > 256 ? ["row_64", "row_256"] : ["row_64"]; // vectors of four for every invocation
+  },
+  fallback: (device, { tokens, ngroups, n }) => {
+    if (device.info.isSoftware) return tokens * ngroups >= 64 ? "rows" : "row_32";
+    return n > 1024 ? "row_256" : "row_64";
+  },
+  trial: (device, { tokens, ngroups, n, gated, training }) => trial(() => ({
+    x: randomTensor(device, [tokens, ngroups * n]), weight: randomTensor(device, [ngroups * n], 1),
+    dout: randomTensor(device, [tokens, ngroups * n], 2),
+    ...gated ? { z: randomTensor(device, [tokens, ngroups * n], 3) } : {},
+  }), ({ x, weight, dout, z = null }: Record<"x" | "weight" | "dout", Tensor> & { z?: Tensor | null },
+    kernel: NormKernel) => {
+    const input = { x, z, weight, ngroups, kernel };
+    const { out, rstd } = normForward(input, 1e-5);
+    if (!training) return out;
+    const { dx, dz, dweight } = normBackward(input, rstd, dout, { input: true, weight: true }, NOWHERE, 2);
+    return [out, ...[dx, dz, dweight].filter((each) => each !== null)];
+  }),
+  tolerance: ({ tokens, n, training }) => (training ? 4 : 1) * 8 * Math.sqrt(Math.max(tokens, n)) * 2 ** -24,
+});
+
+/** Sizes of the kernels, and how the rows are shared out. */
+function plan({ x, z, weight, ngroups, kernel }: NormInput) {
   const n = weight.size / ngroups;
   const tokens = weight.size === 0 ? 0 : x.size / weight.size;
   const isWide = n % 4 === 0;
-  // A workgroup per row needs barriers, which are dear on a CPU; with only a few rows they are the smaller
-  // evil.
-  const byRows = x.device.info.isSoftware && tokens * ngroups >= 64;
-  const WG = byRows ? 16 : x.device.info.isSoftware ? 32 : n > 1024 ? 256 : 64;
+  const chosen = kernel ?? choose(x.device, normTuning, {
+    tokens, ngroups, n, gated: z !== null, training: weight.requiresGrad,
+  });
+  const byRows = chosen === "rows";
+  const WG = byRows ? 16 : Number(chosen.slice("row_".length));
   const conditions: ("vec4" | "gated")[] = isWide ? ["vec4"] : [];
   if (z) conditions.push("gated");
   return {

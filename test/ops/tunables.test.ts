@@ -9,6 +9,10 @@ import { testAdapters } from "../support/adapters.ts";
 const SMALL: Readonly<Record<string, string | readonly string[]>> = {
   "matmul/product": "m=64 n=32 k=32 batches=2 transA=false transB=true halves=true",
   "quant/product": "m=2 n=64 k=64 format=q4",
+  "norm/rms_norm": [
+    "tokens=8 ngroups=2 n=64 gated=true training=true",
+    "tokens=64 ngroups=1 n=512 gated=false training=false",
+  ],
   "mamba2/ssd_scan": [false, true].map((training) =>
     `heads=4 seqlen=64 headdim=16 dstate=16 chunk_size=16 training=${training}`),
 };
