@@ -1,6 +1,9 @@
+import { writeFileSync } from "node:fs";
+import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { decodeBytes } from "../../src/cli/bench/generate.ts";
 import { benchLine } from "../../src/cli/bench/line.ts";
+import { finishedRuns, gapsOf, type PrecisionLine, VARIANTS } from "../../src/cli/bench/precision.ts";
 import { fillPage, newest, readLines } from "../../src/cli/bench/report.ts";
 import { estimate, totals } from "../../src/cli/bench/roofline.ts";
 import { stepFlops } from "../../src/cli/bench/train.ts";
@@ -8,6 +11,7 @@ import type { BufferView } from "../../src/gpu/gpu.ts";
 import { countParameters, forwardFlops } from "../../src/models/accounting.ts";
 import { preset } from "../../src/models/presets.ts";
 import { makeRecipe } from "../../src/train/recipe.ts";
+import { withFolder } from "../cli/krait.ts";
 
 const times = [2, 3, 8];
 
@@ -125,5 +129,47 @@ describe("the report", () => {
     expect(JSON.parse(data)).toEqual(lines);
     expect(fillPage(filled, [])).toContain('id="results">[\n\n]</script>');
     expect(() => fillPage("<p>", lines)).toThrow("no element for the results");
+  });
+});
+
+describe("the precision suite", () => {
+  const line = (variant: string, seed: number, losses: number[], ms = 10): PrecisionLine => ({
+    suite: "precision", case: `${variant}, seed ${seed}`, variant, seed, config: "tiny", steps: 10, batch: 8,
+    seqlen: 128, data: "x", val_loss: losses.at(-1)!, curve: losses.map((loss, i) => [5 * i, loss]), ms,
+  });
+
+  test("gaps are to f32 of the same seed", () => {
+    const [f32, low, ...rest] = gapsOf([
+      line("f32", 0, [4, 3, 2]), line("f32", 1, [4, 2, 1]), line("mxfp8", 0, [4, 3.3, 2.02], 15),
+      line("mxfp8", 1, [4, 2.2, 1.03], 25), line("mxfp8", 2, [9, 9, 9]),
+    ]);
+    expect(rest).toEqual([]);
+    expect(f32).toMatchObject({ variant: "f32", seeds: 2, gap: 0, spread: 0, time: 1 });
+    expect(low).toMatchObject({ variant: "mxfp8", seeds: 2, time: 2 });
+    expect(low!.gap).toBeCloseTo(0.02, 12);
+    expect(low!.spread).toBeCloseTo(0.01 * Math.SQRT2, 12);
+    expect(low!.gap_before).toBeCloseTo(0.1, 12); // at step 5, since 10 is past the late switch
+  });
+
+  test("a run is looked for by all that makes it", () => withFolder(async (folder) => {
+    const file = join(folder, "precision.jsonl");
+    writeFileSync(file, `${JSON.stringify({ ...line("bf16", 0, [3, 2]), adapter: "lavapipe" })}\n`);
+    const done = finishedRuns(file, "lavapipe");
+    const { case: name, config, steps, batch, seqlen, data } = line("bf16", 0, [3, 2]);
+    const key = { case: name, config, steps, batch, seqlen, data };
+    expect(done(key)?.val_loss).toBe(2);
+    for (const change of [{ steps: 11 }, { data: "y" }, { config: "toy-moe" }, { case: "bf16, seed 1" }]) {
+      expect(done({ ...key, ...change })).toBeNull();
+    }
+    expect(finishedRuns(file, "swiftshader")(key)).toBeNull();
+    expect(finishedRuns(undefined, "lavapipe")(key)).toBeNull();
+  }));
+
+  test("every ingredient of nvfp4 is left out once", () => {
+    expect(VARIANTS.map(({ name }) => name)).toEqual([
+      "f32", "bf16", "fp8-current", "mxfp8", "nvfp4", "nvfp4 without hadamard",
+      "nvfp4 without stochastic-rounding", "nvfp4 without 2d-scaling", "nvfp4 without high-layers",
+      "nvfp4 without high-projections", "nvfp4 without late-switch",
+    ]);
   });
 });

@@ -1,10 +1,11 @@
 import { appendFileSync, existsSync, mkdirSync } from "node:fs";
-import { dirname } from "node:path";
+import { dirname, join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { type SoftwareDriver, softwareDriver } from "../../gpu/fallback.node.ts";
 import { WEIGHT_FORMATS } from "../../models/parameters.ts";
 import { type Device, openDevice } from "../../tensor/device.ts";
 import { KraitError, UsageError } from "../../tensor/errors.ts";
+import { readDocuments, typescriptDeclarations } from "../../train/data.node.ts";
 import { defineCommand } from "../args.ts";
 import { benchFormats } from "../bench/formats.ts";
 import { benchGenerate } from "../bench/generate.ts";
@@ -13,6 +14,10 @@ import { benchKernels } from "../bench/kernels.ts";
 import { type BenchLine, benchLine, makeStamp } from "../bench/line.ts";
 import { benchNumerics } from "../bench/numerics.ts";
 import { benchOverhead } from "../bench/overhead.ts";
+import {
+  benchPrecision, finishedRuns, gapsOf, PRECISION_CONFIG, PRECISION_STEPS, PRECISION_SUITE,
+    type PrecisionLine,
+} from "../bench/precision.ts";
 import { writeReport } from "../bench/report.ts";
 import { benchRoofline } from "../bench/roofline.ts";
 import { Bench } from "../bench/runner.ts";
@@ -52,9 +57,9 @@ const SUITES: Readonly<Record<string, (bench: Bench) => Promise<void>>> = {
   growth: benchGrowth, overhead: benchOverhead, roofline: benchRoofline, numerics: benchNumerics,
 };
 /** `peers` takes minutes and needs packages of its own, so it runs only when named. */
-const SUITE_NAMES = [...Object.keys(SUITES), "peers"];
+const SUITE_NAMES = [...Object.keys(SUITES), PRECISION_SUITE, "peers"];
 /** Suites that check rather than measure, or take long: they run only when named. */
-const ONLY_NAMED: readonly string[] = ["numerics", "peers"];
+const ONLY_NAMED: readonly string[] = ["numerics", PRECISION_SUITE, "peers"];
 
 export const bench = defineCommand({
   name: "bench",
@@ -71,16 +76,20 @@ export const bench = defineCommand({
   options: {
     config: {
       type: "string", value: "PRESET|FILE", default: "tiny",
-      help: "The model of the train, generate, formats and roofline suites.",
+      help: "The model of the train, generate, formats and roofline suites; of precision too, where tiny " +
+        `is ${PRECISION_CONFIG} (PRESET:LAYERS).`,
     },
     data: {
       type: "string", value: "PATH", multiple: true,
-      help: "Text for training steps; default: this package's README.",
+      help: "Text for training steps; default: this package's README, for precision the TypeScript " +
+        "declarations of its node_modules.",
     },
     weights: {
       type: "string", choices: WEIGHT_FORMATS, default: "f32",
       help: "How the generate suite holds matrices.",
     },
+    seeds: { type: "integer", min: 1, default: 3, help: "For precision: runs of every variant." },
+    steps: { type: "integer", min: 1, default: PRECISION_STEPS, help: "For precision: updates of a run." },
     runs: { type: "integer", min: 1, default: 7, help: "Timed runs per case; the median counts." },
     adapter: {
       type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
@@ -89,7 +98,8 @@ export const bench = defineCommand({
       type: "string", value: "PART", multiple: true, help: "Part of a case's name; default: all cases.",
     },
     out: {
-      type: "string", value: "FILE", help: "Append one JSON line per case to this file; report: the page.",
+      type: "string", value: "FILE", help: "Append one JSON line per case to this file; report: the page. " +
+        "precision repeats no run that the file holds; in a clone it takes bench/results/precision.jsonl.",
     },
     results: {
       type: "string", value: "DIR", help: "For report: folder with .jsonl files (bench/results of a clone).",
@@ -98,9 +108,10 @@ export const bench = defineCommand({
   },
   examples: [
     "krait bench kernels", "krait bench --adapter swiftshader --json", "krait bench peers --case matmul",
-    "krait bench report --results results --out report.html",
+    "krait bench precision --data tinyshakespeare.txt",
+      "krait bench report --results results --out report.html",
   ],
-  async run({ options, args, stdout, stderr, env }) {
+  async run({ options, args, stdout, stderr, env, signal }) {
     if (args.includes("report")) {
       if (args.length > 1) throw new UsageError(
         "report makes a page of results and runs no suite beside it.");
@@ -125,13 +136,15 @@ export const bench = defineCommand({
     const lines: { line: BenchLine; remark: string }[] = [];
     const compared: PeerResult[] = [];
     let step = 0;
-    const record = (line: object) => {
+    const record = (line: object, file = options.out) => {
       const stamped = JSON.stringify({ ...line, ...stamp, date: new Date().toISOString() });
       if (options.json) stdout.write(`${stamped}\n`);
-      if (!options.out) return;
-      mkdirSync(dirname(options.out), { recursive: true });
-      appendFileSync(options.out, `${stamped}\n`);
+      if (!file) return;
+      mkdirSync(dirname(file), { recursive: true });
+      appendFileSync(file, `${stamped}\n`);
     };
+    const runsFile = options.out ?? precisionFile();
+    let trained: PrecisionLine[] = [];
     const work = new Bench(device, { ...options, cases: options.case }, {
       working: (suite, name) => progress.update({ step: step++, note: `${suite} ${name}` }),
       line(measured, ceiling) {
@@ -143,12 +156,25 @@ export const bench = defineCommand({
     try {
       const wanted = args.length > 0 ? args : SUITE_NAMES.filter((name) => !ONLY_NAMED.includes(name));
       for (const [name, suite] of Object.entries(SUITES)) if (wanted.includes(name)) await suite(work);
+      if (wanted.includes(PRECISION_SUITE)) {
+        trained = await benchPrecision(device, {
+          ...options, config: options.config === "tiny" ? PRECISION_CONFIG : options.config,
+            cases: options.case,
+          signal,
+          documents: options.data.length > 0 ? readDocuments(options.data)
+            : typescriptDeclarations(packagePath("node_modules")),
+        }, {
+          done: finishedRuns(runsFile, device.info.id),
+          working: (name) => progress.update({ step: step++, note: `${PRECISION_SUITE} ${name}` }),
+          finished: (line) => record(line, runsFile),
+        });
+      }
       await peers?.benchPeers(device, options.runs, options.case, (result) => {
         compared.push(result);
         record({ suite: "peers", ...result });
         progress.update({ step: step++, note: `peers ${result.case} ${result.peer}` });
       }, (line) => progress.log(line.trimEnd()), softwareDriver());
-      progress.done(`${lines.length + compared.length} cases`);
+      progress.done(`${lines.length + compared.length + trained.length} cases`);
     } finally {
       progress.done();
       device.destroy();
@@ -157,6 +183,18 @@ export const bench = defineCommand({
       "No peer could be compared with; stderr says why.");
     if (options.json) return;
     const c = colours(wantsColour(stdout, env));
+    if (trained.length > 0) {
+      const percent = (x: number) => `${(100 * x).toFixed(2)} %`;
+      const gaps = gapsOf(trained).map((g) => [
+        ` ${g.variant}`, g.val_loss.toFixed(4), percent(g.gap), `+- ${percent(g.spread)}`,
+        percent(g.gap_before), `${g.time.toFixed(2)}x`,
+      ]);
+      const what = `Validation loss after ${options.steps} updates, and its gap to f32`;
+      stdout.write(`${c.bold(`${what}, over ${options.seeds} seeds`)}\n`);
+      stdout.write(`${table([["", "nats", "gap", "", "before the switch", "step time"], ...gaps], {
+        align: ["left", "right", "right", "right", "right", "right"] })}\n`);
+    }
+    if (lines.length + compared.length === 0) return;
     stdout.write(`${c.bold(`On ${device.info.name}, medians of up to ${options.runs} runs`)}\n`);
     const rows = lines.map(({ line, remark }) => row(line, remark));
     if (rows.length > 0) stdout.write(`${table(rows, { align: ROW_ALIGN })}\n`);
@@ -184,6 +222,12 @@ function row(line: BenchLine, remark: string): string[] {
     unit === "bytes" || unit === "ms" ? "" : `${brief(rate)} ${unit}`,
     bound === null || share === null ? "" : `${Math.round(100 * share)} % ${UNITS[bound]}`, remark,
   ];
+}
+
+/** Where a clone keeps the runs of the precision suite; undefined for an installed package. */
+function precisionFile(): string | undefined {
+  const folder = packagePath("bench/results");
+  return existsSync(folder) ? join(folder, "precision.jsonl") : undefined;
 }
 
 /** The peers suite lives beside the sources and not in the package. */
