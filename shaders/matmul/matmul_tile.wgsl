@@ -10,16 +10,21 @@
 // workgroup read different banks. `a_vec`, `b_vec`: four neighbours are one vector in memory. Entries past an
 // edge are staged as zero, and products with them are not stored.
 //
+// `f16`: factors are staged and multiplied in f16, and the sums of a step are added to f32; a step in which
+// one of them leaves the range of f16 is done again in f32.
+//
 // The other conditions and the parameters are those of matmul_quad.wgsl. Accumulation: f32, one accumulator
 // per element, k ascending; the `splits` parts of a long sum are added by sum_rows.wgsl.
 
-import package::lib::block4::multiply_add;
-import package::lib::epilogue::{Extra, finished};
+@if(!f16) import package::lib::block4::multiply_add;
+import package::lib::epilogue::Extra;
 import package::lib::index::workgroup_index;
-import package::lib::operand::a_pair;
-import package::lib::operand::b_pair;
-import package::lib::operand::c_pack;
+import package::lib::tile_operands::{load_a, load_b, store};
 
+@if(f16) alias Row4 = vec4<f16>;              // what is staged
+@else alias Row4 = vec4f;
+@if(f16) alias Block4 = mat4x4<f16>;
+@else alias Block4 = mat4x4f;
 @if(large) const BLOCKS: u32 = 2;             // 4 x 4 blocks of an invocation, per side
 @else const BLOCKS: u32 = 1;
 const SIZE: u32 = 64 * BLOCKS;
@@ -60,34 +65,8 @@ struct Params {
 @group(0) @binding(6) var<storage, read> extra: array<Extra>;
 @group(1) @binding(0) var<uniform> params: Params;
 
-var<workgroup> a_staged: array<vec4f, SIZE * LINE>;
-var<workgroup> b_staged: array<vec4f, SIZE * LINE>;
-
-// Four neighbours of op(A) from `base` on, `stride` apart, of which `count` exist; the others are zero.
-fn load_a(base: u32, stride: u32, count: u32) -> vec4f {
-  var x = vec4f();
-  @if(a_vec && a_half) { if (count > 0u) { x = vec4f(a_pair(a[base / 4u].x), a_pair(a[base / 4u].y)); } }
-  @elif(a_vec) { if (count > 0u) { x = a[base / 4u]; } }
-  @else for (var i = 0u; i < min(count, 4u); i++) {
-    let at = base + i * stride;
-    @if(a_half) x[i] = select(a_pair(a[at / 2u]).x, a_pair(a[at / 2u]).y, at % 2u == 1u);
-    @else x[i] = a[at];
-  }
-  return x;
-}
-
-// The same of op(B).
-fn load_b(base: u32, stride: u32, count: u32) -> vec4f {
-  var x = vec4f();
-  @if(b_vec && b_half) { if (count > 0u) { x = vec4f(b_pair(b[base / 4u].x), b_pair(b[base / 4u].y)); } }
-  @elif(b_vec) { if (count > 0u) { x = b[base / 4u]; } }
-  @else for (var i = 0u; i < min(count, 4u); i++) {
-    let at = base + i * stride;
-    @if(b_half) x[i] = select(b_pair(b[at / 2u]).x, b_pair(b[at / 2u]).y, at % 2u == 1u);
-    @else x[i] = b[at];
-  }
-  return x;
-}
+var<workgroup> a_staged: array<Row4, SIZE * LINE>;
+var<workgroup> b_staged: array<Row4, SIZE * LINE>;
 
 // Which four neighbours an invocation brings: the number across k, the number along k, and how many exist.
 struct Share { across: u32, k: u32, at: u32 }
@@ -104,41 +83,42 @@ fn share(lane: u32, along_k: bool) -> Share {
 }
 
 // Block number `which` of an invocation at four k: each column of the result is one row of op(A).
-fn rows_a(k: u32, which: u32, y: u32) -> mat4x4f {
+fn rows_a(k: u32, which: u32, y: u32) -> Block4 {
   @if(a_along_k) let i = (which * 64u + y) * LINE + k;
   @else let i = k * 4u * ROW + which * 16u + y;
-  @if(a_along_k) return mat4x4f(a_staged[i], a_staged[i + 16u * LINE],
+  @if(a_along_k) return Block4(a_staged[i], a_staged[i + 16u * LINE],
     a_staged[i + 32u * LINE], a_staged[i + 48u * LINE]);
-  @else return transpose(mat4x4f(a_staged[i], a_staged[i + ROW],
+  @else return transpose(Block4(a_staged[i], a_staged[i + ROW],
     a_staged[i + 2u * ROW], a_staged[i + 3u * ROW]));
 }
 
 // The same of op(B): each column of the result is one k.
-fn columns_b(k: u32, which: u32, x: u32) -> mat4x4f {
+fn columns_b(k: u32, which: u32, x: u32) -> Block4 {
   @if(b_along_k) let i = (which * 64u + x) * LINE + k;
   @else let i = k * 4u * ROW + which * 16u + x;
-  @if(b_along_k) return transpose(mat4x4f(b_staged[i], b_staged[i + 16u * LINE],
+  @if(b_along_k) return transpose(Block4(b_staged[i], b_staged[i + 16u * LINE],
     b_staged[i + 32u * LINE], b_staged[i + 48u * LINE]));
-  @else return mat4x4f(b_staged[i], b_staged[i + ROW], b_staged[i + 2u * ROW], b_staged[i + 3u * ROW]);
+  @else return Block4(b_staged[i], b_staged[i + ROW], b_staged[i + 2u * ROW], b_staged[i + 3u * ROW]);
 }
 
-// The epilogue of four neighbours in a row, of which `count` exist.
-fn store(sum: vec4f, at: u32, column: u32, count: u32) {
-  var value = sum;
-  @if(bias) for (var j = 0u; j < count; j++) { value[j] += bias[column + j]; }
-  var more = vec4f();
-  @if(relu2_of && c_vec || residual && c_vec) more = extra[at / 4u];
-  @elif(relu2_of || residual) for (var j = 0u; j < count; j++) { more[j] = extra[at + j]; }
-  value = finished(value, more);
-  @if(c_half) c[at / 4u] = c_pack(value);
-  @elif(c_vec) {
-    @if(accumulate) value += c[at / 4u];
-    c[at / 4u] = value;
-  }
-  @else for (var j = 0u; j < count; j++) {
-    @if(accumulate) value[j] += c[at + j];
-    c[at + j] = value[j];
-  }
+// s + x y in f16.
+@if(f16) fn multiply_add(s: Block4, x: Block4, y: Block4) -> Block4 {
+  return Block4(add_row(s[0], x[0], y), add_row(s[1], x[1], y), add_row(s[2], x[2], y),
+    add_row(s[3], x[3], y));
+}
+@if(f16) fn add_row(s: Row4, x: Row4, y: Block4) -> Row4 {
+  return fma(Row4(x.w), y[3], fma(Row4(x.z), y[2], fma(Row4(x.y), y[1], fma(Row4(x.x), y[0], s))));
+}
+
+// The same in f32.
+@if(f16) fn add_wide(s: mat4x4f, x: Block4, y: Block4) -> mat4x4f {
+  let z = mat4x4f(y);
+  return s + mat4x4f(z * vec4f(x[0]), z * vec4f(x[1]), z * vec4f(x[2]), z * vec4f(x[3]));
+}
+
+@if(f16) fn in_range(s: Block4) -> bool {
+  let most = Row4(65504.0h);
+  return all(abs(s[0]) < most) && all(abs(s[1]) < most) && all(abs(s[2]) < most) && all(abs(s[3]) < most);
 }
 
 @compute @workgroup_size(16, 16)
@@ -188,14 +168,34 @@ fn matmul_tile(
     @else let a_count = select(0u, row_end - min(first, row_end), a_k < k_end);
     @if(b_along_k) let b_count = select(0u, k_end - min(b_k, k_end), b_first < params.n);
     @else let b_count = select(0u, params.n - min(b_first, params.n), b_k < k_end);
-    @if(a_along_k) a_staged[mine_a.at] = load_a(a_at + a_k * params.a_col, params.a_col, a_count);
-    @else a_staged[mine_a.at] = load_a(a_at + a_k * params.a_col, params.a_row, a_count);
+    @if(a_along_k) a_staged[mine_a.at] = Row4(load_a(a_at + a_k * params.a_col, params.a_col, a_count));
+    @else a_staged[mine_a.at] = Row4(load_a(a_at + a_k * params.a_col, params.a_row, a_count));
     var b_line = b_k;
     @if(gather_b) { if (b_k < k_end) { b_line = table[b_k] / params.per; } }
-    @if(b_along_k) b_staged[mine_b.at] = load_b(b_at + b_line * params.b_row, params.b_row, b_count);
-    @else b_staged[mine_b.at] = load_b(b_at + b_line * params.b_row, params.b_col, b_count);
+    @if(b_along_k) b_staged[mine_b.at] = Row4(load_b(b_at + b_line * params.b_row, params.b_row, b_count));
+    @else b_staged[mine_b.at] = Row4(load_b(b_at + b_line * params.b_row, params.b_col, b_count));
     workgroupBarrier();
-    for (var i = 0u; i < VECTORS; i++) {
+    @if(f16) {
+      var parts = array<Block4, BLOCKS * BLOCKS>();
+      for (var i = 0u; i < VECTORS; i++) {
+        for (var v = 0u; v < BLOCKS; v++) {
+          let x = rows_a(i, v, lid.y);
+          for (var w = 0u; w < BLOCKS; w++) {
+            parts[v * BLOCKS + w] = multiply_add(parts[v * BLOCKS + w], x, columns_b(i, w, lid.x));
+          }
+        }
+      }
+      for (var j = 0u; j < BLOCKS * BLOCKS; j++) {
+        if (in_range(parts[j])) { sums[j] += mat4x4f(parts[j]); }
+        else {
+          for (var i = 0u; i < VECTORS; i++) {
+            let x = rows_a(i, j / BLOCKS, lid.y);
+            sums[j] = add_wide(sums[j], x, columns_b(i, j % BLOCKS, lid.x));
+          }
+        }
+      }
+    }
+    @else for (var i = 0u; i < VECTORS; i++) {
       for (var v = 0u; v < BLOCKS; v++) {
         let x = rows_a(i, v, lid.y);
         for (var w = 0u; w < BLOCKS; w++) {

@@ -3,9 +3,11 @@
 // x [M, K], W [N, K], y [M, N]. The time goes into reading W once per row of x. Two shapes of the same sum:
 // matvec_quad: an invocation computes four outputs alone (CPU-emulated adapters: many loads and no exchange);
 // matvec: 16 invocations share one output, neighbours read neighbours in memory, and a workgroup of 64
-// computes four outputs. `grouped`: row m uses the matrix of the expert e with offsets[e] <= m < offsets[e +
-// 1]. `vec4`: K is a multiple of 4. `w_f16`, `w_bf16`, for such a K: the format of W. Accumulation: f32,
-// fixed order.
+// computes four outputs; with `split` it adds up one of `parts` parts of k and stores the sum as it is in y
+// [parts, M, N], for matvec_sum to add the parts in order.
+//
+// `grouped`: row m uses the matrix of the expert e with offsets[e] <= m < offsets[e + 1]. `vec4`: K is a
+// multiple of 4. `w_f16`, `w_bf16`, for such a K: the format of W. Accumulation: f32, fixed order.
 
 import package::lib::index::workgroup_index;
 import package::lib::half::f16_pair;
@@ -18,7 +20,10 @@ import package::lib::half::bf16_pair;
 @if(vec4 || w_f16 || w_bf16) const WIDTH: u32 = 4;
 @else const WIDTH: u32 = 1;
 
-struct Params { m: u32, n: u32, k: u32, experts: u32 }
+struct Params {
+  m: u32, n: u32, k: u32, experts: u32,
+  parts: u32, steps: u32,                     // of a sum over k: their number, and the vectors of one
+}
 
 @group(0) @binding(0) var<storage, read> x: array<V>;
 @group(0) @binding(1) var<storage, read> weight: array<W>;
@@ -26,6 +31,7 @@ struct Params { m: u32, n: u32, k: u32, experts: u32 }
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
 @group(0) @binding(4) var<storage, read> offsets: array<u32>;
 @group(0) @binding(5) var<storage, read> residual: array<f32>;
+@group(0) @binding(6) var<storage, read> sums: array<f32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 override WG: u32 = 16;                        // of matvec_quad
@@ -93,16 +99,20 @@ fn matvec(
   @builtin(num_workgroups) nwg: vec3u,
 ) {
   let quads = (params.n + 3u) / 4u;
-  let group = workgroup_index(wid, nwg);
+  @if(!split) let group = workgroup_index(wid, nwg);
+  @else let group = workgroup_index(wid, nwg) / params.parts;
   let row = group / quads;
   let column = group % quads * 4u + lane / LANES;
+  @if(!split) let part = 0u;
+  @else let part = workgroup_index(wid, nwg) % params.parts;
   var expert = params.experts;
   if (row < params.m) { expert = expert_of(row); }
   var s = 0.0;
   if (row < params.m && column < params.n && expert < max(params.experts, 1u)) {
     let steps = params.k / WIDTH;
     let w = (expert * params.n + column) * steps;
-    for (var k = lane % LANES; k < steps; k += LANES) {
+    let end = min(steps, (part + 1u) * params.steps);
+    for (var k = part * params.steps + lane % LANES; k < end; k += LANES) {
       s = product(x[row * steps + k], weight[w + k], s);
     }
   }
@@ -111,6 +121,19 @@ fn matvec(
   if (lane % LANES == 0u && expert < max(params.experts, 1u)) {
     var total = 0.0;
     for (var i = 0u; i < LANES; i++) { total += partial[lane + i]; }
-    put(row, column, total);
+    @if(!split) put(row, column, total);
+    @else { if (column < params.n) { y[(part * params.m + row) * params.n + column] = total; } }
   }
+}
+
+@compute @workgroup_size(64)
+fn matvec_sum(
+  @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
+  @builtin(num_workgroups) nwg: vec3u,
+) {
+  let i = workgroup_index(wid, nwg) * 64u + lane;
+  if (i >= params.m * params.n) { return; }
+  var total = 0.0;
+  for (var part = 0u; part < params.parts; part++) { total += sums[part * params.m * params.n + i]; }
+  put(i / params.n, i % params.n, total);
 }

@@ -19,8 +19,19 @@ export interface AdapterInfo {
   /** Smallest and largest subgroup the driver may choose; 0 where the adapter has no subgroups. */
   readonly subgroupMinSize: number;
   readonly subgroupMaxSize: number;
+  /** Products of matrices that a subgroup holds together; empty where the adapter has none. */
+  readonly subgroupMatrices: readonly SubgroupMatrix[];
   readonly features: string[];
   readonly limits: Record<string, number>;
+}
+
+/** A product of subgroup matrices: M x K times K x N in one number format, sums in another. */
+export interface SubgroupMatrix {
+  readonly componentType: string;
+  readonly resultComponentType: string;
+  readonly M: number;
+  readonly N: number;
+  readonly K: number;
 }
 
 /** Who made an adapter, as far as kernels are concerned. */
@@ -127,9 +138,17 @@ export function describeAdapter(adapter: GPUAdapter, name?: string): AdapterInfo
     id: adapterId(words, raw.vendor, title),
     subgroupMinSize: raw.subgroupMinSize ?? 0,
     subgroupMaxSize: raw.subgroupMaxSize ?? 0,
+    subgroupMatrices: subgroupMatrices(raw),
     features: [...adapter.features].sort(),
     limits,
   };
+}
+
+/** What Dawn lists with its extension for subgroup matrices; a browser without it lists nothing. */
+function subgroupMatrices(info: GPUAdapterInfo): SubgroupMatrix[] {
+  const listed = Reflect.get(info, "subgroupMatrixConfigs") as Iterable<SubgroupMatrix> | undefined;
+  return [...listed ?? []].map(({ componentType, resultComponentType, M, N, K }) =>
+    ({ componentType, resultComponentType, M, N, K }));
 }
 
 /**

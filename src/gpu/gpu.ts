@@ -244,7 +244,9 @@ export class Gpu {
   }
 }
 
-const WANTED_FEATURES = ["shader-f16", "subgroups", "timestamp-query"];
+const WANTED_FEATURES = [
+  "shader-f16", "subgroups", "timestamp-query", "chromium-experimental-subgroup-matrix",
+];
 const WANTED_LIMITS = [
   "maxBufferSize", "maxStorageBufferBindingSize", "maxStorageBuffersPerShaderStage",
   "maxComputeWorkgroupStorageSize", "maxComputeInvocationsPerWorkgroup", "maxComputeWorkgroupSizeX",

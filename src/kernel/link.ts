@@ -19,7 +19,10 @@ export interface Linked {
 
 type Source = (name: string) => string | undefined;
 
-const FEATURES = new Set(["f16", "subgroups"]); // conditions that need an `enable` line
+/** Conditions that need an `enable` line, and what it enables. */
+const FEATURES: Readonly<Record<string, string>> = {
+  f16: "f16", subgroups: "subgroups", subgroup_matrix: "chromium_experimental_subgroup_matrix",
+};
 
 /** Every condition that the kernel and what it imports mention, sorted. */
 export function conditionsOf(name: string, source: Source): string[] {
@@ -52,7 +55,9 @@ export function link(name: string, source: Source, options: LinkOptions = {}): L
       origin.push({ file, line: line + i });
     });
   };
-  for (const feature of FEATURES) if (conditions.has(feature)) push(`enable ${feature};`, "(linker)", 0);
+  for (const [condition, feature] of Object.entries(FEATURES)) {
+    if (conditions.has(condition)) push(`enable ${feature};`, "(linker)", 0);
+  }
 
   const emitted = new Set<string>();
   const modules = new Map<string, string>();

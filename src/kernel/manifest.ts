@@ -1242,6 +1242,46 @@ export const manifest = {
       grouped_tiles: ["offsets","params","tiles"],
     },
   },
+  "matmul/matmul_matrix": {
+    bindings: {
+      a: { binding: 0, access: "read" },
+      b: { binding: 1, access: "read" },
+      c: { binding: 2, access: "read_write" },
+      bias: { binding: 3, access: "read" },
+      tiles: { binding: 4, access: "read" },
+      table: { binding: 5, access: "read" },
+      extra: { binding: 6, access: "read" },
+    },
+    params: {
+      m: "u32",
+      n: "u32",
+      k: "u32",
+      batches: "u32",
+      row_tiles: "u32",
+      splits: "u32",
+      split_k: "u32",
+      a_row: "u32",
+      a_col: "u32",
+      a_batch: "u32",
+      b_row: "u32",
+      b_col: "u32",
+      b_batch: "u32",
+      c_row: "u32",
+      c_batch: "u32",
+      c_split: "u32",
+      b_offset: "u32",
+      c_offset: "u32",
+      per: "u32",
+    },
+    overrides: {
+      SUBGROUP: "u32",
+      WG: "u32",
+    },
+    conditions: ["a_along_k","a_bf16","a_half","a_vec","accumulate","b_along_k","b_bf16","b_half","b_vec","bias","c_bf16","c_half","c_vec","f16","gather_a","gather_b","grouped_k","grouped_rows","k8","large","m8","n8","relu2","relu2_of","residual","subgroup_matrix"],
+    entries: {
+      matmul_matrix: ["a","b","bias","c","extra","params","table","tiles"],
+    },
+  },
   "matmul/matmul_quad": {
     bindings: {
       a: { binding: 0, access: "read" },
@@ -1316,7 +1356,7 @@ export const manifest = {
     },
     overrides: {
     },
-    conditions: ["a_along_k","a_bf16","a_half","a_vec","accumulate","b_along_k","b_bf16","b_half","b_vec","bias","c_bf16","c_half","c_vec","gather_a","gather_b","grouped_k","grouped_rows","large","relu2","relu2_of","residual"],
+    conditions: ["a_along_k","a_bf16","a_half","a_vec","accumulate","b_along_k","b_bf16","b_half","b_vec","bias","c_bf16","c_half","c_vec","f16","gather_a","gather_b","grouped_k","grouped_rows","large","relu2","relu2_of","residual"],
     entries: {
       matmul_tile: ["a","b","bias","c","extra","params","table","tiles"],
     },
@@ -1329,20 +1369,24 @@ export const manifest = {
       bias: { binding: 3, access: "read" },
       offsets: { binding: 4, access: "read" },
       residual: { binding: 5, access: "read" },
+      sums: { binding: 6, access: "read" },
     },
     params: {
       m: "u32",
       n: "u32",
       k: "u32",
       experts: "u32",
+      parts: "u32",
+      steps: "u32",
     },
     overrides: {
       WG: "u32",
     },
-    conditions: ["bias","grouped","relu2","residual","vec4","w_bf16","w_f16"],
+    conditions: ["bias","grouped","relu2","residual","split","vec4","w_bf16","w_f16"],
     entries: {
       matvec_quad: ["bias","offsets","params","residual","weight","x","y"],
       matvec: ["bias","offsets","params","residual","weight","x","y"],
+      matvec_sum: ["bias","params","residual","sums","y"],
     },
   },
   "matmul/relu2_gradient": {

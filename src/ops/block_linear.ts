@@ -7,9 +7,12 @@ import { sizeOf } from "../tensor/ndarray.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { randomTensor, trial } from "../tensor/trial.ts";
-import { groupedTiles, product, productKernel, relu2Gradients, sumRows, tileRows } from "./gemm.ts";
+import { groupedTiles, product } from "./gemm.ts";
 import { defineOp, type Op } from "./op.ts";
+import { productKernel, tileRows } from "./product_kernels.ts";
 import { blockConditions, dequantize_blocks, outerScale, quantize, valueShape } from "./quantize.ts";
+import { relu2Gradients } from "./relu2_gradient.ts";
+import { sumRows } from "./sum_rows.ts";
 
 /** Kernels of products with block-quantised weights; those with `quad` are for software adapters. */
 export type BlockKernel = "block_matvec_quad" | "block_matvec" | "block_quad" | "block_tile";

@@ -2,21 +2,16 @@
 import { launch } from "../kernel/launch.ts";
 import { bucket, choose, defineTunable } from "../kernel/tuner.ts";
 import type { Device } from "../tensor/device.ts";
-import { type HalfDType, isHalf, type Tensor } from "../tensor/tensor.ts";
+import { type HalfDType, isHalf, type Tensor, type TensorDType } from "../tensor/tensor.ts";
 import { randomTensor, trial } from "../tensor/trial.ts";
 import { cast, convert } from "./cast.ts";
-import { add } from "./elementwise.ts";
+import {
+  matrixUnit, productCandidates, type ProductDTypes, productKernel, type ProductKernel, TILE,
+} from "./product_kernels.ts";
+import { sumParts } from "./sum_rows.ts";
 
-/**
- * Kernels for a product: `quad` keeps 16 x 16 tiles in the registers of four invocations (software adapters),
- * `tile` and `tile_large` stage 64 x 64 and 128 x 128 tiles in workgroup memory (GPUs, and wherever there are
- * no subgroups).
- */
-export type ProductKernel = "quad" | "tile" | "tile_large";
 /** Number formats of factors and results. */
 export type FloatDType = "f32" | HalfDType;
-/** Kernels for few rows: `matvec_quad` for software adapters, `matvec` for GPUs. */
-export type VectorKernel = "matvec_quad" | "matvec";
 
 /** A matrix, or a batch of them, inside a tensor: strides and offset in elements. */
 export interface Matrix {
@@ -58,26 +53,30 @@ export interface Product {
   readonly kernel?: ProductKernel | undefined;
 }
 
-const TILE = {
-  quad: { rows: 16, columns: 16, per_workgroup: 4 },
-  tile: { rows: 64, columns: 64, per_workgroup: 1 },
-  tile_large: { rows: 128, columns: 128, per_workgroup: 1 },
-} as const;
 /**
- * A sum over k is split where there are fewer workgroups, but not into parts shorter than SPLIT_K: on a
+ * A sum over k is split where there are fewer workgroups, but not into parts shorter than `part`: on a
  * processor another launch costs as much as a long loop.
  */
-const WANTED = { quad: 4, tile: 128, tile_large: 128 } as const;
-const SPLIT_K = { quad: 2048, tile: 128, tile_large: 128 } as const;
-const WG = 32; // of sum_rows and grouped_tiles
+const SPLITS = { quad: { wanted: 4, part: 2048 }, tile: { wanted: 128, part: 128 } } as const;
+const WG = 32; // of grouped_tiles
 
-/**
- * What the choice of a product's kernel depends on; `trans` as in matmul, `halves` when a or b is stored so.
- */
+/** What the choice of a product's kernel depends on; `trans` as in matmul, number formats of a, b and c. */
 type ProductShape = {
   readonly m: number; readonly n: number; readonly k: number; readonly batches: number;
-  readonly transA: boolean; readonly transB: boolean; readonly halves: boolean;
+  readonly transA: boolean; readonly transB: boolean; readonly dtypes: string;
 };
+
+/** The number formats in the text of a class, and back. */
+export const dtypesText = ({ a, b, c }: ProductDTypes): string => `${a}.${b}.${c}`;
+export function dtypesOf(text: string): ProductDTypes {
+  const [a, b, c] = text.split(".") as [TensorDType, TensorDType, TensorDType];
+  return { a, b, c };
+}
+
+/** What kernels may differ by: the order of a sum over k, and the rounding of the result. */
+export function productTolerance(k: number, { c }: ProductDTypes): number {
+  return 8 * Math.sqrt(Math.max(k, 1)) * 2 ** -24 + (c === "f16" ? 2 ** -9 : c === "bf16" ? 2 ** -7 : 0);
+}
 
 /** The kernel of a product without groups. */
 const productTuning = defineTunable({
@@ -85,24 +84,21 @@ const productTuning = defineTunable({
   classOf: (shape: ProductShape) => ({
     ...shape, m: bucket(shape.m), n: bucket(shape.n), k: bucket(shape.k), batches: bucket(shape.batches, 64),
   }),
-  candidates: (device: Device, { m, n }): ProductKernel[] => [
-    ...(device.hasSubgroups ? ["quad" as const] : []), "tile" as const,
-    ...(device.info.isSoftware || Math.min(m, n) < 128 ? [] : ["tile_large" as const]),
-  ],
-  fallback: (device, { m, n, batches }) => {
+  candidates: (device: Device, { m, n, dtypes }) => productCandidates(device, m, n, dtypesOf(dtypes)),
+  fallback: (device, { m, n, batches }): ProductKernel => {
     if (device.info.isSoftware) return productKernel(device);
     // Large tiles need enough workgroups to occupy a GPU.
     const large = Math.min(m, n) >= 128 && Math.ceil(m / 128) * Math.ceil(n / 128) * batches >= 64;
     return large ? "tile_large" : "tile";
   },
-  trial: (device, { m, n, k, batches, transA, transB, halves }) => trial(() => {
-    const factor = (shape: number[], stream: number) => {
-      const drawn = randomTensor(device, shape, stream, k ** -0.25);
-      return halves ? converted(drawn, "f16") : drawn;
+  trial: (device, { m, n, k, batches, transA, transB, dtypes }) => trial(() => {
+    const { a, b } = dtypesOf(dtypes);
+    return {
+      a: converted(randomTensor(device, [batches, m, k], 0, k ** -0.25), a as FloatDType),
+      b: converted(randomTensor(device, [batches, k, n], 1, k ** -0.25), b as FloatDType),
     };
-    return { a: factor([batches, m, k], 0), b: factor([batches, k, n], 1) };
   }, ({ a, b }, kernel: ProductKernel) => {
-    const c = device.empty([batches, m, n]);
+    const c = device.empty([batches, m, n], dtypesOf(dtypes).c);
     const [a_row, a_col, b_row, b_col] = [transA ? 1 : k, transA ? m : 1, transB ? 1 : n, transB ? k : 1];
     product({
       m, n, k, batches, kernel, a: { tensor: a, row: a_row, col: a_col, batch: m * k },
@@ -110,33 +106,21 @@ const productTuning = defineTunable({
     });
     return c;
   }),
-  tolerance: ({ k }) => 8 * Math.sqrt(Math.max(k, 1)) * 2 ** -24,
+  tolerance: ({ k, dtypes }) => productTolerance(k, dtypesOf(dtypes)),
 });
-
-/**
- * The kernel for products on a device: the wanted one where it can run, or the one that suits the adapter.
- */
-export function productKernel(device: Device, wanted?: string): ProductKernel {
-  if (wanted === "tile" || wanted === "tile_large") return wanted;
-  return device.hasSubgroups && (wanted === "quad" || device.info.isSoftware) ? "quad" : "tile";
-}
-
-/** Rows per tile of a grouped product. */
-export function tileRows(kernel: ProductKernel): number {
-  return TILE[kernel].rows;
-}
 
 /** Records a product. */
 export function product(p: Product): void {
   const { m, n, a, b, c, batches = 1 } = p;
   const { device } = c.tensor;
-  const kernel = p.kernel ? productKernel(device, p.kernel) : choose(device, productTuning, {
-    m, n, k: p.k, batches, transA: a.col !== 1, transB: b.col !== 1,
-    halves: isHalf(a.tensor.dtype) || isHalf(b.tensor.dtype),
+  const dtypes = { a: a.tensor.dtype, b: b.tensor.dtype, c: c.tensor.dtype };
+  const kernel = p.kernel ? productKernel(device, p.kernel, dtypes) : choose(device, productTuning, {
+    m, n, k: p.k, batches, transA: a.col !== 1, transB: b.col !== 1, dtypes: dtypesText(dtypes),
   });
+  const { size } = TILE[kernel];
   const rows4 = kernel === "quad" && m <= 4 && !p.tiles;
-  const row_tiles = p.tiles ? p.tiles.shape[0]! : Math.ceil(m / (rows4 ? 4 : TILE[kernel].rows));
-  const tiles = row_tiles * Math.ceil(n / TILE[kernel].columns) * batches;
+  const row_tiles = p.tiles ? p.tiles.shape[0]! : Math.ceil(m / (rows4 ? 4 : size));
+  const tiles = row_tiles * Math.ceil(n / size) * batches;
   const splits = splitsOf(p, kernel, tiles);
   const plan = { kernel, rows4, row_tiles, tiles, splits };
   // Halves are written in whole vectors: a pair that two invocations share would be torn.
@@ -148,7 +132,7 @@ export function product(p: Product): void {
   else {
     const parts = device.empty([splits, batches * m, n]);
     run(p, plan, { tensor: parts, row: n, batch: m * n });
-    launchSum(parts, splits, batches * m * n, 1, splits, whole, p.accumulate === true);
+    sumParts(parts, splits, batches * m * n, 1, splits, whole, p.accumulate === true);
   }
   if (indirect) convert(whole, c.tensor);
 }
@@ -168,7 +152,8 @@ function splitsOf(p: Product, kernel: ProductKernel, tiles: number): number {
   if (p.bias || p.relu2 || p.relu2_of || p.residual || p.tiles || p.offsets || !whole ||
     tiles === 0) return 1;
   const workgroups = tiles / TILE[kernel].per_workgroup;
-  return Math.max(1, Math.min(Math.ceil(WANTED[kernel] / workgroups), Math.floor(k / SPLIT_K[kernel]), 16));
+  const { wanted, part } = SPLITS[kernel === "quad" ? kernel : "tile"];
+  return Math.max(1, Math.min(Math.ceil(wanted / workgroups), Math.floor(k / part), 16));
 }
 
 function run(p: Product, { kernel, rows4, row_tiles, tiles, splits }: Plan, c: Product["c"]): void {
@@ -213,10 +198,20 @@ function run(p: Product, { kernel, rows4, row_tiles, tiles, splits }: Plan, c: P
     });
   }
   const a_vec = a_along_k ? a_vec_k && !k_tail : a.row === 1 && inVectors(a, a.col);
-  const layout = conditions({
-    a_along_k, b_along_k, a_vec, b_vec: b_along_k ? b_vec_k : b_vec_n, large: kernel === "tile_large",
-  });
-  launch("matmul/matmul_tile", { ...options, conditions: [...shared, ...layout] });
+  const layout = conditions({ a_along_k, b_along_k, a_vec, b_vec: b_along_k ? b_vec_k : b_vec_n });
+  const large = TILE[kernel].size === 128 ? ["large" as const] : [];
+  if (kernel === "matrix" || kernel === "matrix_large") {
+    const unit = matrixUnit(c.tensor.device, { a: a.tensor.dtype, b: b.tensor.dtype, c: c.tensor.dtype });
+    return launch("matmul/matmul_matrix", {
+      ...options, constants: { SUBGROUP: unit.subgroup, WG: unit.subgroup * (large.length > 0 ? 8 : 4) },
+      conditions: [...shared, ...layout, ...large, ...conditions({
+        m8: unit.M === 8, n8: unit.N === 8, k8: unit.K === 8, f16: unit.f16,
+        subgroup_matrix: unit.native,
+      })],
+    });
+  }
+  const f16 = kernel.endsWith("_f16") ? ["f16" as const] : [];
+  launch("matmul/matmul_tile", { ...options, conditions: [...shared, ...layout, ...large, ...f16] });
 }
 
 /** x in another number format; x itself where it has that format. */
@@ -236,53 +231,13 @@ function inVectors({ tensor, batch = 0, offset = 0 }: Omit<Matrix, "row" | "col"
   return [stride, batch, offset, tensor.size].every((elements) => elements % 4 === 0);
 }
 
-function conditions<C extends string>(held: Readonly<Record<C, boolean>>): C[] {
+/** The names of the conditions that hold. */
+export function conditions<C extends string>(held: Readonly<Record<C, boolean>>): C[] {
   return (Object.keys(held) as C[]).filter((condition) => held[condition]);
-}
-
-/**
- * The kernel for a product of f32 x with so few rows that only reading the weight counts; null for others.
- */
-export function vectorKernel(x: Tensor, weight: Tensor, rows: number): VectorKernel | null {
-  if (!readsInVectors(x, weight)) return null;
-  if (x.device.info.isSoftware) return rows <= 2 ? "matvec_quad" : null;
-  return rows <= 4 ? "matvec" : null;
-}
-
-/** Whether matvec kernels can read the factors: x is f32, and rows of halves are whole vectors of four. */
-export function readsInVectors(x: Tensor, weight: Tensor): boolean {
-  return !isHalf(x.dtype) && (!isHalf(weight.dtype) || weight.shape.at(-1)! % 4 === 0);
 }
 
 /** What happens to the elements of a product before they are stored, as in `Product`. */
 export type Epilogue = Pick<Product, "bias" | "relu2" | "residual">;
-
-/**
- * y = x W^T with an epilogue: x [m, k], weight [n, k]; with `offsets` u32 [experts + 1] a matrix per expert.
- */
-export function vectorProduct(
-  kernel: VectorKernel, x: Tensor, weight: Tensor, y: Tensor, { bias, relu2 = false, residual }: Epilogue =
-    {},
-  offsets: Tensor | null = null,
-): void {
-  const [n, k] = weight.shape.slice(-2) as [number, number];
-  const m = y.size / Math.max(n, 1);
-  const work = m * Math.ceil(n / 4);
-  const whole = isHalf(y.dtype) ? y.device.empty(y.shape) : y;
-  launch("matmul/matvec", {
-    entry: kernel,
-    bind: {
-      x, weight, y: whole, bias: bias ?? weight, residual: residual ?? weight, offsets: offsets ?? weight,
-    },
-    params: { m, n, k, experts: offsets ? weight.shape[0]! : 0 },
-    conditions: conditions({
-      vec4: k % 4 === 0, bias: !!bias, relu2, residual: !!residual, grouped: offsets !== null,
-      w_f16: weight.dtype === "f16", w_bf16: weight.dtype === "bf16",
-    }),
-    workgroups: [kernel === "matvec" ? work : Math.ceil(work / 16)],
-  });
-  if (whole !== y) convert(whole, y);
-}
 
 /** Cuts the rows of every expert into tiles: u32 [count, 4] of (expert, first row, end row, 0). */
 export function groupedTiles(offsets: Tensor, rows: number, tile_rows: number): Tensor {
@@ -293,47 +248,4 @@ export function groupedTiles(offsets: Tensor, rows: number, tile_rows: number): 
     bind: { offsets, tiles }, params: { experts, tile_rows, count }, workgroups: [Math.ceil(count / WG)],
   });
   return tiles;
-}
-
-/** out = sum of the rows of x [rows, cols], in a fixed order; out [cols]. */
-export function sumRows(x: Tensor, rows: number, cols: number, out: Tensor): void {
-  const length = 64;
-  if (rows <= 2 * length) return launchSum(x, rows, cols, 1, rows, out, false);
-  const parts = Math.ceil(rows / length);
-  const partial = x.device.empty([parts, cols]);
-  launchSum(x, rows, cols, parts, length, partial, false);
-  launchSum(partial, parts, cols, 1, parts, out, false);
-}
-
-function launchSum(
-  x: Tensor, rows: number, cols: number, parts: number, length: number, out: Tensor, accumulate: boolean,
-): void {
-  const vec4 = cols % 4 === 0;
-  const width = vec4 ? cols / 4 : cols;
-  launch("matmul/sum_rows", {
-    bind: { x, out }, params: { rows, cols: width, parts, length },
-    conditions: conditions({ vec4, accumulate }), workgroups: [Math.ceil((width * parts) / WG)],
-  });
-}
-
-/**
- * The gradient of h in squared = max(h, 0)^2, from that of the result or of h itself (`Tensor.relu2Key`), or
- * both; null without either.
- */
-export function relu2Gradients(
-  dy: Tensor | null | undefined, dh: Tensor | null | undefined, squared: Tensor,
-): Tensor | null {
-  if (!dy) return dh ?? null;
-  const through = relu2Gradient(dy, squared);
-  return dh ? add(through, dh) : through;
-}
-
-function relu2Gradient(dy: Tensor, squared: Tensor): Tensor {
-  const dh = dy.device.empty(dy.shape);
-  const EACH = dy.device.info.isSoftware ? 16 : 4;
-  launch("matmul/relu2_gradient", {
-    bind: { dy, squared: converted(squared, "f32"), dh }, params: { count: dy.size }, constants: { EACH },
-    workgroups: [Math.ceil(dy.size / (64 * EACH))],
-  });
-  return dh;
 }

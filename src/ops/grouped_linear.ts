@@ -1,18 +1,18 @@
 import { check } from "../tensor/check.ts";
 import { nextKey, type Tensor } from "../tensor/tensor.ts";
 import { grouped_linear_blocks, orBlocks } from "./block_linear.ts";
-import {
-  converted, type FloatDType, groupedTiles, product, productDType, productKernel, type ProductKernel,
-  readsInVectors, relu2Gradients, tileRows, vectorProduct,
-} from "./gemm.ts";
 import { relu2 } from "./elementwise.ts";
+import { converted, type FloatDType, productDType } from "./gemm.ts";
+import { type GroupedKernel, groupedProduct } from "./grouped_product.ts";
+export { expert_tiles } from "./grouped_product.ts";
 import { combine, moe_permute } from "./moe.ts";
 import { defineOp, type Op } from "./op.ts";
+import { relu2Gradients } from "./relu2_gradient.ts";
 import type { Rounding, Summand } from "./rounding.ts";
 
 export interface GroupedLinearOptions {
   /** Which kernel computes it; default: the one that suits the adapter and the shape. */
-  readonly kernel?: ProductKernel | "matvec" | "matvec_quad";
+  readonly kernel?: GroupedKernel;
   /** Number format of the result; default: that of x and weight where both are the same half, or f32. */
   readonly out?: FloatDType;
   /** relu2: max(., 0)^2 of the product. */
@@ -42,22 +42,6 @@ interface Saved {
 }
 
 const name = "grouped_linear";
-/** Up to so many rows are taken one by one: experts then have about one row each. */
-const FEW_ROWS = 8;
-
-/**
- * How rows are cut into tiles of one expert each, for several calls of grouped_linear with the same offsets;
- * null for so few rows that none are needed.
- */
-export function expert_tiles(offsets: Tensor, rows: number): Tensor | null {
-  return rows <= FEW_ROWS ? null : groupedTiles(offsets, rows, tileRows(productKernel(offsets.device)));
-}
-
-function tilesFor(
-  offsets: Tensor, rows: number, kernel: ProductKernel, given: GroupedLinearOptions,
-): Tensor {
-  return (given.kernel ? null : given.tiles) ?? groupedTiles(offsets, rows, tileRows(kernel));
-}
 
 const dense: Op<
   [x: Tensor, weight: Tensor, offsets: Tensor, options?: GroupedLinearOptions], Tensor
@@ -79,25 +63,15 @@ const dense: Op<
     if (activation) y.relu2Key = nextKey();
     const { rounding } = options;
     const rounded = rounding?.input(x, ctx.needs(1), { offsets, permute });
-    const [a, b] = rounded ? [rounded.forward, rounding!.forward()] : [x, weight];
+    const [left, right] = rounded ? [rounded.forward, rounding!.forward()] : [x, weight];
     ctx.save({
       kept: rounded ? rounded.kept : { tensor: x, offsets: null }, x: x.relu2Key === null ? null : x,
       shape: x.shape, weight, offsets, options, squared: activation ? y : null,
     });
-    const few = x.device.info.isSoftware ? "matvec_quad" : "matvec";
-    const wanted = options.kernel ?? (S <= FEW_ROWS && readsInVectors(a, b) ? few : undefined);
-    if (wanted === "matvec" || wanted === "matvec_quad") {
-      const rows = permute ? moe_permute(converted(a, "f32"), { offsets, ...permute }, permute.topk) : a;
-      vectorProduct(wanted, rows, b, y, { relu2: activation === "relu2" }, offsets);
-    } else {
-      const kernel = productKernel(x.device, wanted);
-      product({
-        m: S, n: N, k: K, a: { tensor: a, row: K, col: 1 },
-        b: { tensor: b, row: 1, col: K, batch: N * K },
-        c: { tensor: y, row: N }, tiles: tilesFor(offsets, S, kernel, options), kernel,
-        relu2: activation === "relu2", gather: gatherOf(options),
-      });
-    }
+    groupedProduct({
+      pass: "forward", left, right, out: y, offsets, permute, kernel: options.kernel,
+      tiles: options.tiles, relu2: activation === "relu2",
+    });
     return y;
   },
   backward(
@@ -105,22 +79,19 @@ const dense: Op<
   ) {
     const dh = squared ? relu2Gradients(dy, dsquare, squared) : dy;
     if (!dh) return [];
-    const { permute, rounding } = options;
+    const { permute, rounding, kernel } = options;
     const { device } = dh;
-    const [E, N, K] = weight.shape as [number, number, number];
+    const K = weight.shape[2]!;
     const S = dh.shape[0]!;
     const rounded = rounding?.gradient(dh, { x: needs[0]!, weight: needs[1]! }, { offsets });
-    const kernel = productKernel(device, options.kernel);
     let dx = needs[0] ? into.empty(0, { device, shape }) : null;
     if (dx) {
-      const [a, b] = rounded ? [rounded.backward!, rounding!.backward()] : [dh, weight];
+      const [left, right] = rounded ? [rounded.backward!, rounding!.backward()] : [dh, weight];
       const rows = permute ? device.empty([S, K]) : dx;
       const before = x && converted(x, "f32");
       const soFar = before ? null : into.soFar(0);
-      product({
-        m: S, n: K, k: N, a: { tensor: a, row: N, col: 1 },
-        b: { tensor: b, row: K, col: 1, batch: N * K },
-        c: { tensor: rows, row: K }, tiles: tilesFor(offsets, S, kernel, options), kernel,
+      groupedProduct({
+        pass: "inputs", left, right, out: rows, offsets, kernel, tiles: options.tiles,
         ...(permute ? {} : { relu2_of: before, residual: soFar }),
       });
       if (permute) {
@@ -130,19 +101,15 @@ const dense: Op<
     }
     const dweight = needs[1] ? into.empty(1, weight) : null;
     if (dweight) {
-      const a = rounded ? rounded.kept! : { tensor: dh, offsets: null };
-      product({
-        m: N, n: K, k: a.tensor.shape[0]!, batches: E, a: { tensor: a.tensor, row: 1, col: N },
-        b: { tensor: kept!.tensor, row: K, col: 1 }, c: { tensor: dweight, row: K, batch: N * K },
-        offsets: a.offsets ?? offsets, kernel, gather: a.offsets ? null : gatherOf(options),
+      const left = rounded ? rounded.kept! : { tensor: dh, offsets: null };
+      groupedProduct({
+        pass: "weights", left: left.tensor, right: kept!.tensor, out: dweight,
+        offsets: left.offsets ?? offsets, permute: left.offsets ? undefined : permute, kernel,
       });
     }
     return [dx, dweight];
   },
 });
-
-const gatherOf = ({ permute }: GroupedLinearOptions) =>
-  permute ? { table: permute.slot_token, per: permute.topk } : null;
 
 /**
  * y[s] = activation(weight[e] x[s]) for the rows offsets[e] <= s < offsets[e + 1] of every expert e.

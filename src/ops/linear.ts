@@ -2,11 +2,12 @@ import { check } from "../tensor/check.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { nextKey, type Tensor } from "../tensor/tensor.ts";
 import { linear_blocks, orBlocks } from "./block_linear.ts";
-import {
-  converted, type FloatDType, product, productDType, relu2Gradients, sumRows, vectorKernel, vectorProduct,
-} from "./gemm.ts";
+import { converted, type FloatDType, product, productDType } from "./gemm.ts";
+import { vectorKernel, vectorProduct } from "./matvec.ts";
 import { defineOp, type Op } from "./op.ts";
+import { relu2Gradients } from "./relu2_gradient.ts";
 import type { Rounding } from "./rounding.ts";
+import { sumRows } from "./sum_rows.ts";
 
 export interface LinearOptions {
   /** relu2: max(., 0)^2 of the product with its bias. */

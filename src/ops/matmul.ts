@@ -1,12 +1,11 @@
 import { check } from "../tensor/check.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import {
-  type FloatDType, type Matrix, product, productDType, type ProductKernel, sumRows, type VectorKernel,
-    vectorKernel,
-  vectorProduct,
-} from "./gemm.ts";
+import { type FloatDType, type Matrix, product, productDType } from "./gemm.ts";
+import { isVectorKernel, type VectorKernel, vectorKernel, vectorProduct } from "./matvec.ts";
 import { defineOp, type Op } from "./op.ts";
+import type { ProductKernel } from "./product_kernels.ts";
+import { sumRows } from "./sum_rows.ts";
 
 export interface MatmulOptions {
   /** a is stored [..., K, M]. */
@@ -53,7 +52,7 @@ export const matmul: Op<[a: Tensor, b: Tensor, options?: MatmulOptions], Tensor>
     const count = sizeOf(lead);
     const [batches, m] = fold ? [1, count * M] : [count, M];
     const chosen = kernel ?? (fold && transB ? vectorKernel(a, b, m) : null);
-    if (chosen === "matvec" || chosen === "matvec_quad") {
+    if (isVectorKernel(chosen)) {
       check(fold && transB, "matmul", "b", "one matrix [N, K] with transB for a matvec kernel", b);
       vectorProduct(chosen, a, b, c);
     } else {
@@ -68,8 +67,7 @@ export const matmul: Op<[a: Tensor, b: Tensor, options?: MatmulOptions], Tensor>
   backward({ a, b, options }: { a: Tensor; b: Tensor; options: MatmulOptions }, [dc], needs) {
     if (!dc) return [];
     const { transA = false, transB = false } = options;
-    const matvec = options.kernel === "matvec" || options.kernel === "matvec_quad";
-    const kernel = options.kernel && !matvec ? { kernel: options.kernel } : {};
+    const kernel = options.kernel && !isVectorKernel(options.kernel) ? { kernel: options.kernel } : {};
     const by = (transposes: MatmulOptions): MatmulOptions => ({ ...transposes, ...kernel, out: "f32" });
     const summed = b.shape.length === 2 && a.shape.length > 2; // one B collects the gradients of a batch
     let da: Tensor | null = null;

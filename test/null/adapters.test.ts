@@ -46,6 +46,13 @@ describe("describeAdapter", () => {
     expect(info.limits).toEqual({ maxBufferSize: 1024 });
   });
 
+  test("subgroup matrices are listed where the adapter has them", () => {
+    expect(describeAdapter(fakeAdapter({})).subgroupMatrices).toEqual([]);
+    const config = { componentType: "f16", resultComponentType: "f32", M: 16, N: 8, K: 16 };
+    const info = { subgroupMatrixConfigs: [Object.create(config) as typeof config] };
+    expect(describeAdapter(fakeAdapter(info as Partial<GPUAdapterInfo>)).subgroupMatrices).toEqual([config]);
+  });
+
   test("a page's adapter has no name but still an id", () => {
     const info = describeAdapter(fakeAdapter({ vendor: "google", architecture: "swiftshader" }));
     expect(info).toMatchObject({ name: "google swiftshader", id: "swiftshader", isSoftware: true });

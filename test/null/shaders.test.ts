@@ -14,10 +14,12 @@ interface KernelShape {
   readonly entries: Readonly<Record<string, readonly string[]>>;
 }
 
-const FEATURES: GPUFeatureName[] = ["shader-f16", "subgroups"];
+const FEATURES = [
+  "shader-f16", "subgroups", "chromium-experimental-subgroup-matrix",
+] as unknown as GPUFeatureName[];
 const COMPUTE = 4;
 
-const instance = create(["backend=null"]);
+const instance = create(["backend=null", "enable-dawn-features=allow_unsafe_apis"]);
 const adapter = await instance.requestAdapter();
 if (!adapter) throw new Error("Dawn's null backend offers no adapter.");
 // Default limits: a kernel that needs more does not run everywhere.
@@ -71,10 +73,17 @@ async function complaints(kernel: string, conditions: readonly string[]): Promis
   return found;
 }
 
+/** Sets in which conditions matter together, beside those of `conditionSets`. */
+const TOGETHER: Readonly<Record<string, readonly string[][]>> = {
+  "matmul/matmul_matrix": [[], ["a_along_k"], ["b_along_k"], ["a_along_k", "b_along_k"]].flatMap((layout) =>
+    [["f16"], ["f16", "large"], ["m8", "n8", "k8"], ["f16", "m8", "k8"], ["f16", "n8"]].map((sizes) =>
+      ["subgroup_matrix", ...layout, ...sizes])),
+};
+
 describe("every kernel compiles at default limits without an error or a warning", () => {
   for (const kernel of kernelNames()) {
     test(kernel, async () => {
-      for (const conditions of conditionSets(kernel)) {
+      for (const conditions of [...conditionSets(kernel), ...TOGETHER[kernel] ?? []]) {
         const found = await complaints(kernel, conditions);
         expect(found, `conditions: ${conditions.join(", ") || "none"}`).toEqual([]);
       }

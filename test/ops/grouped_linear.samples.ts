@@ -66,6 +66,7 @@ export default opSamples({
     grouped("matvec", [1, 0, 2, 0, 3], [18, 20], { kernel: "matvec" }),
     grouped("workgroup tile", [5, 0, 70, 1], [70, 12], { kernel: "tile" }),
     grouped("workgroup tile, odd", [5, 0, 70, 1], [9, 19], { kernel: "tile" }),
+    grouped("matrix units", [5, 0, 70, 1], [9, 19], { kernel: "matrix" }),
     ...(["f16", "bf16"] as const).flatMap((dtype) => [
       halves(grouped(`weights in ${dtype}`, uneven, [20, 16]), [1], dtype),
       halves(grouped(`odd weights in ${dtype}`, uneven, [19, 13]), [1], dtype),

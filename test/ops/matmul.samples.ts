@@ -26,6 +26,9 @@ function halves(name: string, sizes: [number, number, number], dtype: "f16" | "b
   }));
 }
 
+/** Products in f16: a few of their sums are rounded too. */
+const looser = (sample: Sample): Sample => ({ ...sample, tolerance: 2 ** -9 });
+
 /** A batch of A times one B. */
 function sharedB(transA: boolean, transB: boolean): Sample {
   return {
@@ -52,11 +55,26 @@ export default opSamples({
     ...every("registers, odd", [], [67, 70, 19], { kernel: "quad" }),
     ...every("large workgroup tile, odd", [], [131, 134, 19], { kernel: "tile_large" }),
     ...every("large workgroup tile, whole vectors", [2], [20, 132, 24], { kernel: "tile_large" }),
+    ...every("matrix units, odd", [], [67, 70, 19], { kernel: "matrix" }),
+    ...halves("f16, large matrix units", [132, 20, 40], "f16", { kernel: "matrix_large" }).slice(1, 2),
+    ...halves("f16, products in f16", [20, 68, 24], "f16", { kernel: "tile_f16" }).map(looser),
+    ...halves("f16, large products in f16, odd", [17, 133, 23], "f16", { kernel: "tile_large_f16" })
+      .slice(1, 2).map(looser),
+    {
+      // 16 products of 2^12 leave the range of f16, and nothing of them is left in the end.
+      name: "f16, products past the range of f16", tolerance: 2 ** -10,
+      args: (r) => [
+        r.half(r.of([2, 36], [...Array<number>(18).fill(300), ...Array<number>(18).fill(-300),
+          ...Array<number>(36).fill(1)]), "f16"),
+        r.half(r.of([36, 4], Array<number>(144).fill(301)), "f16"), { kernel: "tile_f16" },
+      ],
+    },
     ...(["f16", "bf16"] as const).flatMap((dtype) => [
       ...halves(`${dtype}, whole vectors`, [20, 36, 24], dtype),
       ...halves(`${dtype}, odd`, [17, 19, 23], dtype),
       ...halves(`${dtype}, workgroup tile`, [20, 68, 24], dtype, { kernel: "tile" }),
       ...halves(`${dtype}, workgroup tile, odd`, [17, 69, 23], dtype, { kernel: "tile" }),
+      ...halves(`${dtype}, matrix units, odd`, [67, 69, 35], dtype, { kernel: "matrix" }).slice(1, 3),
       {
         name: `${dtype} into f32`,
         args: (r: Draw) => [r.half(r.normal([20, 24]), dtype), r.half(r.normal([24, 36]), dtype),
@@ -100,6 +118,18 @@ export default opSamples({
     {
       name: "matvec, odd",
       args: (r) => [r.normal([3, 37]), r.normal([9, 37]), { transB: true, kernel: "matvec" }],
+    },
+    {
+      name: "matvec_split", reduction: 1040,
+      args: (r) => [r.normal([3, 1040]), r.normal([10, 1040]), { transB: true, kernel: "matvec_split" }],
+    },
+    {
+      name: "matvec_split, odd", reduction: 1037,
+      args: (r) => [r.normal([2, 1037]), r.normal([9, 1037]), { transB: true, kernel: "matvec_split" }],
+    },
+    {
+      name: "matvec_split of a short sum",
+      args: (r) => [r.normal([1, 36]), r.normal([9, 36]), { transB: true, kernel: "matvec_split" }],
     },
     {
       name: "matvec_quad",

@@ -102,7 +102,7 @@ export function samplesOn(adapterId: string, { samples }: OpSamples): readonly S
   return samples.filter(({ args }) => {
     const kernels = args(new Draw(1)).flatMap((arg) =>
       typeof arg === "object" && arg !== null && "kernel" in arg ? [String(arg.kernel)] : []);
-    const tile = kernels.find((kernel) => kernel.includes("tile"));
+    const tile = kernels.find((kernel) => /tile|matrix/.test(kernel));
     if (tile === undefined) return true;
     if (asked.has(tile)) return false;
     asked.add(tile);

@@ -7,7 +7,9 @@ import { testAdapters } from "../support/adapters.ts";
 
 /** One small class of every tunable, in which candidates differ; several where candidates do other work. */
 const SMALL: Readonly<Record<string, string | readonly string[]>> = {
-  "matmul/product": "m=64 n=32 k=32 batches=2 transA=false transB=true halves=true",
+  "matmul/product": "m=64 n=32 k=32 batches=2 transA=false transB=true dtypes=f16.f16.f16",
+  "matmul/few_rows": "m=2 n=16 k=1024 weight=bf16",
+  "matmul/grouped": "pass=forward rows=32 experts=4 n=16 k=32 dtypes=f32.f16.f32",
   "quant/product": "m=2 n=64 k=64 format=q4",
   "norm/rms_norm": [
     "tokens=8 ngroups=2 n=64 gated=true training=true",
