@@ -68,7 +68,8 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
       "or --resume.");
   }
   checkCorpusSize(corpus.tokens.length, recipe);
-  const model = new NemotronH(options.config, createParameters(device, options.config, recipe.seed));
+  const { config } = options;
+  const model = new NemotronH(config, createParameters(device, config, recipe.seed, recipe.weights));
   const run = new TrainingRun(model, recipe, corpus, validation);
   let saved: SavedRun | null = null;
   if (previous) saved = await restoreRun(run, previous);

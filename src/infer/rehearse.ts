@@ -23,8 +23,8 @@ export async function rehearse(
   device: Device, config: NemotronHConfig, options: RehearsalOptions = {},
 ): Promise<void> {
   device.stream.muted = true;
-  const model = new NemotronH(config, createParameters(device, config, 0));
   const recipe = makeRecipe(options.recipe ?? {});
+  const model = new NemotronH(config, createParameters(device, config, 0, recipe.weights));
   const { batch, seqlen, accumulate } = recipe;
   const trainer = new Trainer(model, {
     ...recipe, schedule: scheduleOf(recipe), betas: [recipe.beta1, recipe.beta2],

@@ -1736,16 +1736,22 @@ export const manifest = {
       hyper: { binding: 4, access: "read" },
       grad_scale: { binding: 5, access: "read" },
       slabs: { binding: 6, access: "read" },
+      low: { binding: 7, access: "read_write" },
     },
     params: {
       count: "u32",
+      seed_low: "u32",
+      seed_high: "u32",
+      stream: "u32",
+      scales: "u32",
     },
     overrides: {
       WG: "u32",
+      LANES: "u32",
     },
-    conditions: [],
+    conditions: ["bytes","m_bf16","masters","p_bf16"],
     entries: {
-      adamw: ["grad","grad_scale","hyper","m","param","params","slabs","v"],
+      adamw: ["grad","grad_scale","hyper","low","m","param","params","slabs","v"],
     },
   },
   "optim/global_norm": {

@@ -1,10 +1,12 @@
 /** What a model costs: parameters, state, memory to run and to train; and its layers as a line of text. */
+import { MOMENT_BLOCK, type MomentFormat } from "../ops/adamw.ts";
 import { ConfigError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { listParameters } from "./checkpoint_names.ts";
 import type { Parameter, ParameterKind } from "./checkpoint_names.ts";
 import { convSize, innerSize, layerSpecs, letterOf, mtpSpecs } from "./config.ts";
 import type { LayerSpec, NemotronHConfig } from "./config.ts";
+import type { TrainedFormat } from "./parameters.ts";
 
 export interface ParameterCount {
   /** Everything stored, the prediction block included. */
@@ -138,6 +140,11 @@ export function weightBytes(config: NemotronHConfig, format: RunFormat): number 
   return listParameters(config).reduce((sum, parameter) => sum + bytes(parameter), 0);
 }
 
+/** Matrices of products, which alone are in bf16 where weights are. */
+const HALVED: readonly ParameterKind[] = [
+  ...QUANTISED, "head", "attention_linear", "latent_linear", "mtp_linear",
+];
+
 export interface RunMemory {
   readonly weights: number;
   /** State of all sequences: SSM, convolution, keys and values at full length. */
@@ -160,8 +167,29 @@ export function memoryToRun(
   return { weights, state, total: weights + state };
 }
 
+/** What training stores in which format: see `Recipe`. */
+export interface TrainFormats {
+  readonly weights: TrainedFormat;
+  readonly master: "f32" | "none";
+  readonly moments: MomentFormat;
+}
+
+const F32_TRAINING: TrainFormats = { weights: "f32", master: "f32", moments: "f32" };
+
+/**
+ * Bytes per parameter of a matrix in training: weights (f32 4; bf16 2, and 2 more for the lower halves of f32
+ * masters), f32 gradients 4, both moments 8, 4 or 2.125. What is no matrix of a product has f32 weights.
+ */
+export function trainingBytes({ weights, master, moments }: TrainFormats) {
+  const bytes = {
+    weights: weights === "bf16" && master === "none" ? 2 : 4, gradients: 4,
+    optimizer: { f32: 8, bf16: 4, "8bit": 2 * (1 + 4 / MOMENT_BLOCK) }[moments],
+  };
+  return { ...bytes, total: bytes.weights + bytes.gradients + bytes.optimizer };
+}
+
 export interface TrainMemory {
-  /** float32 masters. */
+  /** With their masters. */
   readonly weights: number;
   readonly gradients: number;
   /** Both AdamW moments. */
@@ -172,15 +200,20 @@ export interface TrainMemory {
 }
 
 /**
- * Bytes to train in float32 with AdamW, without recomputation.
+ * Bytes to train with AdamW, without recomputation; activations in float32.
  * @param tokens in one micro-batch (batch * seqlen)
  */
-export function memoryToTrain(config: NemotronHConfig, tokens: number): TrainMemory {
+export function memoryToTrain(
+  config: NemotronHConfig, tokens: number, formats: TrainFormats = F32_TRAINING,
+): TrainMemory {
   const { total: count, byKind } = countParameters(config);
   const trainable = count - (byKind.get("router_bias") ?? 0);
-  const weights = 4 * count;
-  const gradients = 4 * trainable;
-  const optimizer = 8 * trainable;
+  let matrices = 0;
+  for (const kind of HALVED) matrices += byKind.get(kind) ?? 0;
+  const each = trainingBytes(formats);
+  const weights = 4 * (count - matrices) + each.weights * matrices;
+  const gradients = each.gradients * trainable;
+  const optimizer = each.optimizer * trainable;
   const activations = 4 * tokens * activationsPerToken(config);
   return { weights, gradients, optimizer, activations, total: weights + gradients + optimizer + activations };
 }

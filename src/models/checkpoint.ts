@@ -12,7 +12,7 @@ import type { KVScales } from "../nn/attention.ts";
 import type { Weight } from "../nn/weights.ts";
 import { BlockTensor } from "../tensor/blocks.ts";
 import type { Device } from "../tensor/device.ts";
-import { decodeFloat32 } from "../tensor/dtype.ts";
+import { bytesPerElement, decodeFloat32 } from "../tensor/dtype.ts";
 import { FormatError, UsageError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { unscoped } from "../tensor/scope.ts";
@@ -209,10 +209,18 @@ export async function loadModel(
   }
 }
 
-/** A float32 tensor, read back when its turn to be written comes. */
+/** A tensor in its own format, read back when its turn to be written comes. */
 export function tensorEntry(name: string, tensor: Tensor): TensorEntry {
-  return { name, dtype: "F32", shape: tensor.shape, bytes: async () => bytesOf(await tensor.read()) };
+  const dtype = FILE_DTYPE[tensor.dtype];
+  return { name, dtype, shape: tensor.shape, bytes: () => bytesOf(tensor) };
 }
+
+async function bytesOf(tensor: Tensor): Promise<Uint8Array> {
+  return new Uint8Array(await tensor.device.readBytes(tensor)).subarray(
+    0, tensor.size * bytesPerElement(FILE_DTYPE[tensor.dtype]));
+}
+
+const FILE_DTYPE = { f32: "F32", bf16: "BF16", f16: "F16", i32: "I32", u32: "U32" } as const;
 
 /**
  * The model's parameters under their published names, one tensor per expert.
@@ -227,13 +235,14 @@ export function parameterEntries(model: NemotronH): TensorEntry[] {
     const tensor = model.parameters.get(parameter.name)!;
     if (parameter.kind !== "expert") return [tensorEntry(parameter.name, tensor)];
     // The experts of one parameter come in order, and are read back once.
-    let stacked: Promise<Float32Array> | null = null;
+    let stacked: Promise<Uint8Array> | null = null;
+    const dtype = FILE_DTYPE[tensor.dtype];
     return tensorsOf(parameter).map(({ name, shape, expert }): TensorEntry => ({
-      name, dtype: "F32", shape,
+      name, dtype, shape,
       bytes: async () => {
-        stacked ??= tensor.read() as Promise<Float32Array>;
-        const size = sizeOf(shape);
-        return bytesOf((await stacked).subarray(expert! * size, (expert! + 1) * size));
+        stacked ??= bytesOf(tensor);
+        const size = sizeOf(shape) * bytesPerElement(dtype);
+        return (await stacked).subarray(expert! * size, (expert! + 1) * size);
       },
     }));
   });
@@ -263,8 +272,4 @@ export function gradientEntries(config: NemotronHConfig, outputs: Outputs): [str
       }];
     });
   });
-}
-
-function bytesOf(values: Float32Array | Int32Array | Uint32Array): Uint8Array {
-  return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
 }

@@ -26,6 +26,8 @@ import type { NemotronHConfig } from "./config.ts";
  */
 export const WEIGHT_FORMATS = ["f32", "f16", "bf16", "q8", "q4", "fp8", "mxfp8", "mxfp4", "nvfp4"] as const;
 export type WeightFormat = (typeof WEIGHT_FORMATS)[number];
+/** How a model that is trained holds them. */
+export type TrainedFormat = "f32" | "bf16";
 
 const BLOCKS: Readonly<Partial<Record<WeightFormat, BlockFormat>>> = {
   q8: "q8", q4: "q4", fp8: "fp8_e4m3", mxfp8: "mxfp8_e4m3", mxfp4: "mxfp4", nvfp4: "nvfp4",
@@ -81,13 +83,16 @@ export function checkFits(
  * normal weights of deviation `initializer_range`, those that write into the residual stream divided by
  * sqrt(layers); conv weights uniform in 1/sqrt(window); A in 1..16; steps log-uniform between time_step_min
  * and time_step_max; D and norms 1; biases 0.
+ * @param weights  of matrices of products; everything else is f32
  * @returns by canonical name; trainable ones require a gradient
  * @throws OutOfMemoryError when the model is larger than the device
  */
-export function createParameters(device: Device, config: NemotronHConfig, seed: number): Map<string, Tensor> {
-  checkFits(device, config);
+export function createParameters(
+  device: Device, config: NemotronHConfig, seed: number, weights: TrainedFormat = "f32",
+): Map<string, Tensor> {
+  checkFits(device, config, weights);
   return unscoped(() => {
-    const parameters = trainableParameters(device, config);
+    const parameters = trainableParameters(device, config, weights);
     listParameters(config).forEach((parameter, i) => {
       parameters.get(parameter.name)!.write(initialValues(config, parameter, { seed, stream: i, step: 0 }));
     });
@@ -97,14 +102,22 @@ export function createParameters(device: Device, config: NemotronHConfig, seed: 
 
 /**
  * All parameters of a model, of any contents, by canonical name. Those that are trained lie side by side, so
- * that one launch updates all of them.
+ * that one launch updates all of them; matrices in bf16 apart from the rest.
  */
-export function trainableParameters(device: Device, config: NemotronHConfig): Map<string, Tensor> {
+export function trainableParameters(
+  device: Device, config: NemotronHConfig, weights: TrainedFormat = "f32",
+): Map<string, Tensor> {
   const list = listParameters(config);
-  const shapes = list.filter(({ trainable }) => trainable).map(({ shape }) => shape);
-  const trained = together(device, shapes).values();
-  return new Map(list.map(({ name, shape, trainable }) => {
-    const tensor = trainable ? trained.next().value! : device.empty(shape);
+  const trained = new Map((["f32", "bf16"] as const).map((format) => {
+    const members = list.filter((parameter) =>
+      parameter.trainable && formatOf(parameter, weights) === format);
+    return [format as WeightFormat, together(device, members.map(({ shape }) => shape), format).values()];
+  }));
+  return new Map(list.map((parameter) => {
+    const { name, shape, trainable } = parameter;
+    const tensor = trainable
+      ? trained.get(formatOf(parameter, weights))!.next().value!
+      : device.empty(shape);
     tensor.requiresGrad = trainable;
     return [name, tensor];
   }));

@@ -107,19 +107,17 @@ export class Tensor implements BufferView {
   }
 
   /**
-   * Elements under another shape, from number `first` on, a multiple of 64: what a kernel binds starts at a
-   * multiple of 256 bytes. Shares memory, but not the gradient.
-   * @throws ShapeError when they do not lie in this tensor, or start elsewhere; DTypeError for halves.
+   * Elements under another shape, from number `first` on, a multiple of 64, or of 128 for halves: what a
+   * kernel binds starts at a multiple of 256 bytes. Shares memory, but not the gradient.
+   * @throws ShapeError when they do not lie in this tensor, or start elsewhere.
    */
   range(first: number, shape: readonly number[]): Tensor {
-    if (isHalf(this.dtype)) {
-      throw new DTypeError(`range: expected elements of four bytes, found ${this.dtype}.`);
-    }
-    if (first % 64 !== 0 || first < 0 || first + sizeOf(shape) > this.size) {
+    const unit = isHalf(this.dtype) ? 128 : 64;
+    if (first % unit !== 0 || first < 0 || first + sizeOf(shape) > this.size) {
       throw new ShapeError(
-        `range: expected [${shape}] from a multiple of 64 in [${this.shape}], found one from ${first}.`);
+        `range: expected [${shape}] from a multiple of ${unit} in [${this.shape}], found one from ${first}.`);
     }
-    return this.#view(this.byteOffset + 4 * first, shape);
+    return this.#view(this.byteOffset + 256 / unit * first, shape);
   }
 
   #view(byteOffset: number, shape: readonly number[]): Tensor {

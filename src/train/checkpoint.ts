@@ -1,5 +1,5 @@
 /** What a training checkpoint holds beside the model, and how a run continues from it. */
-import { openSafetensors, safetensorsPieces } from "../io/safetensors.ts";
+import { openSafetensors, safetensorsPieces, type TensorEntry } from "../io/safetensors.ts";
 import type { CheckpointContent, SavedCheckpoint } from "../io/checkpoint_files.ts";
 import type { ChoiceTable } from "../kernel/tuner.ts";
 import { modelFiles, readParameters, tensorEntry } from "../models/checkpoint.ts";
@@ -40,11 +40,12 @@ export function savedRun(run: TrainingRun, recipe: Recipe): SavedRun {
 export function checkpointFiles(
   run: TrainingRun, modelExtras: Readonly<Record<string, string>>, state: SavedRun,
 ): Record<string, CheckpointContent> {
-  const { moments } = run.trainer.optimizer;
-  const entries = [...moments].flatMap(([name, pair]) =>
-    (["m", "v"] as const).map((moment) => tensorEntry(`${moment}.${name}`, pair[moment])));
   const precision = [...run.trainer.precision?.state ?? []].map(
     ([name, tensor]) => tensorEntry(name, tensor));
+  const entries = run.trainer.optimizer.state.map((entry): TensorEntry => ({
+    name: entry.name, dtype: entry.dtype, shape: entry.shape,
+    bytes: async () => new Uint8Array(await entry.device.readBytes(entry)),
+  }));
   return {
     ...modelFiles(run.model), ...modelExtras,
     "optimizer.safetensors": safetensorsPieces(entries),
@@ -74,18 +75,32 @@ export async function restoreRun(run: TrainingRun, checkpoint: SavedCheckpoint):
       `${checkpoint.path} was trained on other data, or with another order of it: expected fingerprint ` +
       `${state.data}, found ${run.packer.fingerprint}.`);
   }
+  for (const key of ["weights", "master", "moments"] as const) {
+    const saved = state.recipe[key] ?? "f32";
+    if (saved === run.recipe[key]) continue;
+    throw new FormatError(
+      `${checkpoint.path} was trained with ${key} ${saved}, and a run with ${key} ${run.recipe[key]} ` +
+      "cannot continue from it.");
+  }
   const model = await openSafetensors(await checkpoint.open("model.safetensors"));
   await readParameters(run.model.config, model, async (name, values) => {
     run.model.parameters.get(name)!.write(await values());
   });
   await model.close();
-  const moments = await openSafetensors(await checkpoint.open("optimizer.safetensors"));
-  for (const [name, pair] of run.trainer.optimizer.moments) {
-    for (const moment of ["m", "v"] as const) {
-      pair[moment].write(await moments.readTensorF32(`${moment}.${name}`));
+  const file = await openSafetensors(await checkpoint.open("optimizer.safetensors"));
+  try {
+    for (const { name, dtype, shape, device, storage, byteOffset } of run.trainer.optimizer.state) {
+      const found = file.info(name);
+      if (found.dtype !== dtype || found.shape.join() !== shape.join()) {
+        throw new FormatError(
+          `${checkpoint.path}: expected ${name} as ${dtype} [${shape.join(", ")}], found ${found.dtype} ` +
+          `[${found.shape.join(", ")}].`);
+      }
+      device.stream.write(storage, byteOffset, await file.read(name));
     }
+  } finally {
+    await file.close();
   }
-  await moments.close();
   run.packer.restore(state.packing);
   run.trainer.steps = state.steps;
   if (state.skipped) run.trainer.skipped = state.skipped;

@@ -1,5 +1,7 @@
 /** The numbers of a training run, with defaults that suit the tiny presets. */
 import { choosePrecision, type PrecisionChoice } from "../precision/plan.ts";
+import type { TrainedFormat } from "../models/parameters.ts";
+import { MOMENT_DTYPES, type MomentFormat } from "../ops/adamw.ts";
 import { UsageError } from "../tensor/errors.ts";
 import { makeSchedule, type Schedule } from "./schedule.ts";
 
@@ -28,6 +30,11 @@ export interface Recipe {
   readonly mtp_scale: number;
   readonly aux_coeff: number;
   readonly bias_rate: number;
+  /** How matrices are stored, and whether those in bf16 have f32 masters; the rest is f32. */
+  readonly weights: TrainedFormat;
+  readonly master: "f32" | "none";
+  /** How both moments of AdamW are stored. */
+  readonly moments: MomentFormat;
   /** The run ends when so many steps in a row have a loss or a gradient norm that is not finite. */
   readonly max_skipped: number;
   /** Run every block's forward a second time instead of keeping what its backward pass needs. */
@@ -53,6 +60,7 @@ export const RECIPE: Recipe = {
   beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1,
   mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, bias_rate: 1e-3, max_skipped: MAX_SKIPPED,
   recompute: false, precision: "f32", without: "", eval_every: 0, eval_rows: 0,
+  weights: "f32", master: "f32", moments: "f32",
 };
 
 /**
@@ -87,6 +95,17 @@ export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key]
       "max_skipped", Number.isInteger(recipe.max_skipped) && recipe.max_skipped >= 1,
       "a whole number of at least 1",
     ],
+    ["weights", ["f32", "bf16"].includes(recipe.weights), "f32 or bf16"],
+    ["master", ["f32", "none"].includes(recipe.master), "f32 or none"],
+    [
+      "master", recipe.weights === "bf16" || recipe.master === "f32",
+      "f32 for weights that are f32 and thus their own masters",
+    ],
+    [
+      "weights", recipe.weights === "f32" || recipe.precision === "f32",
+      `f32 for precision ${recipe.precision}`,
+    ],
+    ["moments", Object.hasOwn(MOMENT_DTYPES, recipe.moments), Object.keys(MOMENT_DTYPES).join(", ")],
     ["weight_decay", recipe.weight_decay >= 0, "at least 0"],
     ["clip", recipe.clip > 0, "above 0"],
   ];

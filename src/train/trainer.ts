@@ -168,10 +168,17 @@ export class Trainer {
       ? `gradient norm at step ${steps} is ${grad_norm} (loss ${total})`
       : `loss at step ${steps} is ${total} (gradient norm ${grad_norm})`;
     const last = steps - in_a_row;
+    const { moments = "f32", precision = FULL_PRECISION } = this.options;
+    const halves = [...this.model.parameters.values()].some(({ dtype }) => dtype === "bf16");
+    const low = [
+      ...precision.recipe === "f32" ? [] : [`precision ${precision.recipe}`],
+      ...halves ? ["bf16 weights"] : [], ...moments === "f32" ? [] : [`${moments} moments`],
+    ];
+    const formats = low.length > 0 ? ` (with ${low.join(" and ")})` : "";
     const which = in_a_row === 1 ? "such a step" : `each of the last ${in_a_row} steps`;
     throw new KraitError(
-      `The ${what}, and ${which} was skipped for want of finite numbers; the parameters are those ` +
-      `${last === 0 ? "of the start" : `after step ${last}`}; lower the learning rate.`);
+      `The ${what}, and ${which} was skipped for want of finite numbers${formats}; the parameters are ` +
+      `those ${last === 0 ? "of the start" : `after step ${last}`}; lower the learning rate.`);
   }
 
   /** Memory of a micro-batch's activations; null before the first step. */

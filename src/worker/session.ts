@@ -124,7 +124,8 @@ export class Session {
     const { steps } = recipe;
     const device = await this.#usableDevice();
     this.#forget();
-    const model = this.#model = new NemotronH(config, createParameters(device, config, recipe.seed));
+    const parameters = createParameters(device, config, recipe.seed, recipe.weights);
+    const model = this.#model = new NemotronH(config, parameters);
     const run = new TrainingRun(model, recipe, train, validation);
     const clock = new StepClock(recipe.batch * recipe.seqlen * recipe.accumulate);
     let done = 0;

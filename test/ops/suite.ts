@@ -214,7 +214,7 @@ export async function checkSample(device: Device, spec: OpSamples, sample: Sampl
     const tape = new Tape();
     const results: NdArray[] = [];
     const outputs = flatten(tape.run(() => call(...args))) as Tensor[];
-    const mutated = spec.op.mutates.map((i) => args[i] as Tensor);
+    const mutated = spec.op.mutates.flatMap((i) => args[i] instanceof Tensor ? [args[i]] : []);
     integer = [...outputs, ...mutated].map((tensor) => !isFloat(tensor.dtype));
     for (const tensor of [...outputs, ...mutated]) results.push(await download(tensor));
     if (spec.op.differentiable) {

@@ -21,7 +21,7 @@ export function startRun(bench: Bench, config: NemotronHConfig, given: Partial<R
   const { device, options: { data } } = bench;
   const split = splitDocuments(readDocuments(data.length > 0 ? data : [packagePath("README.md")]));
   const tokenizer = byteTokenizer(config.vocab_size);
-  const model = new NemotronH(config, createParameters(device, config, 0));
+  const model = new NemotronH(config, createParameters(device, config, 0, given.weights));
   return new TrainingRun(
     model, makeRecipe(given), tokenizeDocuments(split.train, tokenizer),
     tokenizeDocuments(split.validation, tokenizer));

@@ -2,7 +2,7 @@ import { existsSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import {
   countLayers, countParameters, countTensors, layerStrip, memoryToRun, memoryToTrain, stateBytes,
-  type RunFormat,
+  trainingBytes, type RunFormat, type TrainFormats,
 } from "../../models/accounting.ts";
 import { inspectCheckpoint, type StoredPart } from "../../models/checkpoint.ts";
 import type { NemotronHConfig } from "../../models/config.ts";
@@ -14,6 +14,13 @@ import { findConfig, modelFolder } from "../models.ts";
 import { colours, formatBytes, formatCount, table, wantsColour } from "../terminal.ts";
 
 const FORMATS: readonly RunFormat[] = ["f32", "bf16", "f16", "fp8", "nvfp4"];
+
+/** Formats of `krait train`, the smaller the lower. */
+const TRAINED: readonly TrainFormats[] = [
+  { weights: "f32", master: "f32", moments: "f32" }, { weights: "f32", master: "f32", moments: "bf16" },
+  { weights: "f32", master: "f32", moments: "8bit" }, { weights: "bf16", master: "f32", moments: "8bit" },
+  { weights: "bf16", master: "none", moments: "8bit" },
+];
 
 export const info = defineCommand({
   name: "info",
@@ -81,6 +88,12 @@ function examine(config: NemotronHConfig, batch: number, tokens: number) {
     batch, tokens,
     run: Object.fromEntries(FORMATS.map((format) => [format, memoryToRun(config, format, batch, tokens)])),
     train: memoryToTrain(config, batch * tokens),
+    train_formats: TRAINED.map((formats) => {
+      const { weights, gradients, optimizer } = memoryToTrain(config, 0, formats);
+      return {
+        ...formats, bytes_per_parameter: trainingBytes(formats).total, bytes: weights + gradients + optimizer,
+      };
+    }),
   };
 }
 
@@ -117,7 +130,12 @@ function render(
       [" weights", formatBytes(train.weights)],
       [" gradients", formatBytes(train.gradients)], [" moments", formatBytes(train.optimizer)],
       [" activations, about", formatBytes(train.activations)],
-    ]), "",
+    ]),
+    "", c.bold("Weights, gradients and moments in training"),
+    table(facts.train_formats.map(({ weights, master, moments, bytes_per_parameter, bytes }) => [
+      ` ${weights}${weights === "bf16" ? `, ${master === "none" ? "no" : master} masters` : ""}, ` +
+      `${moments} moments`, formatBytes(bytes), `${bytes_per_parameter} bytes per parameter of a matrix`,
+    ])), "",
   ].join("\n");
 }
 

@@ -3,7 +3,7 @@ import { join } from "node:path";
 import { openCheckpoint } from "../../io/checkpoint_files.ts";
 import { localFileLayer } from "../../io/files.node.ts";
 import { parseConfig, type NemotronHConfig } from "../../models/config.ts";
-import { countParameters } from "../../models/accounting.ts";
+import { countParameters, memoryToTrain, trainingBytes } from "../../models/accounting.ts";
 import { openDevice } from "../../tensor/device.ts";
 import { RECIPE_NAMES, RECIPES } from "../../precision/recipes.ts";
 import { KraitError, UsageError } from "../../tensor/errors.ts";
@@ -11,7 +11,7 @@ import { readSavedRun } from "../../train/checkpoint.ts";
 import { splitDocuments } from "../../train/data.ts";
 import { readDocuments } from "../../train/data.node.ts";
 import { formatMetric } from "../../train/metrics.ts";
-import { makeRecipe, type Recipe } from "../../train/recipe.ts";
+import { makeRecipe, RECIPE, type Recipe } from "../../train/recipe.ts";
 import { defineCommand } from "../args.ts";
 import { findConfig, findTokenizer } from "../models.ts";
 import { Progress } from "../progress.ts";
@@ -56,6 +56,17 @@ export const train = defineCommand({
     mtpScale: { type: "number", min: 0, help: "Weight of the MTP loss (0.3)." },
     auxCoeff: { type: "number", min: 0, help: "Coefficient of the balancing loss (1e-4)." },
     biasRate: { type: "number", min: 0, help: "Step of the experts' correction biases (1e-3)." },
+    weights: {
+      type: "string", choices: ["f32", "bf16"], help: "How matrices are stored; all else is f32 (f32).",
+    },
+    master: {
+      type: "string", choices: ["f32", "none"],
+      help: "Masters of bf16 weights: f32, or none and updates rounded at random (f32).",
+    },
+    moments: {
+      type: "string", choices: ["f32", "bf16", "8bit"],
+      help: "How both moments of AdamW are stored: 8, 4 or 2.125 bytes per parameter (f32).",
+    },
     maxSkipped: {
       type: "integer", min: 1,
       help: "Steps in a row without a finite loss that end the run; each is skipped (5).",
@@ -123,6 +134,13 @@ export const train = defineCommand({
           say(
             `${c.bold("Krait")} trains ${formatCount(total)} parameters (${formatCount(active)} active) on ` +
             `${device.info.name}`);
+          const { weights, gradients, optimizer } = memoryToTrain(config, 0, recipe);
+          const masters = recipe.master === "f32" ? " with f32 masters" : " without masters";
+          say(
+            `weights ${recipe.weights}${recipe.weights === "f32" ? "" : masters}, ` +
+            `moments ${recipe.moments}: ` +
+            `${trainingBytes(recipe).total} bytes per parameter of a matrix with its f32 gradient, ` +
+            `${formatBytes(weights + gradients + optimizer)} in all`);
           say(`${formatCount(run.packer.corpus.tokens.length)} tokens, ` +
             `${formatCount(run.validation.tokens.length)} to validate; ` +
             `seed ${recipe.seed}, data ${run.packer.fingerprint}, deterministic on this adapter`);
@@ -186,6 +204,8 @@ async function plan(options: {
   readonly weightDecay: number | undefined; readonly clip: number | undefined;
   readonly mtpDepths: number | undefined; readonly mtpScale: number | undefined;
   readonly auxCoeff: number | undefined; readonly biasRate: number | undefined;
+  readonly weights: Recipe["weights"] | undefined; readonly master: Recipe["master"] | undefined;
+  readonly moments: Recipe["moments"] | undefined;
   readonly recompute: boolean; readonly maxSkipped: number | undefined;
   readonly precision: string | undefined; readonly without: string | undefined;
   readonly evalEvery: number; readonly evalRows: number | undefined;
@@ -198,6 +218,7 @@ async function plan(options: {
     mtp_depths: options.mtpDepths, mtp_scale: options.mtpScale,
     aux_coeff: options.auxCoeff, bias_rate: options.biasRate, recompute: options.recompute || undefined,
     precision: options.precision, without: options.without,
+    weights: options.weights, master: options.master, moments: options.moments,
     max_skipped: options.maxSkipped, eval_rows: options.evalRows, eval_every: options.evalEvery,
   };
   if (!options.resume) {
@@ -213,7 +234,7 @@ async function plan(options: {
   // what may change without making another run of it
   const free = new Set(["steps", "eval_every", "eval_rows", "recompute", "max_skipped"]);
   for (const [key, value] of Object.entries(given)) {
-    const before = recipe[key as keyof Recipe];
+    const before = recipe[key as keyof Recipe] ?? RECIPE[key as keyof Recipe]; // older runs lack some
     if (value !== undefined && value !== before && !free.has(key)) {
       throw new UsageError(
         `The run in ${options.out} has ${key} ${before}, and --resume cannot change it to ${value}.`);
