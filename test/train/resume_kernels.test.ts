@@ -37,13 +37,13 @@ async function start(measured: ChoiceTable) {
   return { device, run, step };
 }
 
-/** For every class of products that a device used: another kernel than the one it took. */
+/** For every class of norms that a device used: another kernel than it took; those compile quickly. */
 function others(device: Device): ChoiceTable {
   const table: Record<string, Record<string, string>> = {};
   for (const { tunable, class: text, choice } of device.choices.used) {
     const other = tunables.get(tunable)!.candidates(device, parseClass(text)!).find(
       (each) => each !== choice);
-    if (tunable.startsWith("matmul/") && other !== undefined) (table[tunable] ??= {})[text] = other;
+    if (tunable.startsWith("norm/") && other !== undefined) (table[tunable] ??= {})[text] = other;
   }
   return table;
 }
@@ -64,7 +64,7 @@ test("a resumed run computes with the kernels of the run before it, whatever was
     await save("old", old);
     await save("elsewhere", { ...state, kernels: { ...kernels!, adapter: "another" } });
     await save("strange", { ...state,
-      kernels: { ...kernels!, choices: { "matmul/product": null } } as never });
+      kernels: { ...kernels!, choices: { "norm/rms_norm": null } } as never });
     const expected = await first.step(3);
 
     const resume = async (name: string) => {
