@@ -34,9 +34,10 @@ interface KernelShape {
   readonly entries: Readonly<Record<string, readonly string[]>>;
 }
 
-const r = new Draw(7);
-const normal = (size: number) => Float32Array.from(r.normal([size]).data);
-const integers = (size: number, below: number) => Int32Array.from(r.integers([size], 0, below).data);
+// Drawn anew for every buffer, so that no launch depends on those listed before it.
+const normal = (size: number) => Float32Array.from(new Draw(size).normal([size]).data);
+const integers = (size: number, below: number) =>
+  Int32Array.from(new Draw(size).integers([size], 0, below).data);
 const u32 = (...values: number[]) => Uint32Array.from(values);
 /** Settings of a sampler: temperature, top_k, top_p, min_p. */
 const settings = Float32Array.from([0.8, 6, 0.7, 0]);
