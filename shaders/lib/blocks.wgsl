@@ -38,21 +38,27 @@ fn raw(word: u32) -> vec4f {
 // `f` has the code's fraction and the right exponent but for codes whose exponent is zero; these have no
 // leading one, and 2 f - 2^emin, which is smaller only for them, is their value. Exact, without subnormals.
 fn small_values(word: u32) -> vec4f {
-  @if(e2m1) {
-    let t = vec4u(word) << vec4u(28u, 24u, 20u, 16u);
-    let f = bitcast<vec4f>(((t & vec4u(0x70000000u)) >> vec4u(6u)) + vec4u(0x3f000000u));
-    return signed(min(f, 2.0 * f - 1.0), t);
-  }
-  @elif(e5m2) {
-    let t = vec4u(word) << vec4u(24u, 16u, 8u, 0u);
-    let f = bitcast<vec4f>(((t & vec4u(0x7f000000u)) >> vec4u(3u)) + vec4u(0x38000000u));
-    return signed(min(f, 2.0 * f - 0x1p-14), t);
-  }
-  @else {
-    let t = vec4u(word) << vec4u(24u, 16u, 8u, 0u);
-    let f = bitcast<vec4f>(((t & vec4u(0x7f000000u)) >> vec4u(4u)) + vec4u(0x3c000000u));
-    return signed(min(f, 2.0 * f - 0x1p-6), t);
-  }
+  @if(e2m1) return e2m1_values(word);
+  @elif(e5m2) return e5m2_values(word);
+  @else return e4m3_values(word);
+}
+
+fn e2m1_values(word: u32) -> vec4f {
+  let t = vec4u(word) << vec4u(28u, 24u, 20u, 16u);
+  let f = bitcast<vec4f>(((t & vec4u(0x70000000u)) >> vec4u(6u)) + vec4u(0x3f000000u));
+  return signed(min(f, 2.0 * f - 1.0), t);
+}
+
+fn e5m2_values(word: u32) -> vec4f {
+  let t = vec4u(word) << vec4u(24u, 16u, 8u, 0u);
+  let f = bitcast<vec4f>(((t & vec4u(0x7f000000u)) >> vec4u(3u)) + vec4u(0x38000000u));
+  return signed(min(f, 2.0 * f - 0x1p-14), t);
+}
+
+fn e4m3_values(word: u32) -> vec4f {
+  let t = vec4u(word) << vec4u(24u, 16u, 8u, 0u);
+  let f = bitcast<vec4f>(((t & vec4u(0x7f000000u)) >> vec4u(4u)) + vec4u(0x3c000000u));
+  return signed(min(f, 2.0 * f - 0x1p-6), t);
 }
 
 fn signed(magnitude: vec4f, t: vec4u) -> vec4f {

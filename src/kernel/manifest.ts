@@ -1960,6 +1960,36 @@ export const manifest = {
       rotate: ["jobs","params","partial","table","tiles","x","y"],
     },
   },
+  "quant/packed_product": {
+    bindings: {
+      x_codes: { binding: 0, access: "read" },
+      x_scales: { binding: 1, access: "read" },
+      codes: { binding: 2, access: "read" },
+      scales: { binding: 3, access: "read" },
+      y: { binding: 4, access: "read_write" },
+      tiles: { binding: 5, access: "read" },
+      x_outer: { binding: 6, access: "read" },
+      outer: { binding: 7, access: "read" },
+    },
+    params: {
+      m: "u32",
+      n: "u32",
+      k: "u32",
+      row_tiles: "u32",
+      block: "u32",
+      group: "u32",
+      x_outer_rows: "u32",
+      outer_rows: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["e2m1","e4m3","e5m2","e8m0","grouped","outer","q4","subgroups","x_e4m3","x_e5m2"],
+    entries: {
+      packed_tile: ["codes","outer","params","scales","tiles","x_codes","x_outer","x_scales","y"],
+      packed_quad: ["codes","outer","params","scales","tiles","x_codes","x_outer","x_scales","y"],
+    },
+  },
   "quant/padded_groups": {
     bindings: {
       offsets: { binding: 0, access: "read" },

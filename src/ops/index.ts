@@ -20,6 +20,7 @@ export * from "./linear_cross_entropy.ts";
 export * from "./matmul.ts";
 export * from "./moe.ts";
 export * from "./op.ts";
+export * from "./packed_product.ts";
 export * from "./quantize.ts";
 export * from "./rms_norm.ts";
 export * from "./router.ts";

@@ -8,8 +8,9 @@ import { convert } from "./cast.ts";
 import { conditions, converted, type Epilogue, type FloatDType } from "./gemm.ts";
 
 /**
- * Kernels for few rows: `matvec_quad` for software adapters, `matvec` for GPUs, and `matvec_split` for GPUs
- * that few outputs would leave idle: workgroups share the sum over k, and a second launch adds their parts.
+ * Kernels for few rows: `matvec_quad` for software adapters, `matvec` for GPUs, and for the tuner to try
+ * `matvec_split`, where few outputs would leave a GPU idle: workgroups share the sum over k, and a second
+ * launch adds their parts.
  */
 export type VectorKernel = "matvec_quad" | "matvec" | "matvec_split";
 
@@ -32,11 +33,7 @@ const vectorTuning = defineTunable({
   candidates: (_device: Device, { m, n, k }): VectorKernel[] => [
     "matvec_quad", "matvec", ...(partsOf(m, n, k) > 1 ? ["matvec_split" as const] : []),
   ],
-  fallback: ({ info }, { m, n, k }) => {
-    if (info.isSoftware) return "matvec_quad";
-    // A second launch is worth it where a GPU would be mostly idle without.
-    return partsOf(m, n, k) >= 4 ? "matvec_split" : "matvec";
-  },
+  fallback: ({ info }) => info.isSoftware ? "matvec_quad" : "matvec",
   trial: (device, { m, n, k, weight }) => trial(() => ({
     x: randomTensor(device, [m, k], 0, k ** -0.25),
     w: converted(randomTensor(device, [n, k], 1, k ** -0.25), weight as FloatDType),

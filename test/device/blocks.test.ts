@@ -3,7 +3,9 @@ import { Tape } from "../../src/autograd/tape.ts";
 import { embedding } from "../../src/ops/embedding.ts";
 import { grouped_linear } from "../../src/ops/grouped_linear.ts";
 import { linear } from "../../src/ops/linear.ts";
+import { grouped_linear_packed, linear_packed } from "../../src/ops/packed_product.ts";
 import { dequantize, quantize } from "../../src/ops/quantize.ts";
+import { BlockTensor } from "../../src/tensor/blocks.ts";
 import { scope } from "../../src/tensor/scope.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
 import { onEveryAdapter } from "../support/devices.ts";
@@ -36,6 +38,44 @@ await onEveryAdapter((device) => {
         results.forEach((result) => result.dispose());
       }
       expect(device.pool.liveBytes).toBe(before);
+    });
+
+    test("a product of packed factors is that of their values, exactly where sums are exact", async () => {
+      const [M, N, K] = [19, 21, 48];
+      const before = device.pool.liveBytes;
+      const results = scope(() => {
+        // All codes; scales from 0.5 to 1.875; of the tensors 2 and 0.25.
+        const packed = (rows: number, step: number, global: number) => BlockTensor.fromCodes(
+          device, "nvfp4", [rows, K], {
+            codes: Uint8Array.from({ length: (rows * K) / 2 }, (_, i) => (i * step + (i >> 3)) & 0xff),
+            scales: Uint8Array.from({ length: (rows * K) / 16 }, (_, i) => 0x30 + ((i * step) % 16)), global,
+          });
+        const [x, w] = [packed(M, 37, 2), packed(N, 59, 0.25)];
+        return [linear_packed(x, w), dequantize(x), dequantize(w)];
+      });
+      const [y, x, w] = await Promise.all(results.map((result) => result.read()));
+      const expected = Float64Array.from({ length: M * N }, (_, i) => {
+        let sum = 0;
+        for (let k = 0; k < K; k++) sum += x![Math.floor(i / N) * K + k]! * w![(i % N) * K + k]!;
+        return sum;
+      });
+      expect(expected.some((value) => value !== 0 && !Number.isInteger(value))).toBe(true);
+      expect([...y!]).toEqual([...expected]);
+      results.forEach((result) => result.dispose());
+      expect(device.pool.liveBytes).toBe(before);
+    });
+
+    test("experts' products of two packed factors are those of their values", async () => {
+      const results = scope(() => {
+        const x = quantize(device.tensor(wave(9 * 64, 0.11), [9, 64]), "mxfp8_e5m2");
+        const stack = quantize(device.tensor(wave(3 * 20 * 64, 0.37), [3, 20, 64]), "mxfp8_e4m3");
+        const offsets = device.tensor(Uint32Array.of(0, 4, 4, 9), [4]);
+        const values = grouped_linear(dequantize(x), dequantize(stack), offsets);
+        return [grouped_linear_packed(x, stack, offsets), values];
+      });
+      const [packed, values] = await Promise.all(results.map((result) => result.read()));
+      packed!.forEach((value, i) => expect(value).toBeCloseTo(values![i]!, 4));
+      results.forEach((result) => result.dispose());
     });
 
     test("takes the bits per value that it says, and gives them back", () => {

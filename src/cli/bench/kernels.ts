@@ -10,6 +10,7 @@ import { grouped_linear } from "../../ops/grouped_linear.ts";
 import { linear } from "../../ops/linear.ts";
 import { linear_cross_entropy } from "../../ops/linear_cross_entropy.ts";
 import { matmul } from "../../ops/matmul.ts";
+import { linear_packed } from "../../ops/packed_product.ts";
 import { rms_norm } from "../../ops/rms_norm.ts";
 import { quantize } from "../../ops/quantize.ts";
 import { selective_state_update } from "../../ops/selective_state_update.ts";
@@ -57,6 +58,9 @@ function ssdInputs(make: (...shape: number[]) => Tensor) {
 
 /** Formats of weights beside f32; one of each pair that costs the same. */
 const PACKED: readonly BlockFormat[] = ["q8", "q4", "fp8_e4m3", "mxfp8_e4m3", "mxfp4", "nvfp4"];
+
+/** Formats of both factors. */
+const PACKED_BOTH: readonly BlockFormat[] = ["fp8_e4m3", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp4", "nvfp4"];
 
 const CASES: readonly KernelCase[] = [
   ...[512, 1024].map((n): KernelCase => ({
@@ -237,7 +241,28 @@ export async function benchKernels(bench: Bench): Promise<void> {
     const unit = by === "copy" ? "GB/s" : "GFLOP/s";
     await bench.add({ suite: SUITE, case: name, times, unit, work, bound: { by, work } });
   }
+  await packedBoth(bench);
   await grouped(bench);
+}
+
+/** Products of two packed factors, beside that of f32. */
+async function packedBoth(bench: Bench): Promise<void> {
+  const [m, n, k] = [512, 1024, 1024];
+  const work = 2 * m * n * k;
+  for (const format of PACKED_BOTH) {
+    const name = `linear_both_${format}_${m}x${n}x${k}`;
+    if (!bench.wants(SUITE, name)) continue;
+    const [x, w] = [bench.tensor([m, k]), bench.tensor([n, k])];
+    const [packedX, packedW] = [bench.own(quantize(x, format)), bench.own(quantize(w, format))];
+    const { times, other, ratio } = await bench.timePair(
+      () => linear_packed(packedX, packedW), () => linear(x, w, null));
+    bench.freeTensors();
+    await bench.add({
+      suite: SUITE, case: name, times, unit: "GFLOP/s", work, bound: { by: "matmul", work },
+      details: { f32_ms: median(other), share_of_f32: 1 / ratio },
+      remark: `${Math.round(100 / ratio)} % of f32`,
+    });
+  }
 }
 
 /** 16 experts with 64 rows each, beside one product over as many rows. */
