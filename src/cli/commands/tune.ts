@@ -8,7 +8,7 @@ import { UsageError } from "../../tensor/errors.ts";
 import { defineCommand } from "../args.ts";
 import { findConfig } from "../models.ts";
 import { Progress } from "../progress.ts";
-import { type Colours, colours, formatDuration, table, wantsColour } from "../terminal.ts";
+import { type Colours, colours, formatDuration, table, visibleWidth, wantsColour } from "../terminal.ts";
 
 export const tune = defineCommand({
   name: "tune",
@@ -99,6 +99,9 @@ export const tune = defineCommand({
   },
 });
 
+/** As wide as a terminal usually is. */
+const COLUMNS = 80;
+
 /** The decisions of one tunable: what its classes have in common above, a line for each below. */
 function section(tunable: string, decisions: readonly Decision[], c: Colours): string {
   const shapes = decisions.map((d) => parseClass(d.class) ?? {});
@@ -127,7 +130,15 @@ function section(tunable: string, decisions: readonly Decision[], c: Colours): s
   });
   const head = ["class", "choice", "time", "others"].map(c.dim);
   const title = `${c.bold(tunable)} ${c.dim(fields(shapes[0]!, isCommon))}`.trimEnd();
-  return `${title}\n${table([head, ...rows], { indent: " ", align: ["left", "left", "right", "left"] })}`;
+  const all = [head, ...rows];
+  const layout = { indent: " ", align: ["left", "left", "right", "left"] } as const;
+  const whole = table(all, layout);
+  if (whole.split("\n").every((line) => visibleWidth(line) <= COLUMNS)) {
+    return `${title}\n${whole}`;
+  }
+  // Too wide for one line each: what else there was stands below.
+  const short = table(all.map((row) => row.slice(0, 3)), layout).split("\n");
+  return [title, ...all.flatMap((row, i) => [short[i]!, `   ${row[3]!}`])].join("\n");
 }
 
 /** Milliseconds of "500ms", "10s", "2min" or a number of seconds. */
