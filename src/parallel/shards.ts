@@ -44,7 +44,7 @@ export interface Shard {
   readonly shape: readonly number[];
   /** Axes of the parameter's own grid along which all ranks hold the same. */
   readonly replicas: readonly ShardAxis[];
-  /** How many neighbours on tp hold the same piece: tp where it is whole, tp / kv heads for keys and values. */
+  /** How many neighbours on tp hold the same piece: tp where it is whole, tp / kv heads for keys. */
   readonly copies: number;
   /** Ranks whose pieces make the parameter: tp, or etp * ep. */
   readonly ranks: number;
