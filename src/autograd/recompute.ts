@@ -1,5 +1,6 @@
 import { recorder, recordOps } from "../ops/op.ts";
 import { register, scope } from "../tensor/scope.ts";
+import { localsOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { type GradientMap, Tape } from "./tape.ts";
 
@@ -27,7 +28,7 @@ export function recompute(inputs: readonly Tensor[], body: () => Tensor[]): Tens
   listener({
     name: "recompute",
     inputs: [...leaves].map((key, argument) => ({ key, argument })),
-    outputs: results.map(({ key, shape }) => ({ key, shape })),
+    outputs: results.flatMap(localsOf).map(({ key, shape }) => ({ key, shape })),
     backward(grads) {
       const gradients = scope(() => runAgain(body, grads));
       register({
@@ -47,7 +48,7 @@ export function recompute(inputs: readonly Tensor[], body: () => Tensor[]): Tens
 function runAgain(body: () => Tensor[], grads: readonly (Tensor | null)[]): GradientMap {
   const tape = new Tape();
   try {
-    const results = tape.run(() => scope(body));
+    const results = tape.run(() => scope(body)).flatMap(localsOf);
     const reached = grads.flatMap((grad, i) => (grad ? [{ result: results[i]!, grad }] : []));
     return tape.backward(reached.map(({ result }) => result), reached.map(({ grad }) => grad));
   } finally {

@@ -300,6 +300,32 @@ export const manifest = {
       read_codes: ["old_codes","params","tokens"],
     },
   },
+  "comm/sum": {
+    bindings: {
+      x0: { binding: 0, access: "read" },
+      x1: { binding: 1, access: "read" },
+      x2: { binding: 2, access: "read" },
+      x3: { binding: 3, access: "read" },
+      x4: { binding: 4, access: "read" },
+      x5: { binding: 5, access: "read" },
+      y: { binding: 6, access: "read_write" },
+    },
+    params: {
+      rows: "u32",
+      width: "u32",
+      cols: "u32",
+      first: "u32",
+      parts: "u32",
+      inputs: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["integers","more","vec4"],
+    entries: {
+      sum: ["params","x0","x1","x2","x3","x4","x5","y"],
+    },
+  },
   "elementwise/add": {
     bindings: {
       a: { binding: 0, access: "read" },

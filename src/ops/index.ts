@@ -7,6 +7,7 @@ export * from "./causal_conv1d.ts";
 export * from "./chunk_cumsum.ts";
 export * from "./chunk_scan.ts";
 export * from "./chunk_state.ts";
+export * from "./collectives.ts";
 export * from "./decode_attention.ts";
 export * from "./elementwise.ts";
 export * from "./elements.ts";

@@ -1,9 +1,11 @@
 /**
  * The contract of an op: a forward that records launches, a backward, and what passes between them. An op
- * called while a tape listens is recorded; called inside another op it is just its forward.
+ * called while a tape listens is recorded; called inside another op it is just its forward. With sharded
+ * tensors among its arguments it is called once for every rank.
  */
 import { scope } from "../tensor/scope.ts";
 import { DTypeError } from "../tensor/errors.ts";
+import { onRank, ranksOf, Sharded } from "../tensor/sharded.ts";
 import { isFloat, isHalf, Tensor } from "../tensor/tensor.ts";
 
 /** Gradients by argument position; null or missing where there is none. */
@@ -125,6 +127,8 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
 ): Op<A, R> {
   const { name, backward, halves = [], relu2 = [] } = definition;
   const call = (...args: A): R => {
+    const ranks = ranksOf(args);
+    if (ranks > 0) return gathered(Array.from({ length: ranks }, (_, rank) => call(...onRank(args, rank))));
     const listener = listening;
     watching?.(name, args);
     for (let i = 0; i < args.length; i++) {
@@ -177,6 +181,13 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
   if (registry.has(name)) throw new Error(`An op named ${name} is already registered.`);
   registry.set(name, op as unknown as Op);
   return op;
+}
+
+/** The results of all ranks as one. */
+function gathered<R extends Tensor | Tensor[]>(results: readonly R[]): R {
+  const [first] = results;
+  if (!Array.isArray(first)) return new Sharded(results as readonly Tensor[]) as unknown as R;
+  return first.map((_, i) => new Sharded(results.map((result) => (result as Tensor[])[i]!))) as unknown as R;
 }
 
 function tensorsIn(value: unknown): Tensor[] {

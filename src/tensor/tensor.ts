@@ -132,10 +132,15 @@ export class Tensor implements BufferView {
 
   /** Drops one reference; the memory goes back to the pool with the last. */
   release(): void {
-    if (--this.#refs === 0) this.device.pool.release(this.storage);
+    if (--this.#refs === 0) this.free();
     if (this.#refs < 0) {
       throw new Error(`A tensor [${this.shape}] was released more often than it was retained.`);
     }
+  }
+
+  /** Gives the memory back: nobody refers to it any more. */
+  protected free(): void {
+    this.device.pool.release(this.storage);
   }
 
   /** Gives up the owner's reference, for tensors that no scope owns (parameters, caches). */

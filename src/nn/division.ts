@@ -1,0 +1,53 @@
+import { ALONE, type Group } from "../ops/collectives.ts";
+
+/** How attention sees keys of positions that other ranks hold. */
+export const CONTEXT_KINDS = ["ring", "allgather", "alltoall"] as const;
+export type ContextKind = (typeof CONTEXT_KINDS)[number];
+
+/** How tokens reach their experts. */
+export const DISPATCHERS = ["alltoall", "allgather", "flex"] as const;
+export type DispatcherKind = (typeof DISPATCHERS)[number];
+
+/**
+ * How the work of a layer is divided among the ranks of a pipeline stage. Layers hold their rank's share of
+ * the weights and run as on one device; what crosses between ranks goes through these groups.
+ */
+export interface Division {
+  /** Ranks that share heads, channels, hidden units and vocabulary rows. */
+  readonly tp: Group;
+  /** Between such products every rank of `tp` holds a part of the positions only (sequence parallel). */
+  readonly sp: boolean;
+  /** Ranks that share the positions of a row: rank r holds parts r and 2 n - 1 - r of 2 n. */
+  readonly cp: Group;
+  readonly cp_kind: ContextKind;
+  /** Ranks that share the experts, in contiguous ranges. */
+  readonly ep: Group;
+  /** Ranks that share the hidden units of every expert. */
+  readonly etp: Group;
+  readonly dispatcher: DispatcherKind;
+  /** Ranks that hold tokens of the same micro-batch, and those of all of an update. */
+  readonly tokens: Group;
+  readonly all_tokens: Group;
+}
+
+/** A single rank. */
+export const SOLO: Division = {
+  tp: ALONE, sp: false, cp: ALONE, cp_kind: "ring", ep: ALONE, etp: ALONE, dispatcher: "alltoall",
+  tokens: ALONE, all_tokens: ALONE,
+};
+
+/** Ranks of a group. */
+export function sizeOfGroup({ members }: Group): number {
+  return members[0]!.length;
+}
+
+/** The place of every rank of a stage in its group: for `perRank`. */
+export function placesIn({ members }: Group): number[] {
+  const places: number[] = [];
+  for (const ranks of members) {
+    ranks.forEach((rank, place) => {
+      places[rank] = place;
+    });
+  }
+  return places;
+}

@@ -1,0 +1,362 @@
+/**
+ * What passes between ranks. A collective takes the tensors of a group's ranks, in order, and gives one to
+ * each; its backward pass is a collective too:
+ *
+ *   copy_to          x                        backward: the sum over the group
+ *   reduce_from      the sum over the group   backward: the gradient as it is
+ *   scatter          the own slice            backward: all slices
+ *   gather           all slices               backward: the own slice, or the sum over the group of it
+ *   reduce_scatter   the own slice of the sum backward: all slices
+ *   all_to_all       slice j goes to rank j   backward: the way back
+ *
+ * Sums add f32 in the order of the ranks, whoever sends what to whom. Spec: Megatron Core's mappings.
+ */
+import { launch } from "../kernel/launch.ts";
+import { check } from "../tensor/check.ts";
+import { UsageError } from "../tensor/errors.ts";
+import { sizeOf } from "../tensor/ndarray.ts";
+import { localsOf, shardedOf } from "../tensor/sharded.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { copyColumns } from "./elementwise.ts";
+import { defineOp } from "./op.ts";
+
+/** How bytes travel: from everyone to everyone who needs them, or from neighbour to neighbour. */
+export const ALGORITHMS = ["direct", "ring"] as const;
+export type Algorithm = (typeof ALGORITHMS)[number];
+
+/** Ranks that communicate. */
+export interface Group {
+  /** The axes that they differ in, such as "tp" or "dp-cp". */
+  readonly name: string;
+  /** Positions in `Sharded.locals`, group by group: every one once, in the order of the ranks. */
+  readonly members: readonly (readonly number[])[];
+  readonly algorithm: Algorithm;
+}
+
+/** One rank by itself. */
+export const ALONE: Group = { name: "none", members: [[0]], algorithm: "direct" };
+
+export type CollectiveKind = "all_reduce" | "all_gather" | "reduce_scatter" | "all_to_all" | "send";
+
+/** One collective of one group as an observer sees it. */
+export interface Communication {
+  readonly kind: CollectiveKind;
+  readonly group: string;
+  readonly algorithm: Algorithm;
+  /** Ranks of the group by the position of their tensors; filled in by the caller of the op. */
+  readonly ranks: readonly number[];
+  /** Bytes that all ranks of the group together send. */
+  readonly bytes: number;
+  readonly backward: boolean;
+}
+
+/** Called for every collective that is recorded. */
+export const communicationObservers = new Set<(communication: Communication) => void>();
+
+interface Call {
+  readonly group: string;
+  readonly algorithm: Algorithm;
+  readonly ranks: readonly number[];
+}
+
+/** Options of the ops below: whom the tensors belong to, and along which dimension they are cut. */
+export interface SliceOptions extends Call {
+  readonly dim: number;
+}
+
+export interface GatherOptions extends SliceOptions {
+  /** Whether the ranks use the result differently, so that its gradients have to be summed. */
+  readonly sum: boolean;
+}
+
+/** Bytes sent by the `g` ranks of a group together where each holds `bytes` before the collective. */
+export function bytesSent(kind: CollectiveKind, algorithm: Algorithm, g: number, bytes: number): number {
+  switch (kind) {
+    // In a ring a sum travels from the first rank to the last, which keeps the order of additions, and back.
+    case "all_reduce": return algorithm === "ring" ? 2 * (g - 1) * bytes : g * (g - 1) * bytes;
+    case "all_gather": return g * (g - 1) * bytes;
+    case "reduce_scatter": return algorithm === "ring" ? (g - 1) * (g + 1) * bytes / g : (g - 1) * bytes;
+    case "all_to_all": return (g - 1) * bytes;
+    case "send": return bytes;
+  }
+}
+
+function report(
+  kind: CollectiveKind, { group, algorithm, ranks }: Call, bytes: number, backward = false,
+): void {
+  for (const observer of communicationObservers) {
+    observer({
+      kind, group, algorithm, ranks, backward, bytes: bytesSent(kind, algorithm, ranks.length, bytes),
+    });
+  }
+}
+
+/** A matrix of rows whose columns are cut: everything before the dimension, and from it on. */
+function blocks(shape: readonly number[], dim: number): { rows: number; cols: number } {
+  return { rows: sizeOf(shape.slice(0, dim)), cols: sizeOf(shape.slice(dim)) };
+}
+
+function withExtent(shape: readonly number[], dim: number, extent: number): number[] {
+  return shape.map((n, i) => (i === dim ? extent : n));
+}
+
+function checkAlike(op: string, xs: readonly Tensor[]): void {
+  const [first] = xs;
+  if (!first) throw new UsageError(`${op}: expected the tensors of a group's ranks, found none.`);
+  for (const x of xs) check(x.shape.join() === first.shape.join(), op, "x", `[${first.shape.join(", ")}]`, x);
+}
+
+function checkSlices(op: string, [x]: readonly Tensor[], dim: number, g: number): void {
+  const extent = x!.shape[dim];
+  check(extent !== undefined, op, "dim", `below ${x!.shape.length}`, dim);
+  check(extent! % g === 0, op, `the extent of dimension ${dim}`, `a multiple of ${g} ranks`, extent!);
+}
+
+const WG = 64;
+const INPUTS = 6;
+
+/** y[r, c] = sum over xs of x[r, first + c], in order. */
+function sumColumns(
+  xs: readonly Tensor[], { rows, cols }: { rows: number; cols: number }, first: number, y: Tensor,
+): void {
+  const width = y.size / Math.max(rows, 1);
+  const isWide = [cols, first, width].every((n) => n % 4 === 0);
+  const unit = isWide ? 4 : 1;
+  const parts = Math.max(1, Math.ceil(width / unit / (y.device.info.isSoftware ? 16 : 2)));
+  for (let i = 0; i < xs.length; i += INPUTS) {
+    const inputs = xs.slice(i, i + INPUTS);
+    const at = (n: number) => inputs[n] ?? inputs[0]!;
+    launch("comm/sum", {
+      bind: { x0: at(0), x1: at(1), x2: at(2), x3: at(3), x4: at(4), x5: at(5), y },
+      params: {
+        rows, width: width / unit, cols: cols / unit, first: first / unit, parts, inputs: inputs.length,
+      },
+      constants: { WG },
+      conditions: [
+        ...isWide ? ["vec4" as const] : [], ...i > 0 ? ["more" as const] : [],
+        ...y.dtype === "f32" ? [] : ["integers" as const],
+      ],
+      workgroups: [width === 0 ? 0 : Math.ceil((rows * parts) / WG)],
+    });
+  }
+}
+
+/** The sum of all ranks' tensors, on every rank. */
+function summed(xs: readonly Tensor[]): Tensor[] {
+  const ys = xs.map(({ device, shape, dtype }) => device.empty(shape, dtype));
+  sumColumns(xs, { rows: 1, cols: xs[0]!.size }, 0, ys[0]!);
+  for (const y of ys.slice(1)) y.copyFrom(ys[0]!);
+  return ys;
+}
+
+/** Every rank's slice of the sum. */
+function summedSlices(xs: readonly Tensor[], dim: number): Tensor[] {
+  const extent = xs[0]!.shape[dim]! / xs.length;
+  const matrix = blocks(xs[0]!.shape, dim);
+  return xs.map(({ device, shape, dtype }, i) => {
+    const y = device.empty(withExtent(shape, dim, extent), dtype);
+    sumColumns(xs, matrix, i * (matrix.cols / xs.length), y);
+    return y;
+  });
+}
+
+/** All ranks' slices side by side, on every rank. */
+function allSlices(xs: readonly Tensor[], dim: number): Tensor[] {
+  const { shape, dtype } = xs[0]!;
+  const { rows, cols: width } = blocks(shape, dim);
+  const ys = xs.map(({ device }) => device.empty(withExtent(shape, dim, xs.length * shape[dim]!), dtype));
+  const cols = xs.length * width;
+  xs.forEach((x, i) => copyColumns(
+    rows, width, { tensor: x, cols: width, first: 0 }, { tensor: ys[0]!, cols, first: i * width }));
+  for (const y of ys.slice(1)) y.copyFrom(ys[0]!);
+  return ys;
+}
+
+/** Of every rank's tensor the slice that is its own. */
+function ownSlices(xs: readonly Tensor[], dim: number): Tensor[] {
+  const { rows, cols } = blocks(xs[0]!.shape, dim);
+  const width = cols / xs.length;
+  return xs.map((x, i) => {
+    const y = x.device.empty(withExtent(x.shape, dim, x.shape[dim]! / xs.length), x.dtype);
+    copyColumns(
+      rows, width, { tensor: x, cols, first: i * width }, { tensor: y, cols: width, first: 0 });
+    return y;
+  });
+}
+
+/** A gradient for every rank: zeros where an output was not used. */
+function whole(grads: readonly (Tensor | null)[], devices: readonly Tensor["device"][]): Tensor[] {
+  const { shape } = grads.find((grad) => grad !== null)!;
+  return grads.map((grad, i) => grad ?? devices[i]!.zeros(shape));
+}
+
+interface Saved<O> {
+  readonly options: O;
+  readonly devices: readonly Tensor["device"][];
+}
+
+const copyTo = defineOp({
+  name: "copy_to",
+  forward(ctx, options: Call, ...xs: Tensor[]): Tensor[] {
+    checkAlike("copy_to", xs);
+    ctx.save({ options, devices: xs.map(({ device }) => device) });
+    return xs.map((x) => x.prefix(x.shape));
+  },
+  backward({ options, devices }: Saved<Call>, grads) {
+    const dys = whole(grads, devices);
+    report("all_reduce", options, dys[0]!.byteLength, true);
+    return [null, ...summed(dys)];
+  },
+});
+
+const reduceFrom = defineOp({
+  name: "reduce_from",
+  forward(_ctx, options: Call, ...xs: Tensor[]): Tensor[] {
+    checkAlike("reduce_from", xs);
+    report("all_reduce", options, xs[0]!.byteLength);
+    return summed(xs);
+  },
+  backward: (_saved, grads) => [null, ...grads],
+});
+
+const scatterTo = defineOp({
+  name: "scatter",
+  forward(ctx, options: SliceOptions, ...xs: Tensor[]): Tensor[] {
+    checkAlike("scatter", xs);
+    checkSlices("scatter", xs, options.dim, xs.length);
+    ctx.save({ options, devices: xs.map(({ device }) => device) });
+    return ownSlices(xs, options.dim);
+  },
+  backward({ options, devices }: Saved<SliceOptions>, grads) {
+    const dys = whole(grads, devices);
+    report("all_gather", options, dys[0]!.byteLength, true);
+    return [null, ...allSlices(dys, options.dim)];
+  },
+});
+
+const gatherFrom = defineOp({
+  name: "gather",
+  forward(ctx, options: GatherOptions, ...xs: Tensor[]): Tensor[] {
+    checkAlike("gather", xs);
+    report("all_gather", options, xs[0]!.byteLength);
+    ctx.save({ options, devices: xs.map(({ device }) => device) });
+    return allSlices(xs, options.dim);
+  },
+  backward({ options, devices }: Saved<GatherOptions>, grads) {
+    const dys = whole(grads, devices);
+    if (!options.sum) return [null, ...ownSlices(dys, options.dim)];
+    report("reduce_scatter", options, dys[0]!.byteLength, true);
+    return [null, ...summedSlices(dys, options.dim)];
+  },
+});
+
+const reduceScatter = defineOp({
+  name: "reduce_scatter",
+  forward(ctx, options: SliceOptions, ...xs: Tensor[]): Tensor[] {
+    checkAlike("reduce_scatter", xs);
+    checkSlices("reduce_scatter", xs, options.dim, xs.length);
+    report("reduce_scatter", options, xs[0]!.byteLength);
+    ctx.save({ options, devices: xs.map(({ device }) => device) });
+    return summedSlices(xs, options.dim);
+  },
+  backward({ options, devices }: Saved<SliceOptions>, grads) {
+    const dys = whole(grads, devices);
+    report("all_gather", options, dys[0]!.byteLength, true);
+    return [null, ...allSlices(dys, options.dim)];
+  },
+});
+
+export interface AllToAllOptions extends Call {
+  /** The dimension that is cut, 1 or 2 of [B, L, C]; the parts that arrive are joined along the other. */
+  readonly cut: 1 | 2;
+}
+
+/** Slice j of rank i along `cut` becomes part i of rank j along the other dimension. */
+function exchanged(xs: readonly Tensor[], cut: 1 | 2): Tensor[] {
+  const g = xs.length;
+  const [B, L, C] = xs[0]!.shape as [number, number, number];
+  return xs.map(({ device, dtype }, j) => {
+    const y = device.empty(cut === 2 ? [B, g * L, C / g] : [B, L / g, g * C], dtype);
+    xs.forEach((x, i) => {
+      if (cut === 1) {
+        const width = (L / g) * C;
+        for (let b = 0; b < B; b++) {
+          copyColumns(L / g, C, { tensor: x, cols: C, first: b * L * C + j * width },
+            { tensor: y, cols: g * C, first: b * L * C + i * C });
+        }
+        return;
+      }
+      for (let b = 0; b < B; b++) {
+        copyColumns(L, C / g, { tensor: x, cols: C, first: b * L * C + j * (C / g) },
+          { tensor: y, cols: C / g, first: (b * g + i) * L * (C / g) });
+      }
+    });
+    return y;
+  });
+}
+
+const allToAll = defineOp({
+  name: "all_to_all",
+  forward(ctx, options: AllToAllOptions, ...xs: Tensor[]): Tensor[] {
+    checkAlike("all_to_all", xs);
+    check(xs[0]!.shape.length === 3, "all_to_all", "x", "[B, L, C]", xs[0]!);
+    checkSlices("all_to_all", xs, options.cut, xs.length);
+    report("all_to_all", options, xs[0]!.byteLength);
+    ctx.save({ options, devices: xs.map(({ device }) => device) });
+    return exchanged(xs, options.cut);
+  },
+  backward({ options, devices }: Saved<AllToAllOptions>, grads) {
+    const dys = whole(grads, devices);
+    report("all_to_all", options, dys[0]!.byteLength, true);
+    return [null, ...exchanged(dys, options.cut === 1 ? 2 : 1)];
+  },
+});
+
+/** Runs a collective for every group of the ranks that hold x. A group of one changes nothing. */
+function inGroups(
+  x: Tensor, { name, algorithm, members }: Group, run: (call: Call, ...xs: Tensor[]) => Tensor[],
+): Tensor {
+  if (members.every(({ length }) => length === 1)) return x;
+  const locals = localsOf(x);
+  const results: Tensor[] = [];
+  for (const ranks of members) {
+    const ys = run({ group: name, algorithm, ranks }, ...ranks.map((rank) => locals[rank]!));
+    ranks.forEach((rank, i) => {
+      results[rank] = ys[i]!;
+    });
+  }
+  return shardedOf(results);
+}
+
+/** x as it is; the ranks' gradients are summed: x is the same on all of them and used differently. */
+export function copyToGroup(x: Tensor, group: Group): Tensor {
+  return inGroups(x, group, copyTo);
+}
+
+/** The sum over the group on every rank, used alike by all of them. f32 or u32. */
+export function sumOverGroup(x: Tensor, group: Group): Tensor {
+  return inGroups(x, group, reduceFrom);
+}
+
+/** The own slice of x, which is the same on all ranks. @throws ShapeError where it does not divide */
+export function scatterToGroup(x: Tensor, group: Group, dim: number): Tensor {
+  return inGroups(x, group, (call, ...xs) => scatterTo({ ...call, dim }, ...xs));
+}
+
+/**
+ * The slices of all ranks side by side.
+ * @param sum whether the ranks use the result differently: their gradients are summed; else they agree
+ */
+export function gatherFromGroup(x: Tensor, group: Group, dim: number, sum: boolean): Tensor {
+  return inGroups(x, group, (call, ...xs) => gatherFrom({ ...call, dim, sum }, ...xs));
+}
+
+/** The own slice of the sum over the group. @throws ShapeError where it does not divide */
+export function reduceScatterInGroup(x: Tensor, group: Group, dim: number): Tensor {
+  return inGroups(x, group, (call, ...xs) => reduceScatter({ ...call, dim }, ...xs));
+}
+
+/** [B, L, C]: all positions of some columns ("columns"), or all columns of some positions ("positions"). */
+export function exchangeInGroup(x: Tensor, group: Group, keep: "columns" | "positions"): Tensor {
+  return inGroups(x, group, (call, ...xs) => allToAll({ ...call, cut: keep === "columns" ? 2 : 1 }, ...xs));
+}
