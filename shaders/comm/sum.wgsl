@@ -1,6 +1,6 @@
 // y[r, c] = x0[r, first + c] + x1[r, first + c] + ..., in this order: the same columns of up to six matrices.
 //
-// With the condition `more`, y + x0 + ...: what came before is already in y. Widths and offsets are those of V:
+// With the condition `more`, y + x0 + ...: what came before is already in y. Widths and offsets count V:
 // vec4 where all of them are multiples of 4 (condition `vec4`). Sums of f32, or of u32 with `integers`.
 // Of six bindings the first `inputs` are read. One invocation makes every `parts`-th element of a row.
 import package::lib::index::workgroup_index;
