@@ -1590,26 +1590,27 @@ export const manifest = {
       logits: { binding: 0, access: "read" },
       counts: { binding: 1, access: "read" },
       value: { binding: 2, access: "read_write" },
-      inverse: { binding: 3, access: "read_write" },
-      loss: { binding: 4, access: "read_write" },
-      dloss: { binding: 5, access: "read" },
-      dlogits: { binding: 6, access: "read_write" },
+      weight: { binding: 3, access: "read_write" },
+      inverse: { binding: 4, access: "read_write" },
+      loss: { binding: 5, access: "read_write" },
+      dloss: { binding: 6, access: "read" },
+      dlogits: { binding: 7, access: "read_write" },
     },
     params: {
       tokens: "u32",
       seqlen: "u32",
       experts: "u32",
       factor: "f32",
-      inverse_batch: "f32",
     },
     overrides: {
       WG: "u32",
+      SCORE: "u32",
     },
     conditions: [],
     entries: {
-      terms: ["counts","inverse","logits","params","value"],
+      terms: ["counts","inverse","logits","params","value","weight"],
       total: ["loss","params","value"],
-      gradient: ["counts","dlogits","dloss","inverse","logits","params","value"],
+      gradient: ["counts","dlogits","dloss","inverse","logits","params","value","weight"],
     },
   },
   "moe/router_backward": {
@@ -1632,6 +1633,29 @@ export const manifest = {
     conditions: [],
     entries: {
       router_backward: ["dlogits","dweight","logits","params","topk_idx"],
+    },
+  },
+  "moe/router_z_loss": {
+    bindings: {
+      logits: { binding: 0, access: "read" },
+      z: { binding: 1, access: "read_write" },
+      loss: { binding: 2, access: "read_write" },
+      dloss: { binding: 3, access: "read" },
+      dlogits: { binding: 4, access: "read_write" },
+    },
+    params: {
+      tokens: "u32",
+      experts: "u32",
+      factor: "f32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: [],
+    entries: {
+      terms: ["logits","params","z"],
+      total: ["loss","params","z"],
+      gradient: ["dlogits","dloss","logits","params","z"],
     },
   },
   "moe/unpermute_backward": {

@@ -11,6 +11,7 @@
  * Suffixes: B batch, L seqlen, D hidden, V vocabulary, T = B*L.
  */
 import { Attention, type KVScales } from "../nn/attention.ts";
+import { balanceLoss, type BalanceOptions } from "../nn/balance.ts";
 import { Block, type LayerCache, type Mixer } from "../nn/block.ts";
 import type { ForwardContext, Routing, Step } from "../nn/context.ts";
 import { Mamba2, type Mamba2Cache } from "../nn/mamba2.ts";
@@ -24,7 +25,6 @@ import { linear } from "../ops/linear.ts";
 import { linear_cross_entropy } from "../ops/linear_cross_entropy.ts";
 import { denseWeight } from "../ops/quantize.ts";
 import { rms_norm } from "../ops/rms_norm.ts";
-import { router_aux_loss } from "../ops/router.ts";
 import { BlockTensor } from "../tensor/blocks.ts";
 import type { Device } from "../tensor/device.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
@@ -65,8 +65,8 @@ export interface TrainingBatch {
 export interface LossOptions {
   /** Weight of the mean over prediction depths. */
   readonly mtp_scale: number;
-  /** Coefficient of the sequence-wise balancing loss; 0 leaves it out. */
-  readonly aux_coeff: number;
+  /** What the routers add to the loss; default: nothing. */
+  readonly balance?: Omit<BalanceOptions, "sequences">;
   /** Keep the input of every block alone and compute the rest again in the backward pass. */
   readonly recompute?: boolean;
 }
@@ -192,6 +192,7 @@ export class NemotronH {
       linear_cross_entropy(h.reshape([B * L, D]), denseWeight(this.lm_head), targets.reshape([B * L]), {});
 
     let h = this.hidden(batch.input_ids, context);
+    const backbone = routing.length;
     const main = crossEntropy(h, batch.targets);
     const mtp = batch.mtp.map(({ input_ids, targets }) => {
       h = this.mtpHidden(h, input_ids, context);
@@ -199,15 +200,10 @@ export class NemotronH {
     });
     let total = main;
     for (const loss of mtp) total = add(total, scale(loss, options.mtp_scale / mtp.length));
-    let aux: Tensor | null = null;
-    if (options.aux_coeff > 0) {
-      for (const { logits, index } of routing) {
-        const [E, topk] = [logits.shape[1]!, index.shape[1]!];
-        const one = router_aux_loss(logits.reshape([B, L, E]), { topk, coeff: options.aux_coeff });
-        aux = aux ? add(aux, one) : one;
-      }
-      if (aux) total = add(total, aux);
-    }
+    const aux = options.balance ? balanceLoss(
+      routing.map((one, i) => ({ ...one, share: i < backbone ? 1 : 1 / batch.mtp.length })),
+      { ...options.balance, sequences: B }) : null;
+    if (aux) total = add(total, aux);
     return { total, main, mtp, aux, routing };
   }
 

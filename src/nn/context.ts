@@ -1,9 +1,11 @@
+import type { RouterScore } from "../ops/router.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 
 /** What an MoE layer decided, for load statistics, the balancing loss and inspection. */
 export interface Routing {
   /** Checkpoint path of the layer's mixer. */
   readonly layer: string;
+  readonly score: RouterScore;
   /** (tokens, experts), raw router output. */
   readonly logits: Tensor;
   /** (tokens, topk), final weights. */

@@ -70,7 +70,7 @@ export class MoE {
     const [weight, index] = router(logits, this.correction_bias, {
       topk: K, n_group, topk_group, norm_topk_prob, scaling: this.sizes.routed_scaling_factor,
     }) as [Tensor, Tensor];
-    context.routing?.push(promote({ layer: this.path, logits, weight, index }));
+    context.routing?.push(promote({ layer: this.path, score: "sigmoid" as const, logits, weight, index }));
     const plan = moe_plan(index, E);
     const inner = this.latent ? linear(x_TD, this.latent.fc1, this.latent.fc1_bias) : x_TD;
     const tiles = this.up instanceof Tensor ? expert_tiles(plan.offsets, plan.slot_token.size) : null;

@@ -25,6 +25,7 @@ export * from "./packed_product.ts";
 export * from "./quantize.ts";
 export * from "./rms_norm.ts";
 export * from "./router.ts";
+export * from "./router_loss.ts";
 export * from "./sample.ts";
 export * from "./selective_state_update.ts";
 export * from "./softmax.ts";

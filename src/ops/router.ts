@@ -3,6 +3,15 @@ import { check } from "../tensor/check.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { defineOp } from "./op.ts";
 
+/**
+ * What a router makes of the logits of a token: softmax over all experts, or over the chosen ones alone.
+ */
+export type RouterScore = "sigmoid" | "softmax" | "softmax_chosen" | "sqrtsoftplus";
+/** Their numbers in shaders/lib/router_score.wgsl. */
+export const SCORES: Readonly<Record<RouterScore, number>> = {
+  sigmoid: 0, softmax: 1, softmax_chosen: 1, sqrtsoftplus: 3,
+};
+
 /** How a router chooses experts and scales their weights. */
 export interface RouterOptions {
   /** Experts per token, K. */
@@ -103,52 +112,3 @@ function arrange(logits: Tensor, n_group: number): Arrangement {
   while (width > LANES && (width / LANES) * bytesPerToken > 16384) width /= 2;
   return { WG: width, LANES, BLOCKS, GROUPS: n_group, WORDS };
 }
-
-/**
- * Sequence-wise load balance loss, mean over the B sequences: coeff * E / (K * L^2) * sum_e n_e sum_t p_te.
- *
- * p_te = s_te / sum_f s_tf with s = sigmoid(logits); n_e counts the tokens of the sequence with e among their
- * K largest s and is constant for the gradient.
- *
- * @param logits  f32 [B, L, E]
- * @returns f32 scalar []; 0 without tokens
- */
-export const router_aux_loss = defineOp({
-  name: "router_aux_loss",
-  forward(ctx, logits: Tensor, { topk, coeff }: { topk: number; coeff: number }): Tensor {
-    const { device } = logits;
-    check(logits.shape.length === 3, "router_aux_loss", "logits", "[B, L, E]", logits);
-    const [B, L, E] = logits.shape as [number, number, number];
-    check(isCount(topk, E), "router_aux_loss", "topk", `from 1 to ${E}`, topk);
-    const tokens = B * L;
-    const [, topk_idx] = router(logits.reshape([tokens, E]), device.zeros([E]), {
-      topk, n_group: 1, topk_group: 1, norm_topk_prob: false, scaling: 1,
-    });
-    const counts = device.zeros([B, E], "u32");
-    launch("moe/expert_load", {
-      bind: { topk_idx: topk_idx!, counts },
-      params: { choices: tokens * topk, per_row: L * topk, experts: E },
-      workgroups: groupsFor(tokens * topk),
-    });
-    const factor = tokens ? (coeff * E) / (topk * L * L) : 0;
-    const params = { tokens, seqlen: L, experts: E, factor, inverse_batch: tokens ? 1 / B : 0 };
-    const value = device.empty([tokens]);
-    const inverse = device.empty([tokens]);
-    const loss = device.empty([]);
-    launch("moe/router_aux_loss", {
-      entry: "terms", bind: { logits, counts, value, inverse }, params, workgroups: groupsFor(tokens),
-    });
-    launch("moe/router_aux_loss", { entry: "total", bind: { value, loss }, params, workgroups: [1] });
-    ctx.save({ logits, counts, value, inverse, params });
-    return loss;
-  },
-  backward({ logits, counts, value, inverse, params }, [dloss]) {
-    if (!dloss) return [];
-    const dlogits = logits.device.empty(logits.shape);
-    launch("moe/router_aux_loss", {
-      entry: "gradient", bind: { logits, counts, value, inverse, dloss, dlogits }, params,
-      workgroups: groupsFor(logits.size),
-    });
-    return [dlogits];
-  },
-});

@@ -1,4 +1,5 @@
 import { ndarray, type NdArray } from "../tensor/ndarray.ts";
+import { largest } from "./router_score.ts";
 
 type Grads = readonly (NdArray | null)[];
 
@@ -17,12 +18,6 @@ export interface RouterOptions {
 }
 
 const sigmoid = (x: number): number => 1 / (1 + Math.exp(-x));
-
-/** Indices of the `count` largest values, largest first, ties to the lowest index. */
-function largest(values: ArrayLike<number>, count: number): number[] {
-  const order = Array.from(values, (_, i) => i);
-  return order.sort((a, b) => values[b]! - values[a]! || a - b).slice(0, count);
-}
 
 /**
  * Experts and weights of each token: s = sigmoid(logits), the K largest of s + bias within the best groups,
@@ -78,56 +73,4 @@ export function router_vjp(
     });
   }
   return [dlogits, null, null];
-}
-
-/** coeff * E / (K * L^2) * n_e per sequence; n_e counts tokens with e among their K best unbiased scores. */
-function loadCoefficients(logits: NdArray, topk: number, coeff: number): Float64Array {
-  const [B, L, E] = logits.shape as [number, number, number];
-  const c = new Float64Array(B * E);
-  for (let row = 0; row < B * L; row++) {
-    const scores = logits.data.subarray(row * E, (row + 1) * E).map(sigmoid);
-    for (const e of largest(scores, topk)) c[Math.floor(row / L) * E + e]! += (coeff * E) / (topk * L * L);
-  }
-  return c;
-}
-
-/**
- * Sequence-wise load balance loss, mean over sequences: coeff * E / (K * L^2) * sum_e n_e sum_t p_te with
- * p_te = s_te / sum_f s_tf and s = sigmoid(logits).
- *
- * @param logits  [B, L, E]
- * @returns scalar []
- */
-export function router_aux_loss(logits: NdArray, { topk, coeff }: { topk: number; coeff: number }): NdArray {
-  const [B, L, E] = logits.shape as [number, number, number];
-  const c = loadCoefficients(logits, topk, coeff);
-  const loss = ndarray([]);
-  for (let row = 0; row < B * L; row++) {
-    const s = logits.data.subarray(row * E, (row + 1) * E).map(sigmoid);
-    const sum = s.reduce((a, b) => a + b, 0);
-    s.forEach((score, e) => {
-      loss.data[0]! += (c[Math.floor(row / L) * E + e]! * score) / sum / B;
-    });
-  }
-  return loss;
-}
-
-/** With constant counts: ds_te = (c_e - sum_f c_f p_tf) / sum_f s_tf / B; dlogit = ds * s * (1 - s). */
-export function router_aux_loss_vjp(
-  [dloss]: Grads, logits: NdArray, { topk, coeff }: { topk: number; coeff: number },
-): (NdArray | null)[] {
-  const [B, L, E] = logits.shape as [number, number, number];
-  const c = loadCoefficients(logits, topk, coeff);
-  const dlogits = ndarray(logits.shape);
-  for (let row = 0; row < B * L; row++) {
-    const s = logits.data.subarray(row * E, (row + 1) * E).map(sigmoid);
-    const sum = s.reduce((a, b) => a + b, 0);
-    const b = Math.floor(row / L);
-    const mean = s.reduce((total, score, e) => total + (c[b * E + e]! * score) / sum, 0);
-    s.forEach((score, e) => {
-      const ds = ((dloss?.data[0] ?? 0) / B) * (c[b * E + e]! - mean) / sum;
-      dlogits.data[row * E + e] = ds * score * (1 - score);
-    });
-  }
-  return [dlogits, null];
 }

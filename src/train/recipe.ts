@@ -28,7 +28,11 @@ export interface Recipe {
   readonly clip: number;
   readonly mtp_depths: number;
   readonly mtp_scale: number;
+  /** Coefficients of what routers add to the loss: see BalanceCoefficients in src/nn/balance.ts. */
   readonly aux_coeff: number;
+  readonly aux_loss: number;
+  readonly global_aux_loss: number;
+  readonly z_loss: number;
   readonly bias_rate: number;
   /** How matrices are stored, and whether those in bf16 have f32 masters; the rest is f32. */
   readonly weights: TrainedFormat;
@@ -58,7 +62,8 @@ export const RECIPE: Recipe = {
   steps: 300, seed: 0, batch: 8, seqlen: 128, accumulate: 1,
   lr: 4e-3, min_lr: 4e-5, schedule: "wsd", warmup: 20, decay: 100,
   beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1,
-  mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, bias_rate: 1e-3, max_skipped: MAX_SKIPPED,
+  mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, aux_loss: 0, global_aux_loss: 0, z_loss: 0,
+  bias_rate: 1e-3, max_skipped: MAX_SKIPPED,
   recompute: false, precision: "f32", without: "", eval_every: 0, eval_rows: 0,
   weights: "f32", master: "f32", moments: "f32",
 };
@@ -107,6 +112,8 @@ export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key]
     ],
     ["moments", Object.hasOwn(MOMENT_DTYPES, recipe.moments), Object.keys(MOMENT_DTYPES).join(", ")],
     ["weight_decay", recipe.weight_decay >= 0, "at least 0"],
+    ...(["aux_coeff", "aux_loss", "global_aux_loss", "z_loss"] as const).map(
+      (name): [keyof Recipe, boolean, string] => [name, recipe[name] >= 0, "at least 0"]),
     ["clip", recipe.clip > 0, "above 0"],
   ];
   for (const [name, holds, expected] of ranges) {

@@ -29,8 +29,12 @@ export interface TrainerOptions extends AdamWOptions {
   /** Prediction depths beyond the next token; 0 trains no MTP. */
   readonly mtp_depths: number;
   readonly mtp_scale: number;
-  /** Coefficient of the sequence-wise balancing loss. */
+  /** Coefficients of the balancing losses of each sequence, of a micro-batch and of a step; default: 0. */
   readonly aux_coeff: number;
+  readonly aux_loss?: number;
+  readonly global_aux_loss?: number;
+  /** Coefficient of the squared log-sum of the routers' logits; default: 0. */
+  readonly z_loss?: number;
   /** Step of the correction bias of every expert towards an even load; 0 leaves it. */
   readonly bias_rate: number;
   /** Steps in a row with a loss or a gradient norm that is not finite at which training ends; default 5. */
@@ -85,6 +89,8 @@ interface Captured {
   readonly scalars: Tensor;
   /** Tokens per expert, one u32 tensor per MoE layer. */
   readonly loads: readonly Tensor[];
+  /** Choices by their scores alone in the step so far, u32 [1, E] per layer; for `global_aux_loss`. */
+  readonly soFar: ReadonlyMap<string, Tensor>;
   /** d total / d loss of one micro-batch. */
   readonly seed: Tensor;
 }
@@ -138,7 +144,7 @@ export class Trainer {
     this.#usePrecision();
     const captured = (this.#captured ??= this.#capture());
     if (captured.update) {
-      for (const tensor of [captured.scalars, ...captured.loads]) tensor.clear();
+      for (const tensor of sums(captured)) tensor.clear();
       this.optimizer.clearGradients();
     }
     batches.forEach((batch, i) => {
@@ -234,8 +240,7 @@ export class Trainer {
     }
     this.#evaluation?.loss.dispose();
     if (this.#captured) {
-      const { scalars, loads, seed } = this.#captured;
-      for (const tensor of [scalars, seed, ...loads]) tensor.dispose();
+      for (const tensor of [this.#captured.seed, ...sums(this.#captured)]) tensor.dispose();
     }
     this.#captured = this.#evaluation = null;
   }
@@ -250,8 +255,10 @@ export class Trainer {
     return unscoped(() => {
       const scalars = device.zeros([4 + mtp_depths]);
       const loads = this.#moeLayers().map(({ bias }) => device.zeros(bias.shape, "u32"));
+      const soFar = new Map((this.options.global_aux_loss ?? 0) > 0 ? this.#moeLayers().map(
+        ({ path, bias }) => [path, device.zeros([1, bias.size], "u32")]) : []);
       const seed = device.tensor([1 / micros], []);
-      const held = { scalars, loads, seed };
+      const held = { scalars, loads, soFar, seed };
       const micro = device.capture(() => scope(() =>
         withRoundings(this.#precision, () => this.#recordMicroBatch(held)))).graph;
       if (micros === 1) return { micro, update: null, ...held };
@@ -266,13 +273,16 @@ export class Trainer {
     });
   }
 
-  #recordMicroBatch({ scalars, loads, seed }: Omit<Captured, "micro" | "update">): void {
-    const { accumulate: micros, mtp_depths } = this.options;
-    if (micros === 1) for (const tensor of [scalars, ...loads]) tensor.clear();
+  #recordMicroBatch(held: Omit<Captured, "micro" | "update">): void {
+    const { scalars, loads, soFar, seed } = held;
+    const { accumulate: micros, mtp_depths, aux_coeff, aux_loss = 0, global_aux_loss = 0, z_loss = 0 } =
+      this.options;
+    if (micros === 1) for (const tensor of sums(held)) tensor.clear();
+    const balance = { seq_aux: aux_coeff, aux: aux_loss, global_aux: global_aux_loss, z: z_loss, soFar };
     const tape = new Tape();
     let gradients: GradientMap = new Map();
     try {
-      const loss = tape.run(() => this.model.loss(this.#inputs, this.options));
+      const loss = tape.run(() => this.model.loss(this.#inputs, { ...this.options, balance }));
       const places = this.optimizer.gradients;
       gradients = tape.backward([loss.total], [seed], micros === 1 ? places : undefined);
       accumulate(scalars, scale(packScalars(this.#device, loss, mtp_depths), 1 / micros));
@@ -306,7 +316,7 @@ export class Trainer {
       const loss = this.#device.zeros([]);
       const { graph } = this.#device.capture(() => scope(() => {
         const evaluate = () => withRoundings(this.#precision, () =>
-          model.loss({ input_ids, targets, seq_idx, mtp: [] }, { mtp_scale: 0, aux_coeff: 0 }));
+          model.loss({ input_ids, targets, seq_idx, mtp: [] }, { mtp_scale: 0 }));
         const { main } = this.#precision ? this.#precision.watching(evaluate) : evaluate();
         loss.copyFrom(main);
       }));
@@ -342,6 +352,11 @@ export class Trainer {
       depth.targets.write(mtpLabels(batch, i + 1));
     });
   }
+}
+
+/** What adds up over the micro-batches of a step. */
+function sums({ scalars, loads, soFar }: Pick<Captured, "scalars" | "loads" | "soFar">): Tensor[] {
+  return [scalars, ...loads, ...soFar.values()];
 }
 
 function packScalars(device: Device, loss: Loss, mtp_depths: number): Tensor {

@@ -97,7 +97,7 @@ await onEveryAdapter((device) => {
           mtp: [1, 2].map((d) => ({ input_ids: upload(shifted(d)), targets: upload(targets(d)) })),
         };
         const tape = new Tape();
-        const loss = tape.run(() => model.loss(batch, { mtp_scale: 0.3, aux_coeff: 0 }));
+        const loss = tape.run(() => model.loss(batch, { mtp_scale: 0.3 }));
         const found = tape.backward([loss.total], [device.tensor([1], [])]);
         return { losses: [loss.main, ...loss.mtp, loss.total], gradients: found };
       });

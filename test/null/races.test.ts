@@ -153,7 +153,11 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
   },
   "moe/router_aux_loss:total": {
     bind: { value: normal(11), loss: 1 },
-    params: { tokens: 11, seqlen: 11, experts: 4, factor: 1, inverse_batch: 1 },
+    params: { tokens: 11, seqlen: 11, experts: 4, factor: 1 },
+    constants: { WG: 16, SCORE: 0 }, workgroups: [1],
+  },
+  "moe/router_z_loss:total": {
+    bind: { z: normal(11), loss: 1 }, params: { tokens: 11, experts: 4, factor: 1 },
     constants: { WG: 16 }, workgroups: [1],
   },
   "moe/unpermute_backward:unpermute_backward": {

@@ -1,12 +1,15 @@
 import { expect, test } from "vitest";
 import { expert_load, update_expert_bias } from "../../src/reference/moe.ts";
-import { router, router_aux_loss, router_aux_loss_vjp, router_vjp } from "../../src/reference/router.ts";
+import { router, router_vjp } from "../../src/reference/router.ts";
+import {
+  router_aux_counts, router_aux_loss, router_aux_loss_vjp, router_z_loss, router_z_loss_vjp,
+} from "../../src/reference/router_loss.ts";
 import { ndarray } from "../../src/tensor/ndarray.ts";
 
 // Worked numbers for one token and eight experts, and for one sequence of three tokens and four experts.
 const logits = ndarray([1, 8], [1, -0.5, 0.25, 0.75, -1.25, 2, 0.5, -2]);
 const bias = ndarray([8], [0, 0.3, -0.1, 0.05, 0.2, -0.4, 0.1, 0.6]);
-const sequence = ndarray([1, 3, 4], [1, -0.5, 0.25, 0.75, 0.3, 0.9, -0.2, 0.1, -1, 0.5, 2, 0.4]);
+const sequence = ndarray([3, 4], [1, -0.5, 0.25, 0.75, 0.3, 0.9, -0.2, 0.1, -1, 0.5, 2, 0.4]);
 
 const expectClose = (found: ArrayLike<number>, expected: number[], within: number) => {
   expect(found).toHaveLength(expected.length);
@@ -47,13 +50,43 @@ test.each([true, false])("router gradient is the finite difference (normalised: 
 });
 
 test("auxiliary loss and its gradient", () => {
-  const options = { topk: 2, coeff: 0.01 };
-  expectClose(router_aux_loss(sequence, options).data, [0.009814119685985], 5e-16);
-  const [dlogits] = router_aux_loss_vjp([ndarray([], [1])], sequence, options);
+  const counts = router_aux_counts(sequence, { topk: 2, sequences: 1 });
+  expect([...counts.data]).toEqual([2, 2, 1, 1]);
+  const options = { coeff: 0.01 };
+  expectClose(router_aux_loss(sequence, counts, options).data, [0.009814119685985], 5e-16);
+  const [dlogits] = router_aux_loss_vjp([ndarray([], [1])], sequence, counts, options);
   expectClose(dlogits!.data, [
     9.8214258e-5, 1.1739224e-4, -1.0980318e-4, -9.7205409e-5, 1.0366646e-4, 8.7145692e-5,
     -1.3835793e-4, -1.3939734e-4, 1.1499705e-4, 1.3745215e-4, -3.7000031e-5, -8.4668555e-5,
   ], 6e-12);
+});
+
+const SCORES = ["sigmoid", "softmax", "softmax_chosen", "sqrtsoftplus"] as const;
+
+test.each(SCORES)("a router that prefers no expert has an auxiliary loss of exactly coeff (%s)", (score) => {
+  const even = ndarray([6, 8]);
+  const counts = router_aux_counts(even, { topk: 2, sequences: 3 });
+  expect([...counts.data]).toEqual(Array.from({ length: 24 }, (_, i) => (i % 8 < 2 ? 2 : 0)));
+  expectClose(router_aux_loss(even, counts, { coeff: 0.01, score }).data, [0.01], 1e-17);
+});
+
+test.each(SCORES)("shares of two ranks with added counts are the loss of one (%s)", (score) => {
+  const drawn = Array.from({ length: 24 }, (_, i) => Math.sin(3.7 * i * i));
+  const options = { topk: 2, sequences: 1 };
+  const parts = [ndarray([3, 4], drawn.slice(0, 12)), ndarray([3, 4], drawn.slice(12))];
+  const counts = router_aux_counts(parts[1]!, options, router_aux_counts(parts[0]!, options));
+  const [a, b] = parts.map((part) =>
+    router_aux_loss(part, counts, { coeff: 0.1, score, tokens: 6 }).data[0]!) as [number, number];
+  const whole = ndarray([6, 4], drawn);
+  const together = router_aux_loss(whole, router_aux_counts(whole, options), { coeff: 0.1, score });
+  expectClose([a + b], [...together.data], 1e-15);
+});
+
+test("the z-loss of even logits is coeff log(E)^2", () => {
+  const even = ndarray([5, 8]);
+  expectClose(router_z_loss(even, { coeff: 0.1 }).data, [0.1 * Math.log(8) ** 2], 1e-15);
+  const [dlogits] = router_z_loss_vjp([ndarray([], [1])], even, { coeff: 0.1 });
+  expectClose([dlogits!.data[3]!], [(0.1 / 5) * 2 * Math.log(8) / 8], 1e-16);
 });
 
 test("the bias falls for busy experts and rises for idle ones", () => {

@@ -1,4 +1,4 @@
-import { router, router_aux_loss } from "../../src/ops/router.ts";
+import { router } from "../../src/ops/router.ts";
 import type { RouterOptions } from "../../src/ops/router.ts";
 import * as ref from "../../src/reference/router.ts";
 import { type Draw, opSamples } from "./suite.ts";
@@ -60,37 +60,6 @@ export default [
         name: "more experts than the kept groups hold",
         args: (r) => [r.normal([2, 8]), r.normal([8]), flat(3, { n_group: 4, topk_group: 1 })],
         message: /router.*topk.*from 1 to 2.*3/,
-      },
-    ],
-  }),
-  opSamples({
-    op: router_aux_loss, reference: ref.router_aux_loss, vjp: ref.router_aux_loss_vjp,
-    samples: [
-      { name: "no sequences", args: (r) => [r.normal([0, 5, 4]), { topk: 2, coeff: 1e-2 }] },
-      { name: "empty sequences", args: (r) => [r.normal([2, 0, 4]), { topk: 2, coeff: 1e-2 }] },
-      { name: "one token", args: (r) => [r.normal([1, 1, 8]), { topk: 2, coeff: 1e-2 }] },
-      {
-        name: "worked numbers", args: (r) => [
-          r.of([1, 3, 4], [1, -0.5, 0.25, 0.75, 0.3, 0.9, -0.2, 0.1, -1, 0.5, 2, 0.4]),
-          { topk: 2, coeff: 0.01 },
-        ],
-      },
-      {
-        name: "several sequences",
-        args: (r) => [r.normal([3, 67, 13]), { topk: 3, coeff: 1e-4 }], reduction: 201,
-      },
-      {
-        name: "128 experts", args: (r) => [r.normal([2, 33, 128]), { topk: 6, coeff: 1e-4 }], reduction: 128,
-      },
-    ],
-    errors: [
-      {
-        name: "logits of rank 2", args: (r) => [r.normal([2, 4]), { topk: 1, coeff: 1 }],
-        message: /router_aux_loss.*logits.*\[B, L, E\]/,
-      },
-      {
-        name: "too many choices",
-        args: (r) => [r.normal([1, 2, 4]), { topk: 5, coeff: 1 }], message: /topk.*from 1 to 4.*5/,
       },
     ],
   }),

@@ -54,7 +54,15 @@ export const train = defineCommand({
     clip: { type: "number", min: 0, help: "Largest gradient norm (1)." },
     mtpDepths: { type: "integer", min: 0, help: "Tokens beyond the next that the MTP head learns (1)." },
     mtpScale: { type: "number", min: 0, help: "Weight of the MTP loss (0.3)." },
-    auxCoeff: { type: "number", min: 0, help: "Coefficient of the balancing loss (1e-4)." },
+    auxCoeff: {
+      type: "number", min: 0, help: "Coefficient of the balancing loss of each sequence (1e-4).",
+    },
+    auxLoss: { type: "number", min: 0, help: "Coefficient of the balancing loss of a micro-batch (0)." },
+    globalAuxLoss: {
+      type: "number", min: 0,
+      help: "Coefficient of the balancing loss of a step, whose micro-batches add their counts (0).",
+    },
+    zLoss: { type: "number", min: 0, help: "Coefficient of the loss that keeps router logits small (0)." },
     biasRate: { type: "number", min: 0, help: "Step of the experts' correction biases (1e-3)." },
     weights: {
       type: "string", choices: ["f32", "bf16"], help: "How matrices are stored; all else is f32 (f32).",
@@ -204,6 +212,8 @@ async function plan(options: {
   readonly weightDecay: number | undefined; readonly clip: number | undefined;
   readonly mtpDepths: number | undefined; readonly mtpScale: number | undefined;
   readonly auxCoeff: number | undefined; readonly biasRate: number | undefined;
+  readonly auxLoss: number | undefined; readonly globalAuxLoss: number | undefined;
+  readonly zLoss: number | undefined;
   readonly weights: Recipe["weights"] | undefined; readonly master: Recipe["master"] | undefined;
   readonly moments: Recipe["moments"] | undefined;
   readonly recompute: boolean; readonly maxSkipped: number | undefined;
@@ -216,7 +226,8 @@ async function plan(options: {
     schedule: options.schedule, warmup: options.warmup, decay: options.decay,
     weight_decay: options.weightDecay, clip: options.clip,
     mtp_depths: options.mtpDepths, mtp_scale: options.mtpScale,
-    aux_coeff: options.auxCoeff, bias_rate: options.biasRate, recompute: options.recompute || undefined,
+    aux_coeff: options.auxCoeff, aux_loss: options.auxLoss, global_aux_loss: options.globalAuxLoss,
+    z_loss: options.zLoss, bias_rate: options.biasRate, recompute: options.recompute || undefined,
     precision: options.precision, without: options.without,
     weights: options.weights, master: options.master, moments: options.moments,
     max_skipped: options.maxSkipped, eval_rows: options.evalRows, eval_every: options.evalEvery,
