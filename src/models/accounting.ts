@@ -59,24 +59,36 @@ export function countTensors(config: NemotronHConfig): number {
  * @param mtpDepths predictions beyond the next token; each passes the prediction block and the head
  */
 export function forwardFlops(config: NemotronHConfig, keys: number, mtpDepths = 0): number {
+  const { layers, mtp, head } = flopsByLayer(config, keys);
+  return layers.reduce((sum, flops) => sum + flops, head) + mtpDepths * (mtp + head);
+}
+
+export interface LayerFlops {
+  /** Each layer of the chain. */
+  readonly layers: readonly number[];
+  /** The prediction block at one depth, without the head. */
+  readonly mtp: number;
+  readonly head: number;
+}
+
+/** The operations that forwardFlops counts, where they are done. */
+export function flopsByLayer(config: NemotronHConfig, keys: number): LayerFlops {
   const specs = { backbone: layerSpecs(config), mtp: mtpSpecs(config) };
-  const heads = config.vocab_size * config.hidden_size;
-  const flops = { backbone: 2 * heads, mtp: 2 * heads };
+  const besides = ({ kind }: LayerSpec): number => {
+    if (kind === "mamba") return 5 * innerSize(config) * config.ssm_state_size;
+    return kind === "attention" ? 4 * config.num_attention_heads * config.head_dim * keys : 0;
+  };
+  const flops = { backbone: specs.backbone.map(besides), mtp: specs.mtp.map(besides) };
   for (const { kind, shape, part, layer } of listParameters(config)) {
-    if (shape.length < 2 || kind === "embedding" || kind === "head") continue;
     const spec = layer === null ? undefined : specs[part][layer];
+    if (layer === null || shape.length < 2) continue;
     const share = kind === "expert" && spec?.kind === "moe"
       ? spec.num_experts_per_tok / spec.n_routed_experts
       : 1;
-    flops[part] += 2 * sizeOf(shape) * share;
+    flops[part][layer]! += 2 * sizeOf(shape) * share;
   }
-  for (const part of ["backbone", "mtp"] as const) {
-    for (const { kind } of specs[part]) {
-      if (kind === "mamba") flops[part] += 5 * innerSize(config) * config.ssm_state_size;
-      if (kind === "attention") flops[part] += 4 * config.num_attention_heads * config.head_dim * keys;
-    }
-  }
-  return flops.backbone + mtpDepths * flops.mtp;
+  const mtp = flops.mtp.reduce((sum, layer) => sum + layer, 0);
+  return { layers: flops.backbone, mtp, head: 2 * config.vocab_size * config.hidden_size };
 }
 
 const BYTES = { float32: 4, float16: 2, bfloat16: 2, float8_e4m3fn: 1 } as const;

@@ -1,15 +1,17 @@
 /** Parallel layouts by name: "tp=2,cp=2,pp=2,dp=1,ep=4,etp=1" to sizes and back, and the rules they obey. */
 import { layerSpecs, mtpSpecs } from "../models/config.ts";
 import type { LayerSpec, NemotronHConfig } from "../models/config.ts";
+import { CONTEXT_KINDS, DISPATCHERS } from "../nn/division.ts";
+import type { ContextKind, DispatcherKind } from "../nn/division.ts";
+import { ALGORITHMS } from "../ops/collectives.ts";
+import type { Algorithm } from "../ops/collectives.ts";
 import { UsageError } from "../tensor/errors.ts";
-import { attentionGrid, checkPipelines, expertGrid, ranksPerStage, worldOf } from "./mesh.ts";
+import { attentionGrid, broken, checkPipelines, expertGrid, ranksPerStage, worldOf } from "./mesh.ts";
 import type { MeshSizes } from "./mesh.ts";
+import { checkGroups } from "./schedule.ts";
+import { stagesOf } from "./stages.ts";
 
 export { worldOf } from "./mesh.ts";
-
-export const CP_KINDS = ["ring", "allgather", "alltoall"] as const;
-export const DISPATCHERS = ["alltoall", "allgather", "flex"] as const;
-export const ALGORITHMS = ["direct", "ring"] as const;
 
 /** How a model lies on the ranks. */
 export interface Layout extends MeshSizes {
@@ -20,11 +22,11 @@ export interface Layout extends MeshSizes {
   /** Sequence parallel: what lies between the tensor-parallel products is cut along the sequence. */
   readonly sp: boolean;
   /** How attention sees the whole sequence under cp. */
-  readonly cp_kind: (typeof CP_KINDS)[number];
+  readonly cp_kind: ContextKind;
   /** How tokens reach their experts. */
-  readonly dispatcher: (typeof DISPATCHERS)[number];
+  readonly dispatcher: DispatcherKind;
   /** How collectives move their data. */
-  readonly algorithm: (typeof ALGORITHMS)[number];
+  readonly algorithm: Algorithm;
   /** Which layers lie in which stage, as a layout or pattern string; null: cut by cost. */
   readonly stages: string | null;
 }
@@ -42,7 +44,7 @@ export interface StepSizes {
 const MAX_WORLD = 2 ** 20;
 const NUMBERS = ["tp", "cp", "pp", "dp", "ep", "etp", "vpp", "group"] as const;
 const CHOICES = {
-  sp: ["on", "off"], cp_kind: CP_KINDS, dispatch: DISPATCHERS, algorithm: ALGORITHMS,
+  sp: ["on", "off"], cp_kind: CONTEXT_KINDS, dispatch: DISPATCHERS, algorithm: ALGORITHMS,
 } as const;
 const KEYS: readonly string[] = [...NUMBERS, ...Object.keys(CHOICES), "stages"];
 
@@ -139,17 +141,14 @@ export function checkLayout(layout: Layout, config: NemotronHConfig, sizes: Step
 
 /** The part of checkLayout that asks for no step. */
 export function checkModel(layout: Layout, config: NemotronHConfig): void {
-  const { tp, pp, vpp } = layout;
+  const { tp } = layout;
   divides("tp divides the vocabulary", "vocab_size", config.vocab_size, "tp", tp);
   const specs = [...layerSpecs(config), ...mtpSpecs(config)];
   // One layer of each width is enough: layers of a kind differ in nothing else that is cut.
   for (const spec of new Map(specs.map((each) => [JSON.stringify(each), each])).values()) {
     checkLayer(layout, config, spec);
   }
-  const layers = config.hybrid_override_pattern.length;
-  if (layout.stages === null && pp * vpp > layers) {
-    broken("each of the pp * vpp stages has a layer", `at most ${layers} stages`, `${pp} * ${vpp}`);
-  }
+  stagesOf(layout, config);
 }
 
 function checkStep(layout: Layout, sizes: StepSizes): void {
@@ -163,14 +162,7 @@ function checkStep(layout: Layout, sizes: StepSizes): void {
   if (cp > 1) divides("2 * cp divides the sequence", "seqlen", seqlen, "2 * cp", 2 * cp);
   if (sp) divides("cp * tp divides the sequence under sp", "seqlen", seqlen, "cp * tp", cp * tp);
   if (vpp === 1) return;
-  if (group > micros) {
-    broken("an interleaved group has at most all micro-batches", `group <= ${micros}`, group);
-  }
-  const last = micros % group;
-  if (last !== 0 && last < pp) {
-    broken("the last interleaved group has at least pp micro-batches",
-      `micro_batches mod ${group} to be 0 or at least ${pp}`, `${micros} mod ${group} = ${last}`);
-  }
+  checkGroups(pp, micros, group);
 }
 
 function checkLayer(layout: Layout, config: NemotronHConfig, spec: LayerSpec): void {
@@ -252,8 +244,4 @@ function divides(rule: string, what: string, size: number, axis: string, by: num
 function eitherDivides(things: string, what: string, size: number, axis: string, by: number): void {
   if (size % by === 0 || by % size === 0) return;
   broken(`${things} divide each other`, `${what} to be a multiple or divisor of ${axis} = ${by}`, size);
-}
-
-function broken(rule: string, expected: string, found: string | number): never {
-  throw new UsageError(`The layout breaks the rule "${rule}": expected ${expected}, found ${found}.`);
 }

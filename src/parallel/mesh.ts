@@ -154,3 +154,8 @@ export function checkPipelines(attention: Grid, experts: Grid): void {
       + `found ${found[i]!.join("-")} of ${name(experts)}.`);
   });
 }
+
+/** Refuses a layout: one sentence with the rule that is broken. */
+export function broken(rule: string, expected: string, found: string | number): never {
+  throw new UsageError(`The layout breaks the rule "${rule}": expected ${expected}, found ${found}.`);
+}

@@ -125,7 +125,7 @@ describe("a model on a layout", () => {
     ["dp=5,ep=5", only("-", { mtp_hybrid_override_pattern: "E", num_nextn_predict_layers: 1 }),
       "\"ep divides the experts\""],
     ["pp=3,vpp=2", config(),
-      "each of the pp * vpp stages has a layer\": expected at most 5 stages, found 3 * 2."],
+      "each of the pp * vpp stages has a layer\": expected at most 5 stages, found 6."],
   ])("%s is refused", (text, model, message) => {
     expect(() => checkLayout(parseLayout(text), model, SIZES)).toThrow(message);
     expect(() => checkLayout(parseLayout(text), model, SIZES)).toThrow(UsageError);
