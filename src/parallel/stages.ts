@@ -11,13 +11,14 @@ import { broken } from "./mesh.ts";
 
 /** What a stage holds. */
 export interface Stage {
-  /** Layers of the chain: from the first on, up to the second and without it. */
-  readonly layers: readonly [from: number, to: number];
+  /** Layers of the chain: from this one on, up to `to` and without it. */
+  readonly from: number;
+  readonly to: number;
   /** The embedding of the tokens: in the first stage. */
   readonly embedding: boolean;
   /** The prediction block, which needs an embedding table too. */
   readonly mtp: boolean;
-  /** The final norm, the head and the loss: in the last stage. */
+  /** The head and the loss: in the last stage. */
   readonly head: boolean;
 }
 
@@ -51,13 +52,11 @@ export function stagesOf(layout: Layout, config: NemotronHConfig): Stage[] {
 }
 
 function stagesOfLengths(lengths: readonly number[], config: NemotronHConfig): Stage[] {
-  let from = 0;
+  let at = 0;
   return lengths.map((length, i) => {
     const isLast = i === lengths.length - 1;
-    const layers: [number, number] = [from, from + length];
-    from += length;
     const mtp = isLast && config.num_nextn_predict_layers > 0;
-    return { layers, embedding: i === 0, mtp, head: isLast };
+    return { from: at, to: at += length, embedding: i === 0, mtp, head: isLast };
   });
 }
 

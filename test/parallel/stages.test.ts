@@ -15,7 +15,7 @@ const layers = (count: number, mtp = false) => parseConfig({
   ...(mtp ? { num_nextn_predict_layers: 1, mtp_hybrid_override_pattern: "-" } : {}),
 });
 const cutsOf = (text: string, config: ReturnType<typeof layers>) =>
-  stagesOf(parseLayout(text), config).map(({ layers: [from, to] }) => to - from);
+  stagesOf(parseLayout(text), config).map(({ from, to }) => to - from);
 
 describe("layout strings", () => {
   const LONG = ["Ettt", ...Array<string>(29).fill("tt"), "m", "L"];
@@ -66,15 +66,15 @@ describe("layout strings", () => {
 
   test("become stages of a model", () => {
     expect(stagesOf(parseLayout("pp=2,vpp=2,stages=Et|tt||mL"), layers(3, true))).toEqual([
-      { layers: [0, 1], embedding: true, mtp: false, head: false },
-      { layers: [1, 3], embedding: false, mtp: false, head: false },
-      { layers: [3, 3], embedding: false, mtp: false, head: false },
-      { layers: [3, 3], embedding: false, mtp: true, head: true },
+      { from: 0, to: 1, embedding: true, mtp: false, head: false },
+      { from: 1, to: 3, embedding: false, mtp: false, head: false },
+      { from: 3, to: 3, embedding: false, mtp: false, head: false },
+      { from: 3, to: 3, embedding: false, mtp: true, head: true },
     ]);
     expect(stagesOf(parseLayout("pp=4,stages=E|ttt|m|L"), layers(3, true)).map(({ mtp }) => mtp))
       .toEqual([false, false, true, false]);
     expect(stagesOf(parseLayout("stages=EttmL"), layers(2, true))).toEqual([
-      { layers: [0, 2], embedding: true, mtp: true, head: true },
+      { from: 0, to: 2, embedding: true, mtp: true, head: true },
     ]);
     expect(cutsOf("pp=16,vpp=2,stages=Et*3|(tt|)*29,m|L", layers(61, true)))
       .toEqual([3, ...Array<number>(29).fill(2), 0, 0]);
@@ -120,8 +120,8 @@ describe("patterns with stages", () => {
   test("become stages of a model", () => {
     const unit = preset("unit");
     expect(stagesOf(parseLayout("pp=2,stages=ME*|-M"), unit)).toEqual([
-      { layers: [0, 3], embedding: true, mtp: false, head: false },
-      { layers: [3, 5], embedding: false, mtp: true, head: true },
+      { from: 0, to: 3, embedding: true, mtp: false, head: false },
+      { from: 3, to: 5, embedding: false, mtp: true, head: true },
     ]);
     expect(cutsOf("pp=3,stages=|ME*-|M/*E/*E", unit)).toEqual([0, 4, 1]);
     expect(() => stagesOf(parseLayout("pp=2,stages=ME|-M"), unit))
@@ -177,11 +177,11 @@ describe("cuts of equal cost", () => {
       const total = forwardFlops(config, 2048, config.num_nextn_predict_layers);
       const count = costs.length > 40 ? 4 : 2;
       const stages = balancedStages(config, count);
-      expect(stages[0]!.layers[0]).toBe(0);
-      stages.forEach(({ layers: [from, to], ...holds }, i) => {
+      expect(stages[0]!.from).toBe(0);
+      stages.forEach(({ from, to, ...holds }, i) => {
         const isLast = i === count - 1;
         expect(to).toBeGreaterThan(from);
-        expect(stages[i + 1]?.layers[0] ?? costs.length).toBe(to);
+        expect(stages[i + 1]?.from ?? costs.length).toBe(to);
         expect(holds).toEqual(
           { embedding: i === 0, head: isLast, mtp: isLast && config.num_nextn_predict_layers > 0 });
         const own = costs.slice(from, to).reduce((a, b) => a + b, 0);
