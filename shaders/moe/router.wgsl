@@ -1,4 +1,5 @@
-// Router: s = sigmoid(logits); the K largest of s + bias among the experts of the best groups, weighted by s.
+// Router: the K largest of c + bias among the experts of the best groups, weighted by s. Both c and s are a
+// score of the logits, such as their sigmoid; as a choice softmax is over all experts.
 //
 //   logits [T, E], bias [E] -> topk_weight [T, K], topk_idx [T, K] (ascending experts); keys is scratch
 //
@@ -7,14 +8,18 @@
 // one block again: the cost is K * (BLOCKS + E / BLOCKS) loads, no sort. LANES = 1 needs no barrier (many
 // tokens, software adapters).
 //
-// A group's score is the sum of its two largest s + bias; groups and experts go to the lowest number on ties.
-// Everything is f32: with half precision neighbouring scores collide. Weights: s / (sum + 1e-20) * scaling.
+// A group's score is the sum of its group_best largest c + bias; groups and experts go to the lowest number
+// on ties. Everything is f32: with half precision neighbouring scores collide. Weights: lib/router_weights.
 // Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; the published Nemotron 3 modelling files.
-import package::lib::activations::sigmoid;
 import package::lib::index::workgroup_index;
 import package::lib::order::order_key;
+import package::lib::router_score::router_score;
+import package::lib::router_weights::score_divisor;
+import package::lib::router_weights::top_logit;
 
 override WG: u32 = 64;
+override CHOICE: u32 = 0; // score by which experts are chosen
+override SCORE: u32 = 0; // score that weighs them
 override LANES: u32 = 1;
 override BLOCKS: u32 = 8;
 override GROUPS: u32 = 1;
@@ -25,6 +30,7 @@ struct Params {
   experts: u32,
   topk: u32,
   topk_group: u32,
+  group_best: u32,
   normalise: u32,
   scaling: f32,
 }
@@ -41,28 +47,51 @@ var<workgroup> best: array<u32, BLOCKS * WG / LANES>;
 var<workgroup> chosen: array<u32, WORDS * WG / LANES>;
 var<workgroup> group_score: array<f32, GROUPS * WG / LANES>;
 
-fn biased(row: u32, e: u32) -> f32 {
-  return sigmoid(logits[row + e]) + bias[e];
+// What turns exp(x - top) into softmax: (top, 1 / sum). Other scores do not read it.
+fn softmax_of(row: u32) -> vec2f {
+  var top = logits[row];
+  var sum = 0.0;
+  if (CHOICE == 1u) {
+    for (var e = 1u; e < params.experts; e++) {
+      top = max(top, logits[row + e]);
+    }
+    for (var e = 0u; e < params.experts; e++) {
+      sum += exp(logits[row + e] - top);
+    }
+  }
+  return vec2f(top, 1.0 / max(sum, 1.0));
 }
 
-fn score_group(row: u32, g: u32) -> f32 {
+fn biased(row: u32, e: u32, softmax: vec2f) -> f32 {
+  let score = router_score(CHOICE, logits[row + e], softmax.x);
+  if (CHOICE == 1u) {
+    return score * softmax.y + bias[e];
+  }
+  return score + bias[e];
+}
+
+// The sum of the group_best largest of a group, each found behind the one before it.
+fn score_group(row: u32, g: u32, softmax: vec2f) -> f32 {
   let width = params.experts / GROUPS;
-  var first = biased(row, g * width);
-  if (width == 1u) {
-    return first;
+  var sum = 0.0;
+  var last = 0.0;
+  var last_e = 0u;
+  for (var n = 0u; n < min(params.group_best, width); n++) {
+    var next = 0.0;
+    var next_e = params.experts;
+    for (var e = g * width; e < (g + 1u) * width; e++) {
+      let b = biased(row, e, softmax);
+      let is_behind = n == 0u || b < last || (b == last && e > last_e);
+      if (is_behind && (next_e == params.experts || b > next)) {
+        next = b;
+        next_e = e;
+      }
+    }
+    sum += next;
+    last = next;
+    last_e = next_e;
   }
-  var second = biased(row, g * width + 1u);
-  if (second > first) {
-    let swapped = first;
-    first = second;
-    second = swapped;
-  }
-  for (var e = g * width + 2u; e < (g + 1u) * width; e++) {
-    let b = biased(row, e);
-    second = max(second, min(first, b));
-    first = max(first, b);
-  }
-  return first + second;
+  return sum;
 }
 
 // Whether fewer than topk_group groups come before group g.
@@ -91,10 +120,11 @@ fn router(
   // Invocations beyond the last token repeat it, in scratch of their own, since they must reach the barriers.
   let row = min(first_token + token, params.tokens - 1u) * params.experts;
   let scratch = first_token * params.experts + token;
+  let softmax = softmax_of(row);
 
   if (GROUPS > 1u) {
     for (var g = lane; g < GROUPS; g += LANES) {
-      group_score[g * tokens_here + token] = score_group(row, g);
+      group_score[g * tokens_here + token] = score_group(row, g, softmax);
     }
     if (LANES > 1u) {
       workgroupBarrier();
@@ -114,7 +144,7 @@ fn router(
           stays = group_stays(group, token);
         }
       }
-      let key = select(0u, order_key(biased(row, e)), stays);
+      let key = select(0u, order_key(biased(row, e, softmax)), stays);
       keys[scratch + e * tokens_here] = key;
       top = max(top, key);
     }
@@ -161,22 +191,18 @@ fn router(
   }
 
   let out = (first_token + token) * params.topk;
-  var sum = 0.0;
   var k = 0u;
   for (var word = 0u; word < WORDS; word++) {
     var bits = chosen[word * tokens_here + token];
     while (bits != 0u && k < params.topk) {
-      let e = word * 32u + countTrailingZeros(bits);
+      topk_idx[out + k] = word * 32u + countTrailingZeros(bits);
       bits &= bits - 1u;
-      let s = sigmoid(logits[row + e]);
-      topk_idx[out + k] = e;
-      topk_weight[out + k] = s;
-      sum += s;
       k++;
     }
   }
-  let factor = select(params.scaling, params.scaling / (sum + 1e-20), params.normalise != 0u);
+  let top = top_logit(row, out);
+  let factor = params.scaling / score_divisor(row, out, top);
   for (k = 0u; k < params.topk; k++) {
-    topk_weight[out + k] *= factor;
+    topk_weight[out + k] = router_score(SCORE, logits[row + topk_idx[out + k]], top) * factor;
   }
 }

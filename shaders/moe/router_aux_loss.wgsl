@@ -65,7 +65,7 @@ fn terms(
   var weighted = 0.0;
   var choices = 0u;
   for (var e = 0u; e < params.experts; e++) {
-    let s = router_score(logits[row + e], top);
+    let s = router_score(SCORE, logits[row + e], top);
     let n = counts[count_row + e];
     sum += s;
     weighted += f32(n) * s;
@@ -101,7 +101,7 @@ fn gradient(
   let token = i / params.experts;
   let count = counts[token / params.seqlen * params.experts + i % params.experts];
   let x = logits[i];
-  let s = router_score(x, largest(token * params.experts));
+  let s = router_score(SCORE, x, largest(token * params.experts));
   let ds = dloss[0] * (weight[token] * f32(count) - value[token]) * inverse[token];
-  dlogits[i] = ds * router_score_slope(x, s);
+  dlogits[i] = ds * router_score_slope(SCORE, x, s);
 }

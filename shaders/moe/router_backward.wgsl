@@ -1,14 +1,19 @@
 // Gradient of the router's weights with respect to the logits; the choice itself and the bias have none.
 //
-//   normalised: ds_e = scaling * (g_e - sum_f g_f s_f / S) / S, S = sum of the chosen s + 1e-20; otherwise
-//               ds_e = scaling * g_e
-//   dlogit = ds * s * (1 - s), zero for experts that were not chosen (dlogits comes cleared)
+//   s / sum of the chosen: ds_e = scaling * (g_e - sum_f g_f s_f / S) / S, S = sum of the chosen s + 1e-20
+//   s as it is:            ds_e = scaling * g_e
+//   dlogit = ds * ds/dlogit, zero for experts that were not chosen (dlogits comes cleared)
+//   softmax over all:      dlogit_e = scaling * p_e * (g_e - sum_f g_f p_f) with g = 0 where not chosen
 //
 //   logits, dlogits [T, E]; topk_idx, dweight [T, K]. One invocation takes one token.
-import package::lib::activations::sigmoid;
 import package::lib::index::workgroup_index;
+import package::lib::router_score::router_score;
+import package::lib::router_score::router_score_slope;
+import package::lib::router_weights::score_divisor;
+import package::lib::router_weights::top_logit;
 
 override WG: u32 = 64;
+override SCORE: u32 = 0;
 
 struct Params {
   tokens: u32,
@@ -33,22 +38,27 @@ fn router_backward(
   if (token >= params.tokens) {
     return;
   }
+  let row = token * params.experts;
   let first = token * params.topk;
-  var sum = 1.0;
+  let top = top_logit(row, first);
+  let divisor = score_divisor(row, first, top);
   var mean = 0.0;
-  if (params.normalise != 0u) {
-    sum = 1e-20;
+  if (params.normalise != 0u || SCORE == 1u) {
     for (var k = 0u; k < params.topk; k++) {
-      let s = sigmoid(logits[token * params.experts + topk_idx[first + k]]);
-      sum += s;
-      mean += dweight[first + k] * s;
+      mean += dweight[first + k] * router_score(SCORE, logits[row + topk_idx[first + k]], top);
     }
-    mean /= sum;
+    mean /= divisor;
+  }
+  if (params.normalise == 0u && SCORE == 1u) {
+    for (var e = 0u; e < params.experts; e++) {
+      dlogits[row + e] = -params.scaling * mean / divisor * router_score(SCORE, logits[row + e], top);
+    }
   }
   for (var k = 0u; k < params.topk; k++) {
-    let at = token * params.experts + topk_idx[first + k];
+    let at = row + topk_idx[first + k];
     let x = logits[at];
-    // s * (1 - s) as a product of two sigmoids: 1 - s would lose all its digits for a large logit.
-    dlogits[at] = params.scaling * (dweight[first + k] - mean) / sum * sigmoid(x) * sigmoid(-x);
+    let s = router_score(SCORE, x, top);
+    dlogits[at] =
+      params.scaling * (dweight[first + k] - mean) / divisor * router_score_slope(SCORE, x, s);
   }
 }

@@ -1557,6 +1557,24 @@ export const manifest = {
       small: ["offsets","params","slot_token","token_slot","topk_idx"],
     },
   },
+  "moe/quantile_bias": {
+    bindings: {
+      bias: { binding: 0, access: "read_write" },
+      estimate: { binding: 1, access: "read" },
+      gate: { binding: 2, access: "read" },
+    },
+    params: {
+      experts: "u32",
+      rate: "f32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["gated"],
+    entries: {
+      quantile_bias: ["bias","estimate","gate","params"],
+    },
+  },
   "moe/router": {
     bindings: {
       logits: { binding: 0, access: "read" },
@@ -1570,11 +1588,14 @@ export const manifest = {
       experts: "u32",
       topk: "u32",
       topk_group: "u32",
+      group_best: "u32",
       normalise: "u32",
       scaling: "f32",
     },
     overrides: {
       WG: "u32",
+      CHOICE: "u32",
+      SCORE: "u32",
       LANES: "u32",
       BLOCKS: "u32",
       GROUPS: "u32",
@@ -1629,10 +1650,79 @@ export const manifest = {
     },
     overrides: {
       WG: "u32",
+      SCORE: "u32",
     },
     conditions: [],
     entries: {
       router_backward: ["dlogits","dweight","logits","params","topk_idx"],
+    },
+  },
+  "moe/router_noise": {
+    bindings: {
+      x: { binding: 0, access: "read" },
+      counter: { binding: 1, access: "read" },
+      rows: { binding: 2, access: "read" },
+      y: { binding: 3, access: "read_write" },
+    },
+    params: {
+      tokens: "u32",
+      features: "u32",
+      parts: "u32",
+      stream: "u32",
+      amount: "f32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["numbered"],
+    entries: {
+      jitter: ["counter","params","rows","x","y"],
+      random_logits: ["counter","params","rows","y"],
+    },
+  },
+  "moe/router_quantile": {
+    bindings: {
+      logits: { binding: 0, access: "read" },
+      bias: { binding: 1, access: "read" },
+      topk_idx: { binding: 2, access: "read" },
+      alpha: { binding: 3, access: "read_write" },
+      estimate: { binding: 4, access: "read_write" },
+    },
+    params: {
+      tokens: "u32",
+      experts: "u32",
+      candidates: "u32",
+      rank: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: [],
+    entries: {
+      thresholds: ["alpha","bias","logits","params","topk_idx"],
+      quantile: ["alpha","estimate","logits","params"],
+    },
+  },
+  "moe/router_weights": {
+    bindings: {
+      logits: { binding: 0, access: "read" },
+      topk_idx: { binding: 1, access: "read" },
+      topk_weight: { binding: 2, access: "read_write" },
+    },
+    params: {
+      tokens: "u32",
+      experts: "u32",
+      topk: "u32",
+      normalise: "u32",
+      scaling: "f32",
+    },
+    overrides: {
+      WG: "u32",
+      SCORE: "u32",
+    },
+    conditions: [],
+    entries: {
+      router_weights: ["logits","params","topk_idx","topk_weight"],
     },
   },
   "moe/router_z_loss": {
@@ -1656,6 +1746,26 @@ export const manifest = {
       terms: ["logits","params","z"],
       total: ["loss","params","z"],
       gradient: ["dlogits","dloss","logits","params","z"],
+    },
+  },
+  "moe/sinkhorn": {
+    bindings: {
+      logits: { binding: 0, access: "read" },
+      balanced: { binding: 1, access: "read_write" },
+      d0: { binding: 2, access: "read_write" },
+      d1: { binding: 3, access: "read_write" },
+    },
+    params: {
+      tokens: "u32",
+      experts: "u32",
+      rounds: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: [],
+    entries: {
+      sinkhorn: ["balanced","d0","d1","logits","params"],
     },
   },
   "moe/unpermute_backward": {

@@ -10,17 +10,16 @@ export function largest(values: ArrayLike<number>, count: number): number[] {
   return order.sort((a, b) => values[b]! - values[a]! || a - b).slice(0, count);
 }
 
-/** Scores of one token; both softmaxes as exp(x - largest x), for whoever divides by a sum anyway. */
-export function scoresOf(x: Float64Array, score: RouterScore): Float64Array {
+/** Scores of one token; both softmaxes as exp(x - top), for whoever divides by a sum anyway. */
+export function scoresOf(x: Float64Array, score: RouterScore, top = Math.max(...x)): Float64Array {
   if (score === "sigmoid") return x.map(sigmoid);
   if (score === "sqrtsoftplus") return x.map((value) => Math.sqrt(softplus(value)));
-  const top = Math.max(...x);
   return x.map((value) => Math.exp(value - top));
 }
 
-/** Derivatives of `scoresOf` with the largest x held. */
-export function slopesOf(x: Float64Array, score: RouterScore): Float64Array {
+/** Derivatives of `scoresOf`. */
+export function slopesOf(x: Float64Array, score: RouterScore, top = Math.max(...x)): Float64Array {
   if (score === "sigmoid") return x.map((value) => sigmoid(value) * sigmoid(-value));
-  const s = scoresOf(x, score);
+  const s = scoresOf(x, score, top);
   return score === "sqrtsoftplus" ? x.map((value, e) => sigmoid(value) / (2 * s[e]!)) : s;
 }

@@ -148,13 +148,25 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
   },
   "moe/router:router": {
     bind: { logits: normal(3 * 12), bias: normal(12), keys: 4 * 12, topk_weight: 9, topk_idx: 9 },
-    params: { tokens: 3, experts: 12, topk: 3, topk_group: 2, normalise: 1, scaling: 2.5 },
-    constants: { WG: 16, LANES: 4, BLOCKS: 8, GROUPS: 4, WORDS: 1 }, workgroups: [1],
+    params: { tokens: 3, experts: 12, topk: 3, topk_group: 2, group_best: 2, normalise: 1, scaling: 2.5 },
+    constants: { WG: 16, CHOICE: 0, SCORE: 0, LANES: 4, BLOCKS: 8, GROUPS: 4, WORDS: 1 }, workgroups: [1],
   },
   "moe/router_aux_loss:total": {
     bind: { value: normal(11), loss: 1 },
     params: { tokens: 11, seqlen: 11, experts: 4, factor: 1 },
     constants: { WG: 16, SCORE: 0 }, workgroups: [1],
+  },
+  "moe/quantile_bias:quantile_bias": {
+    bind: { bias: normal(11), estimate: normal(11), gate: 1 }, params: { experts: 11, rate: 0.5 },
+    constants: { WG: 16 }, workgroups: [1],
+  },
+  "moe/router_quantile:quantile": {
+    bind: { logits: normal(20 * 3), alpha: normal(20), estimate: 3 },
+    params: { tokens: 20, experts: 3, candidates: 2, rank: 7 }, constants: { WG: 16 }, workgroups: [3],
+  },
+  "moe/sinkhorn:sinkhorn": {
+    bind: { logits: normal(18 * 3), balanced: 18 * 3, d0: 18, d1: 3 },
+    params: { tokens: 18, experts: 3, rounds: 2 }, constants: { WG: 16 }, workgroups: [1],
   },
   "moe/router_z_loss:total": {
     bind: { z: normal(11), loss: 1 }, params: { tokens: 11, experts: 4, factor: 1 },

@@ -18,7 +18,10 @@ const layouts = [
   { topk: 3, n_group: 1, topk_group: 1 }, { topk: 5, n_group: 1, topk_group: 1 },
   { topk: 3, n_group: 4, topk_group: 2 }, { topk: 1, n_group: 2, topk_group: 1 },
   { topk: 4, n_group: 8, topk_group: 5 },
-];
+  { topk: 3, n_group: 1, topk_group: 1, score: "softmax" },
+  { topk: 4, n_group: 4, topk_group: 2, group_best: 1, score: "sqrtsoftplus" },
+  { topk: 3, n_group: 2, topk_group: 2, group_best: 3, score: "softmax_chosen" },
+] as const;
 
 for (const handle of await testAdapters()) {
   // The second device claims to be hardware and gets the arrangement for it: several invocations per token.
