@@ -41,7 +41,7 @@ export interface StepSizes {
 }
 
 /** Most ranks that a text may ask for. */
-const MAX_WORLD = 2 ** 20;
+const MAX_WORLD = 2 ** 16;
 const NUMBERS = ["tp", "cp", "pp", "dp", "ep", "etp", "vpp", "group"] as const;
 const CHOICES = {
   sp: ["on", "off"], cp_kind: CONTEXT_KINDS, dispatch: DISPATCHERS, algorithm: ALGORITHMS,

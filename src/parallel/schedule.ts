@@ -29,6 +29,9 @@ export interface ScheduleOptions {
   readonly overlap?: boolean;
 }
 
+/** Most forward passes of all ranks that a schedule may have. */
+const MAX_PASSES = 2 ** 20;
+
 /**
  * The schedule of a layout: interleaved where vpp > 1, otherwise 1F1B.
  * @throws UsageError when the micro-batches do not fit the layout, or passes cannot be paired
@@ -40,6 +43,10 @@ export function scheduleOf(
   const { pp, vpp, micro_batch_group: group } = layout;
   if (!Number.isSafeInteger(microBatches) || microBatches < 1) {
     broken("micro_batches is a count", "a whole number above 0", microBatches);
+  }
+  if (microBatches * pp * vpp > MAX_PASSES) {
+    const found = `${microBatches} * ${pp} * ${vpp}`;
+    broken("a schedule has limits", `at most ${MAX_PASSES} passes forward`, found);
   }
   if (vpp > 1) return interleaved(pp, vpp, microBatches, group, options);
   if (!options.overlap) return oneForwardOneBackward(pp, microBatches);

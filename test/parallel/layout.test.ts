@@ -51,12 +51,12 @@ describe("a layout's text", () => {
   test.each([
     ["tp", "A layout is key=value with commas between, found \"tp\"."],
     ["tp=2,", "key=value with commas between, found \"\"."],
-    ["tp=", "tp must be a whole number from 1 to 1048576, found \"\"."],
-    ["tp=0", "tp must be a whole number from 1 to 1048576, found \"0\"."],
-    ["cp=-1", "cp must be a whole number from 1 to 1048576, found \"-1\"."],
-    ["dp=1.5", "dp must be a whole number from 1 to 1048576, found \"1.5\"."],
-    ["pp=two", "pp must be a whole number from 1 to 1048576, found \"two\"."],
-    ["ep=9999999", "ep must be a whole number from 1 to 1048576, found \"9999999\"."],
+    ["tp=", "tp must be a whole number from 1 to 65536, found \"\"."],
+    ["tp=0", "tp must be a whole number from 1 to 65536, found \"0\"."],
+    ["cp=-1", "cp must be a whole number from 1 to 65536, found \"-1\"."],
+    ["dp=1.5", "dp must be a whole number from 1 to 65536, found \"1.5\"."],
+    ["pp=two", "pp must be a whole number from 1 to 65536, found \"two\"."],
+    ["ep=9999999", "ep must be a whole number from 1 to 65536, found \"9999999\"."],
     ["xp=2", "A layout's key must be one of tp, cp, pp, dp, ep, etp, vpp, group, sp, cp_kind, dispatch, "],
     ["edp=2", "edp is tp * cp * dp / (etp * ep): expected no edp, found one."],
     ["tp=2,tp=2", "The layout's tp must stand once, found it twice."],
@@ -72,7 +72,7 @@ describe("a layout's text", () => {
     ["pp=4,vpp=2,group=3", "has at least pp micro-batches\": expected group >= 4, found 3."],
     ["tp=2,dispatch=allgather",
       "\"etp is tp under the allgather dispatcher\": expected etp=2, or dispatch=alltoall or flex, found"],
-    ["tp=2000,dp=2000", "\"a world has limits\": expected at most 1048576 ranks, found 2000 * 1 * 1 * 2000."],
+    ["tp=2000,dp=2000", "\"a world has limits\": expected at most 65536 ranks, found 2000 * 1 * 1 * 2000."],
   ])("%s is refused", (text, message) => {
     expect(() => parseLayout(text)).toThrow(UsageError);
     expect(() => parseLayout(text)).toThrow(message);

@@ -87,6 +87,7 @@ describe("interleaved 1F1B", () => {
     [2, 2, 4, 1, "has at least pp micro-batches\": expected group >= 2, found 1."],
     [2, 2, 4, 6, "has at most all micro-batches\": expected group <= 4, found 6."],
     [3, 2, 8, 3, "micro_batches mod 3 to be 0 or at least 3, found 8 mod 3 = 2."],
+    [64, 2, 2 ** 14, 64, "limits\": expected at most 1048576 passes forward, found 16384 * 64 * 2."],
     [1, 1, 0, 1, "\"micro_batches is a count\": expected a whole number above 0, found 0."],
     [2, 1, 1.5, 1, "\"micro_batches is a count\": expected a whole number above 0, found 1.5."],
   ])("%d x %d stages, %d micro-batches in groups of %d are refused", (pp, vpp, micros, group, message) => {

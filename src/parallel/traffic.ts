@@ -1,0 +1,308 @@
+/**
+ * Predicted bytes that the ranks of a layout send in a training step, by collective: a formula, not
+ * a measurement. Tokens are spread evenly over the experts; masks, counts and scalars are left out. Spec:
+ * Megatron Core's mappings, dispatchers and pipeline messages.
+ */
+import { layerSpecs, mtpSpecs } from "../models/config.ts";
+import type { LayerSpec, NemotronHConfig } from "../models/config.ts";
+import { bytesSent } from "../ops/collectives.ts";
+import type { CollectiveKind } from "../ops/collectives.ts";
+import { holdingsOf } from "./holdings.ts";
+import type { Layout, StepSizes } from "./layout.ts";
+import { groupsOf } from "./mesh.ts";
+import type { GroupKind } from "./mesh.ts";
+import { placeOfStage, stagesOf } from "./stages.ts";
+
+/** What bytes are for. */
+export const PURPOSES = [
+  "tensor parallel", "cross entropy", "attention context", "Mamba-2 context", "expert dispatch", "pipeline",
+  "gradients over tp", "gradients of copies", "gradients", "expert gradients", "parameters",
+  "expert parameters",
+] as const;
+export type Purpose = (typeof PURPOSES)[number];
+
+/** One kind of collective among one kind of group, summed over a step. */
+export interface TrafficRow {
+  readonly purpose: Purpose;
+  readonly group: GroupKind;
+  readonly kind: CollectiveKind;
+  readonly pass: "forward" | "backward" | "update";
+  /** Collectives that a rank takes part in. */
+  readonly calls: number;
+  /** Bytes that a rank sends; the mean over a group where its ranks send unequally. */
+  readonly bytes: number;
+}
+
+/** Bytes of a number on its way, by what it is. */
+export interface TrafficWidths {
+  readonly activation: number;
+  readonly gradient: number;
+  readonly parameter: number;
+}
+
+export interface TrafficOptions {
+  /** Default: 4 bytes of everything. */
+  readonly widths?: TrafficWidths;
+  /** Depths of prediction in training; default 1 where the model has a prediction block. */
+  readonly mtp_depths?: number;
+  /**
+   * Whether ranks with the same parameters share the optimiser's state: gradients are scattered and
+   * parameters gathered then. Default: no.
+   */
+  readonly distributed_optimizer?: boolean;
+}
+
+const F32: TrafficWidths = { activation: 4, gradient: 4, parameter: 4 };
+
+/** What each rank of every pipeline rank sends in a step. */
+export function predictTraffic(
+  layout: Layout, config: NemotronHConfig, sizes: StepSizes, options: TrafficOptions = {},
+): TrafficRow[][] {
+  const { widths = F32, distributed_optimizer = false } = options;
+  const depths = config.num_nextn_predict_layers > 0 ? options.mtp_depths ?? 1 : 0;
+  const ledgers = Array.from({ length: layout.pp }, () => new Ledger(layout, sizes.micro_batches));
+  const stages = stagesOf(layout, config);
+  const [chain, block] = [layerSpecs(config), mtpSpecs(config)];
+  // Positions of a micro-batch on a rank: all that its cp part has, and its part of them under sp.
+  const whole = (sizes.batch * sizes.seqlen) / layout.cp;
+  const own = layout.sp ? whole / layout.tp : whole;
+  const shape: Shape = { layout, config, whole, own, width: widths.activation, batch: sizes.batch };
+  const mtpStage = stages.findIndex(({ mtp }) => mtp);
+
+  stages.forEach((stage, i) => {
+    const ledger = ledgers[placeOfStage(layout, i).rank]!;
+    if (stage.embedding) leave(ledger, shape);
+    for (const spec of chain.slice(stage.from, stage.to)) addLayer(ledger, shape, spec);
+    if (stage.mtp) {
+      for (let depth = 0; depth < depths; depth++) {
+        leave(ledger, shape);
+        for (const spec of block) addLayer(ledger, shape, spec);
+      }
+    }
+    if (stage.head) for (let depth = 0; depth <= depths; depth++) addLoss(ledger, shape);
+    // From the prediction block on, the hidden states of all depths travel.
+    const states = (after: number) => (mtpStage >= 0 && after >= mtpStage ? 1 + depths : 1);
+    const message = own * config.hidden_size * widths.activation;
+    if (i < stages.length - 1) ledger.send("pipeline", "pp", "forward", states(i) * message);
+    if (i > 0) ledger.send("pipeline", "pp", "backward", states(i - 1) * message);
+  });
+
+  const copies = stages.findIndex(({ mtp, embedding }) => mtp && !embedding);
+  holdingsOf(layout, config).forEach((holds, rank) => {
+    const ledger = ledgers[rank]!;
+    const g = widths.gradient;
+    // Under sp each rank has seen its own positions alone; without, all of them have the whole gradient.
+    if (layout.sp) ledger.update("gradients over tp", "tp", "all_reduce", holds.whole * g);
+    ledger.copies(holds.shared * g, layout.tp / Math.min(layout.tp, config.num_key_value_heads));
+    if (copies >= 0 && (rank === 0 || rank === placeOfStage(layout, copies).rank)) {
+      const table = (config.vocab_size / layout.tp) * config.hidden_size;
+      if (layout.pp > 1) ledger.update("gradients of copies", "embedding", "all_reduce", table * g);
+    }
+    const reduce = (what: "gradients" | "expert gradients", group: "dp-cp" | "edp", count: number) => {
+      if (!distributed_optimizer) return ledger.update(what, group, "all_reduce", count * g);
+      ledger.update(what, group, "reduce_scatter", count * g);
+      const gathered = what === "gradients" ? "parameters" : "expert parameters";
+      const share = (count * widths.parameter) / ledger.sizeOf(group);
+      ledger.update(gathered, group, "all_gather", share);
+    };
+    reduce("gradients", "dp-cp", holds.dense);
+    reduce("expert gradients", "edp", holds.experts);
+  });
+  return ledgers.map((ledger) => ledger.rows());
+}
+
+/** Bytes of all rows. */
+export function totalBytes(rows: readonly TrafficRow[]): number {
+  return rows.reduce((sum, { bytes }) => sum + bytes, 0);
+}
+
+/** What the bytes of a layer follow from. */
+interface Shape {
+  readonly layout: Layout;
+  readonly config: NemotronHConfig;
+  readonly batch: number;
+  readonly whole: number;
+  readonly own: number;
+  /** Bytes of an activation. */
+  readonly width: number;
+}
+
+/** What one pipeline rank sends. */
+class Ledger {
+  readonly #layout: Layout;
+  readonly #micros: number;
+  readonly #rows = new Map<string, TrafficRow>();
+
+  constructor(layout: Layout, micros: number) {
+    this.#layout = layout;
+    this.#micros = micros;
+  }
+
+  sizeOf(group: GroupKind): number {
+    return groupsOf(this.#layout, group)[0]!.length;
+  }
+
+  /** A collective of each micro-batch, before which a rank holds `bytes`. */
+  pass(
+    purpose: Purpose, group: GroupKind, kind: CollectiveKind, pass: "forward" | "backward", bytes: number,
+  ): void {
+    this.#add({ purpose, group, kind, pass }, bytes, this.sizeOf(group), this.#micros);
+  }
+
+  /** A collective of the update. */
+  update(purpose: Purpose, group: GroupKind, kind: CollectiveKind, bytes: number): void {
+    this.#add({ purpose, group, kind, pass: "update" }, bytes, this.sizeOf(group), 1);
+  }
+
+  /** Sums of what `members` neighbours on tp hold copies of. */
+  copies(bytes: number, members: number): void {
+    const row = { purpose: "gradients of copies", group: "tp", kind: "all_reduce", pass: "update" } as const;
+    this.#add(row, bytes, members, 1);
+  }
+
+  /** Messages of each micro-batch. */
+  send(
+    purpose: Purpose, group: GroupKind, pass: "forward" | "backward", bytes: number, times = 1,
+  ): void {
+    this.#put({ purpose, group, kind: "send", pass }, bytes * times * this.#micros, times * this.#micros);
+  }
+
+  #add(row: Omit<TrafficRow, "calls" | "bytes">, bytes: number, members: number, times: number): void {
+    if (members === 1 || bytes === 0) return;
+    const sent = bytesSent(row.kind, this.#layout.algorithm, members, bytes) / members;
+    this.#put(row, sent * times, times);
+  }
+
+  #put(row: Omit<TrafficRow, "calls" | "bytes">, bytes: number, calls: number): void {
+    const key = `${row.purpose}/${row.group}/${row.kind}/${row.pass}`;
+    const before = this.#rows.get(key);
+    this.#rows.set(key, {
+      ...row, calls: calls + (before?.calls ?? 0), bytes: bytes + (before?.bytes ?? 0),
+    });
+  }
+
+  rows(): TrafficRow[] {
+    return [...this.#rows.values()];
+  }
+}
+
+/** What column-parallel products read: all positions, and the sum of their gradients. */
+function enter(ledger: Ledger, { layout, whole, own, config, width }: Shape, purpose: Purpose): void {
+  const bytes = (positions: number) => positions * config.hidden_size * width;
+  if (layout.sp) ledger.pass(purpose, "tp", "all_gather", "forward", bytes(own));
+  ledger.pass(purpose, "tp", layout.sp ? "reduce_scatter" : "all_reduce", "backward", bytes(whole));
+}
+
+/** What row-parallel products and the table give: a sum over tp. */
+function leave(ledger: Ledger, { layout, whole, own, config, width }: Shape): void {
+  const bytes = (positions: number) => positions * config.hidden_size * width;
+  ledger.pass("tensor parallel", "tp", layout.sp ? "reduce_scatter" : "all_reduce", "forward", bytes(whole));
+  if (layout.sp) ledger.pass("tensor parallel", "tp", "all_gather", "backward", bytes(own));
+}
+
+/** The head reads all positions; of a token's logits travel the largest, the chosen one and the sum. */
+function addLoss(ledger: Ledger, shape: Shape): void {
+  enter(ledger, shape, "tensor parallel");
+  for (let i = 0; i < 3; i++) ledger.pass("cross entropy", "tp", "all_reduce", "forward", 4 * shape.whole);
+}
+
+function addLayer(ledger: Ledger, shape: Shape, spec: LayerSpec): void {
+  if (spec.kind === "moe") {
+    addExperts(ledger, shape, spec);
+    if (spec.shared_size === 0) return;
+  }
+  enter(ledger, shape, "tensor parallel");
+  if (spec.kind === "attention") addAttention(ledger, shape);
+  if (spec.kind === "mamba") addScan(ledger, shape);
+  leave(ledger, shape);
+}
+
+/** Keys and values go around, are gathered, or heads are exchanged for positions. */
+function addAttention(ledger: Ledger, { layout, config, whole, width }: Shape): void {
+  const { tp, cp, cp_kind: kind } = layout;
+  if (cp === 1) return;
+  const { num_attention_heads: heads, num_key_value_heads: kv, head_dim: dim } = config;
+  const keys = whole * 2 * Math.max(1, kv / tp) * dim * width;
+  const what = "attention context";
+  switch (kind) {
+    case "ring":
+      ledger.send(what, "cp", "forward", keys, cp - 1);
+      // Keys and values go around once more, and their gradients with them until they are home.
+      ledger.send(what, "cp", "backward", keys, cp - 1);
+      ledger.send(what, "cp", "backward", keys, cp);
+      return;
+    case "allgather":
+      ledger.pass(what, "cp", "all_gather", "forward", keys);
+      ledger.pass(what, "cp", "reduce_scatter", "backward", cp * keys);
+      return;
+    case "alltoall": {
+      const queries = whole * (heads / tp) * dim * width;
+      // Fewer key heads than ranks are repeated, so that each rank gets those that its queries need.
+      const repeated = keys * Math.max(1, cp / Math.max(1, kv / tp));
+      for (const pass of ["forward", "backward"] as const) {
+        ledger.pass(what, "cp", "all_to_all", pass, queries);
+        ledger.pass(what, "cp", "all_to_all", pass, repeated);
+        ledger.pass(what, "cp", "all_to_all", pass, queries);
+      }
+    }
+  }
+}
+
+/** Heads are exchanged for positions before the convolution, and back after the scan. */
+function addScan(ledger: Ledger, { layout, config, whole, width }: Shape): void {
+  const { tp, cp } = layout;
+  const { mamba_num_heads: heads, mamba_head_dim: dim, n_groups: groups, ssm_state_size: state } = config;
+  const inner = (heads / tp) * dim;
+  const states = 2 * Math.max(groups / tp, cp) * state;
+  for (const pass of ["forward", "backward"] as const) {
+    const columns = 2 * inner + states + heads / tp;
+    ledger.pass("Mamba-2 context", "cp", "all_to_all", pass, whole * columns * width);
+    ledger.pass("Mamba-2 context", "cp", "all_to_all", pass, whole * inner * width);
+  }
+}
+
+/** Tokens travel to their experts and back; backward passes go the same ways. */
+function addExperts(
+  ledger: Ledger, { layout, config, own, width }: Shape, spec: Extract<LayerSpec, { kind: "moe" }>,
+): void {
+  const { ep, etp } = layout;
+  const { num_experts_per_tok: chosen, n_routed_experts: experts, moe_latent_size: latent } = spec;
+  const token = (latent ?? config.hidden_size) * width;
+  const add = (group: GroupKind, kind: CollectiveKind, pass: "forward" | "backward", bytes: number) =>
+    ledger.pass("expert dispatch", group, kind, pass, bytes);
+  switch (layout.dispatcher) {
+    case "alltoall": {
+      const rows = own * chosen;
+      for (const pass of ["forward", "backward"] as const) {
+        // There with a probability each, back without; the gradients the other way round.
+        add("ep", "all_to_all", pass, rows * (token + 4));
+        add("ep", "all_to_all", pass, rows * token);
+        add("etp", "all_gather", pass, rows * token);
+        add("etp", "reduce_scatter", pass, etp * rows * token);
+      }
+      return;
+    }
+    case "allgather": {
+      const all = ep * etp * own;
+      // Every token with its probabilities of all experts.
+      add("etp-ep", "all_gather", "forward", own * (token + 4 * experts));
+      add("etp-ep", "reduce_scatter", "forward", all * token);
+      add("etp-ep", "all_gather", "backward", own * token);
+      add("etp-ep", "reduce_scatter", "backward", all * (token + 4 * experts));
+      return;
+    }
+    case "flex": {
+      // One copy per rank with experts of the token, with their numbers and probabilities.
+      const rows = own * etp * expectedRanks(ep, chosen);
+      for (const pass of ["forward", "backward"] as const) {
+        add("etp-ep", "all_to_all", pass, rows * (token + (pass === "forward" ? 8 : 4) * chosen));
+        add("etp-ep", "all_to_all", pass, rows * token);
+      }
+    }
+  }
+}
+
+/** Expected number of the `ep` ranks that `chosen` experts of a token lie on, each on any rank alike. */
+export function expectedRanks(ep: number, chosen: number): number {
+  return ep * (1 - (1 - 1 / ep) ** chosen);
+}
