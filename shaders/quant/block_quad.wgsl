@@ -7,11 +7,13 @@
 // swaps in the order q ^ 0 .. q ^ 3. The codes of a whole unit of W are loaded at a time and decoded four k
 // at a time, so that W costs one vector load where f32 costs eight. WG / 4 tiles per workgroup.
 //
-// `grouped`: row tile i is (expert, first row, end row, 0) = tiles[4 i ..]. Accumulation: f32, one
-// accumulator per element, k ascending.
+// `grouped`: the tiles are those of experts (lib/place.wgsl). Accumulation: f32, one accumulator per element,
+// k ascending.
 
 import package::lib::index::workgroup_index;
+import package::lib::block4::{multiply_add, column_of};
 import package::lib::blocks::{raw, scaled_values, scale_index, scale_value, UNIT, WORDS};
+import package::lib::place::place_of;
 
 // group: 4, the rows of a group; outer_rows: rows of W that share an outer scale
 struct Params { m: u32, n: u32, k: u32, row_tiles: u32, group: u32, outer_rows: u32 }
@@ -84,19 +86,6 @@ fn load_rows(at: u32) -> mat4x4f {
   return mat4x4f(v, quadSwapX(v), quadSwapY(v), quadSwapDiagonal(v));
 }
 
-fn multiply_add(s: mat4x4f, u: mat4x4f, w: mat4x4f) -> mat4x4f {
-  return mat4x4f(add_row(s[0], u[0], w), add_row(s[1], u[1], w),
-    add_row(s[2], u[2], w), add_row(s[3], u[3], w));
-}
-
-fn add_row(s: vec4f, u: vec4f, w: mat4x4f) -> vec4f {
-  return fma(vec4f(u.w), w[3], fma(vec4f(u.z), w[2], fma(vec4f(u.y), w[1], fma(vec4f(u.x), w[0], s))));
-}
-
-fn column_of(s: mat4x4f, j: u32) -> vec4f {
-  return select(select(s[0], s[1], j == 1u), select(s[2], s[3], j == 3u), j >= 2u);
-}
-
 fn put(value: vec4f, row: u32, column: u32, count: u32) {
   let at = row * params.n + column;
   var v = value;
@@ -112,26 +101,19 @@ fn block_quad(
   @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
   @builtin(num_workgroups) nwg: vec3u,
 ) {
-  let tile = workgroup_index(wid, nwg) * (WG / 4u) + lane / 4u;
-  let column_tiles = (params.n + 15u) / 16u;
-  let row_tile = tile / column_tiles;
-  if (row_tile >= params.row_tiles) { return; }
+  let place = place_of(workgroup_index(wid, nwg) * (WG / 4u) + lane / 4u, 16u);
+  let row = place.row;
+  let row_end = place.end;
+  if (row >= row_end) { return; }
   let q = lane % 4u;
   let plain = vec4u(0u, 1u, 2u, 3u);
-  let column = tile % column_tiles * 16u + q * 4u;
-  @if(grouped) let row = tiles[row_tile * 4u + 1u];
-  @else let row = row_tile * 16u;
-  @if(grouped) let row_end = tiles[row_tile * 4u + 2u];
-  @else let row_end = params.m;
-  @if(grouped) let expert = tiles[row_tile * 4u];
-  @else let expert = 0u;
-  if (row >= row_end) { return; }
+  let column = place.column + q * 4u;
 
   // Rows and columns past the edge read the last one again; they are not stored.
   let vectors = params.k / 4u;
   let rows = min(row + q + plain * 4u, vec4u(row_end - 1u)) * vectors;
   let units = params.k / UNIT;
-  let owned = expert * params.n + min(column + plain, vec4u(params.n - 1u));
+  let owned = place.expert * params.n + min(column + plain, vec4u(params.n - 1u));
   let columns = owned * units;
   var s0 = mat4x4f();
   var s1 = mat4x4f();

@@ -6,11 +6,12 @@
 // vectors run along the rows of x and along the columns of W^T; lines of 17 vectors spread them over the
 // memory banks. Entries past an edge are staged as zero, and products with them are not stored.
 //
-// `grouped`: row tile i is (expert, first row, end row, 0) = tiles[4 i ..]. Accumulation: f32, one
-// accumulator per element, k ascending.
+// `grouped`: the tiles are those of experts (lib/place.wgsl). Accumulation: f32, one accumulator per element,
+// k ascending.
 
 import package::lib::index::workgroup_index;
 import package::lib::blocks::{raw, small_values, scale_index, scale_value, STEP, OFFSET, UNIT, WORDS};
+import package::lib::place::place_of;
 
 const TILE: u32 = 64;
 const HALF: u32 = 16;
@@ -57,18 +58,12 @@ fn block_tile(
   @builtin(local_invocation_index) lane: u32, @builtin(local_invocation_id) lid: vec3u,
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
 ) {
-  let tile = workgroup_index(wid, nwg);
-  let column_tiles = (params.n + TILE - 1u) / TILE;
-  let row_tile = tile / column_tiles;
-  if (row_tile >= params.row_tiles) { return; }
-  let column = tile % column_tiles * TILE;
-  @if(grouped) let row = tiles[row_tile * 4u + 1u];
-  @else let row = row_tile * TILE;
-  @if(grouped) let row_end = tiles[row_tile * 4u + 2u];
-  @else let row_end = params.m;
-  @if(grouped) let expert = tiles[row_tile * 4u];
-  @else let expert = 0u;
+  let place = place_of(workgroup_index(wid, nwg), TILE);
+  let row = place.row;
+  let row_end = place.end;
   if (row >= row_end) { return; }
+  let column = place.column;
+  let expert = place.expert;
 
   // This invocation stages four k of one row of each factor.
   let own = lane / 4u;

@@ -14,10 +14,12 @@
 // packed_tile: a workgroup of 16 x 16 invocations computes 64 x 64, as in block_tile.wgsl: a unit of both is
 // decoded into workgroup memory, along rows of x and columns of W^T, in lines of 17 vectors.
 //
-// `grouped`: row tile i is (expert, first row, end row, 0) = tiles[4 i ..], W has a matrix per expert.
+// `grouped`: the tiles are those of experts (lib/place.wgsl).
 
 import package::lib::index::workgroup_index;
+import package::lib::block4::{multiply_add, column_of};
 import package::lib::blocks::{small_values, e4m3_values, e5m2_values, scale_index, scale_value};
+import package::lib::place::place_of;
 
 const UNIT: u32 = 16;
 const TILE: u32 = 64;
@@ -70,13 +72,6 @@ fn w_factors(rows: vec4u) -> vec4f {
   @else return vec4f(1.0);
 }
 
-struct Place { expert: u32, row: u32, end: u32 }
-
-fn place_of(row_tile: u32, rows: u32) -> Place {
-  @if(grouped) return Place(tiles[row_tile * 4u], tiles[row_tile * 4u + 1u], tiles[row_tile * 4u + 2u]);
-  @else return Place(0u, row_tile * rows, params.m);
-}
-
 // Quads enter and leave loops as a whole, which the uniformity analysis cannot see.
 @if(subgroups) @diagnostic(off, subgroup_uniformity)
 fn load_rows(v: vec4f) -> mat4x4f {
@@ -88,23 +83,10 @@ fn load_scales(s: f32) -> vec4f {
   return vec4f(s, quadSwapX(s), quadSwapY(s), quadSwapDiagonal(s));
 }
 
-fn multiply_add(s: mat4x4f, u: mat4x4f, w: mat4x4f) -> mat4x4f {
-  return mat4x4f(add_row(s[0], u[0], w), add_row(s[1], u[1], w),
-    add_row(s[2], u[2], w), add_row(s[3], u[3], w));
-}
-
-fn add_row(s: vec4f, u: vec4f, w: mat4x4f) -> vec4f {
-  return fma(vec4f(u.w), w[3], fma(vec4f(u.z), w[2], fma(vec4f(u.y), w[1], fma(vec4f(u.x), w[0], s))));
-}
-
 // s + the sums p of a block times the scales of its rows and columns.
 fn add_block(s: mat4x4f, p: mat4x4f, of_rows: vec4f, of_columns: vec4f) -> mat4x4f {
   return mat4x4f(fma(p[0], of_rows.x * of_columns, s[0]), fma(p[1], of_rows.y * of_columns, s[1]),
     fma(p[2], of_rows.z * of_columns, s[2]), fma(p[3], of_rows.w * of_columns, s[3]));
-}
-
-fn column_of(s: mat4x4f, j: u32) -> vec4f {
-  return select(select(s[0], s[1], j == 1u), select(s[2], s[3], j == 3u), j >= 2u);
 }
 
 // Four sums of a row, as many as lie within the matrix.
@@ -119,16 +101,12 @@ fn packed_quad(
   @builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) wid: vec3u,
   @builtin(num_workgroups) nwg: vec3u,
 ) {
-  let tile = workgroup_index(wid, nwg) * (WG / 4u) + lane / 4u;
-  let column_tiles = (params.n + 15u) / 16u;
-  let row_tile = tile / column_tiles;
-  if (row_tile >= params.row_tiles) { return; }
-  let q = lane % 4u;
-  let plain = vec4u(0u, 1u, 2u, 3u);
-  let column = tile % column_tiles * 16u + q * 4u;
-  let place = place_of(row_tile, 16u);
+  let place = place_of(workgroup_index(wid, nwg) * (WG / 4u) + lane / 4u, 16u);
   let row = place.row;
   if (row >= place.end) { return; }
+  let q = lane % 4u;
+  let plain = vec4u(0u, 1u, 2u, 3u);
+  let column = place.column + q * 4u;
 
   // Rows and columns past the edge read the last one again; they are not stored.
   let units = params.k / UNIT;
@@ -193,14 +171,10 @@ fn packed_tile(
   @builtin(local_invocation_index) lane: u32, @builtin(local_invocation_id) lid: vec3u,
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
 ) {
-  let tile = workgroup_index(wid, nwg);
-  let column_tiles = (params.n + TILE - 1u) / TILE;
-  let row_tile = tile / column_tiles;
-  if (row_tile >= params.row_tiles) { return; }
-  let column = tile % column_tiles * TILE;
-  let place = place_of(row_tile, TILE);
+  let place = place_of(workgroup_index(wid, nwg), TILE);
   let row = place.row;
   if (row >= place.end) { return; }
+  let column = place.column;
 
   // This invocation stages four k of one row of each factor. Rows past the edge are the last one again.
   let own = lane / 4u;

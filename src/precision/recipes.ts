@@ -103,7 +103,7 @@ export const RECIPES = {
       "e5m2-gradients": E5M2_GRADIENTS,
       "amax-history": {
         summary: "the largest magnitude of 1024 updates instead of the last one",
-          without: { amax_history: 1 },
+        without: { amax_history: 1 },
       },
     },
   },
@@ -127,8 +127,9 @@ export const RECIPES = {
     ingredients: {
       "2d-scaling": {
         summary: "one scale for a tile of a weight, so that both directions see the same values",
-        without: { products: { fprop: { weight: { blocks: "lines" } },
-          dgrad: { weight: { blocks: "lines" } } } },
+        without: {
+          products: { fprop: { weight: { blocks: "lines" } }, dgrad: { weight: { blocks: "lines" } } },
+        },
       },
       "power-of-two-scales": {
         summary: "scales that are powers of two",
@@ -179,8 +180,9 @@ export const RECIPES = {
       },
       "2d-scaling": {
         summary: "one scale for a tile of 16 x 16 of a weight, so that both directions see the same values",
-        without: { products: { fprop: { weight: { blocks: "lines" } },
-          dgrad: { weight: { blocks: "lines" } } } },
+        without: {
+          products: { fprop: { weight: { blocks: "lines" } }, dgrad: { weight: { blocks: "lines" } } },
+        },
       },
       "high-layers": {
         summary: "the last layers in bf16", without: { high_layers: { first: 0, last: 0 } },
