@@ -37,8 +37,7 @@ export function holdingsOf(layout: Layout, config: NemotronHConfig): Holdings[] 
       else if (shard.expert) rank.experts += size;
       else {
         rank.dense += size;
-        const isKey = /\.mixer\.[kv]_proj\./.test(parameter.name);
-        if (shard.copies > 1) rank[isKey ? "shared" : "whole"] += size;
+        if (shard.copies > 1) rank[shard.cuts.length > 0 ? "shared" : "whole"] += size;
         if (parameter.kind === "embedding" && !stage.embedding) rank.copied += size;
       }
     }

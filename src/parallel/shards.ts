@@ -163,8 +163,8 @@ function denseCuts(parameter: Parameter, config: NemotronHConfig, tp: number): C
     case "mixer.k_proj.weight": case "mixer.k_proj.bias":
     case "mixer.v_proj.weight": case "mixer.v_proj.bias": {
       if (kv % tp !== 0 && tp % kv !== 0) indivisible(name, "tp", tp, kv, "key heads, or a multiple");
-      const pieces = Math.min(tp, kv);
-      return pieces === 1 ? [] : [{ axis: "tp", dim: 0, sections: [kv * dim], ranks: tp, pieces }];
+      // In one piece too: every rank has other queries of it, so that unlike a norm's its gradients differ.
+      return [{ axis: "tp", dim: 0, sections: [kv * dim], ranks: tp, pieces: Math.min(tp, kv) }];
     }
     case "mixer.o_proj.weight":
       wholeHeads(heads, "attention heads");

@@ -16,8 +16,7 @@ import { placeOfStage, stagesOf } from "./stages.ts";
 /** What bytes are for. */
 export const PURPOSES = [
   "tensor parallel", "cross entropy", "attention context", "Mamba-2 context", "expert dispatch", "pipeline",
-  "gradients over tp", "gradients of copies", "gradients", "expert gradients", "parameters",
-  "expert parameters",
+  "gradients", "expert gradients", "parameters", "expert parameters", "embedding copy",
 ] as const;
 export type Purpose = (typeof PURPOSES)[number];
 
@@ -87,26 +86,28 @@ export function predictTraffic(
     if (i > 0) ledger.send("pipeline", "pp", "backward", states(i - 1) * message);
   });
 
-  const copies = stages.findIndex(({ mtp, embedding }) => mtp && !embedding);
-  holdingsOf(layout, config).forEach((holds, rank) => {
+  const copy = stages.findIndex(({ mtp, embedding }) => mtp && !embedding);
+  holdingsOf(layout, config).forEach(({ dense, whole: replicated, shared, experts }, rank) => {
     const ledger = ledgers[rank]!;
     const g = widths.gradient;
-    // Under sp each rank has seen its own positions alone; without, all of them have the whole gradient.
-    if (layout.sp) ledger.update("gradients over tp", "tp", "all_reduce", holds.whole * g);
-    ledger.copies(holds.shared * g, layout.tp / Math.min(layout.tp, config.num_key_value_heads));
-    if (copies >= 0 && (rank === 0 || rank === placeOfStage(layout, copies).rank)) {
-      const table = (config.vocab_size / layout.tp) * config.hidden_size;
-      if (layout.pp > 1) ledger.update("gradients of copies", "embedding", "all_reduce", table * g);
-    }
-    const reduce = (what: "gradients" | "expert gradients", group: "dp-cp" | "edp", count: number) => {
-      if (!distributed_optimizer) return ledger.update(what, group, "all_reduce", count * g);
-      ledger.update(what, group, "reduce_scatter", count * g);
-      const gathered = what === "gradients" ? "parameters" : "expert parameters";
-      const share = (count * widths.parameter) / ledger.sizeOf(group);
-      ledger.update(gathered, group, "all_gather", share);
+    const reduce = (what: "" | "expert ", group: GroupKind, count: number, size = ledger.sizeOf(group)) => {
+      const kind = distributed_optimizer ? "reduce_scatter" : "all_reduce";
+      ledger.update(`${what}gradients`, group, kind, count * g, size);
+      if (!distributed_optimizer) return;
+      ledger.update(`${what}parameters`, group, "all_gather", (count * widths.parameter) / size, size);
     };
-    reduce("gradients", "dp-cp", holds.dense);
-    reduce("expert gradients", "edp", holds.experts);
+    reduce("", "dp-cp", dense - shared - (layout.sp ? replicated : 0));
+    // Under sp a rank of tp has seen its own positions alone; without, all of them have the whole gradient.
+    if (layout.sp) reduce("", "tp-dp-cp", replicated);
+    // Some neighbours on tp have different queries of the same keys.
+    const neighbours = layout.tp / Math.min(layout.tp, config.num_key_value_heads);
+    reduce("", "tp-dp-cp", shared, neighbours * layout.dp * layout.cp);
+    reduce("expert ", "edp", experts);
+    if (copy >= 0 && (rank === 0 || rank === placeOfStage(layout, copy).rank)) {
+      const table = (config.vocab_size / layout.tp) * config.hidden_size * g;
+      const parts = distributed_optimizer ? layout.dp * layout.cp : 1;
+      ledger.send("embedding copy", "embedding", "update", table / parts);
+    }
   });
   return ledgers.map((ledger) => ledger.rows());
 }
@@ -149,22 +150,15 @@ class Ledger {
     this.#add({ purpose, group, kind, pass }, bytes, this.sizeOf(group), this.#micros);
   }
 
-  /** A collective of the update. */
-  update(purpose: Purpose, group: GroupKind, kind: CollectiveKind, bytes: number): void {
-    this.#add({ purpose, group, kind, pass: "update" }, bytes, this.sizeOf(group), 1);
+  /** A collective of the update, among `size` ranks. */
+  update(purpose: Purpose, group: GroupKind, kind: CollectiveKind, bytes: number, size: number): void {
+    this.#add({ purpose, group, kind, pass: "update" }, bytes, size, 1);
   }
 
-  /** Sums of what `members` neighbours on tp hold copies of. */
-  copies(bytes: number, members: number): void {
-    const row = { purpose: "gradients of copies", group: "tp", kind: "all_reduce", pass: "update" } as const;
-    this.#add(row, bytes, members, 1);
-  }
-
-  /** Messages of each micro-batch. */
-  send(
-    purpose: Purpose, group: GroupKind, pass: "forward" | "backward", bytes: number, times = 1,
-  ): void {
-    this.#put({ purpose, group, kind: "send", pass }, bytes * times * this.#micros, times * this.#micros);
+  /** Messages of each micro-batch, or of the update. */
+  send(purpose: Purpose, group: GroupKind, pass: TrafficRow["pass"], bytes: number, times = 1): void {
+    const calls = pass === "update" ? times : times * this.#micros;
+    this.#put({ purpose, group, kind: "send", pass }, bytes * calls, calls);
   }
 
   #add(row: Omit<TrafficRow, "calls" | "bytes">, bytes: number, members: number, times: number): void {
@@ -187,10 +181,10 @@ class Ledger {
 }
 
 /** What column-parallel products read: all positions, and the sum of their gradients. */
-function enter(ledger: Ledger, { layout, whole, own, config, width }: Shape, purpose: Purpose): void {
+function enter(ledger: Ledger, { layout, whole, own, config, width }: Shape): void {
   const bytes = (positions: number) => positions * config.hidden_size * width;
-  if (layout.sp) ledger.pass(purpose, "tp", "all_gather", "forward", bytes(own));
-  ledger.pass(purpose, "tp", layout.sp ? "reduce_scatter" : "all_reduce", "backward", bytes(whole));
+  if (layout.sp) ledger.pass("tensor parallel", "tp", "all_gather", "forward", bytes(own));
+  ledger.pass("tensor parallel", "tp", layout.sp ? "reduce_scatter" : "all_reduce", "backward", bytes(whole));
 }
 
 /** What row-parallel products and the table give: a sum over tp. */
@@ -200,10 +194,11 @@ function leave(ledger: Ledger, { layout, whole, own, config, width }: Shape): vo
   if (layout.sp) ledger.pass("tensor parallel", "tp", "all_gather", "backward", bytes(own));
 }
 
-/** The head reads all positions; of a token's logits travel the largest, the chosen one and the sum. */
+/** The head reads all positions; of a token's logits travel their log-sum-exp and the chosen one. */
 function addLoss(ledger: Ledger, shape: Shape): void {
-  enter(ledger, shape, "tensor parallel");
-  for (let i = 0; i < 3; i++) ledger.pass("cross entropy", "tp", "all_reduce", "forward", 4 * shape.whole);
+  enter(ledger, shape);
+  ledger.pass("cross entropy", "tp", "all_gather", "forward", 4 * shape.whole);
+  ledger.pass("cross entropy", "tp", "all_reduce", "forward", 4 * shape.whole);
 }
 
 function addLayer(ledger: Ledger, shape: Shape, spec: LayerSpec): void {
@@ -211,7 +206,7 @@ function addLayer(ledger: Ledger, shape: Shape, spec: LayerSpec): void {
     addExperts(ledger, shape, spec);
     if (spec.shared_size === 0) return;
   }
-  enter(ledger, shape, "tensor parallel");
+  enter(ledger, shape);
   if (spec.kind === "attention") addAttention(ledger, shape);
   if (spec.kind === "mamba") addScan(ledger, shape);
   leave(ledger, shape);
@@ -227,37 +222,38 @@ function addAttention(ledger: Ledger, { layout, config, whole, width }: Shape): 
   switch (kind) {
     case "ring":
       ledger.send(what, "cp", "forward", keys, cp - 1);
-      // Keys and values go around once more, and their gradients with them until they are home.
-      ledger.send(what, "cp", "backward", keys, cp - 1);
-      ledger.send(what, "cp", "backward", keys, cp);
+      // Back from where they came, with their gradients.
+      ledger.send(what, "cp", "backward", 2 * keys, cp - 1);
       return;
     case "allgather":
-      ledger.pass(what, "cp", "all_gather", "forward", keys);
-      ledger.pass(what, "cp", "reduce_scatter", "backward", cp * keys);
+      for (let i = 0; i < 2; i++) {
+        ledger.pass(what, "cp", "all_gather", "forward", keys / 2);
+        ledger.pass(what, "cp", "reduce_scatter", "backward", (cp * keys) / 2);
+      }
       return;
     case "alltoall": {
       const queries = whole * (heads / tp) * dim * width;
       // Fewer key heads than ranks are repeated, so that each rank gets those that its queries need.
       const repeated = keys * Math.max(1, cp / Math.max(1, kv / tp));
       for (const pass of ["forward", "backward"] as const) {
-        ledger.pass(what, "cp", "all_to_all", pass, queries);
-        ledger.pass(what, "cp", "all_to_all", pass, repeated);
-        ledger.pass(what, "cp", "all_to_all", pass, queries);
+        for (const bytes of [queries, repeated / 2, repeated / 2, queries]) {
+          ledger.pass(what, "cp", "all_to_all", pass, bytes);
+        }
       }
     }
   }
 }
 
-/** Heads are exchanged for positions before the convolution, and back after the scan. */
+/** Heads are exchanged for positions before the convolution, and back after the scan; gates stay. */
 function addScan(ledger: Ledger, { layout, config, whole, width }: Shape): void {
   const { tp, cp } = layout;
   const { mamba_num_heads: heads, mamba_head_dim: dim, n_groups: groups, ssm_state_size: state } = config;
   const inner = (heads / tp) * dim;
   const states = 2 * Math.max(groups / tp, cp) * state;
   for (const pass of ["forward", "backward"] as const) {
-    const columns = 2 * inner + states + heads / tp;
-    ledger.pass("Mamba-2 context", "cp", "all_to_all", pass, whole * columns * width);
-    ledger.pass("Mamba-2 context", "cp", "all_to_all", pass, whole * inner * width);
+    for (const columns of [inner + states, heads / tp, inner]) {
+      ledger.pass("Mamba-2 context", "cp", "all_to_all", pass, whole * columns * width);
+    }
   }
 }
 

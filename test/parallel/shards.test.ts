@@ -126,6 +126,23 @@ describe("what a rank holds", () => {
     expect(rows("backbone.layers.0.mixer.norm.weight", 4, 1)).toEqual(range(4, 8));
   });
 
+  test("a single key head is shared by all ranks, and is no copy like a norm", () => {
+    const one = { ...config, num_key_value_heads: 1 };
+    for (const name of ["k_proj", "v_proj"]) {
+      const whole = named(`backbone.layers.1.mixer.${name}.weight`);
+      const parameter = { ...whole, shape: [2, config.hidden_size] };
+      const shard = shardOf(parameter, one, { ...SOLO, tp: 4 });
+      expect(shard).toMatchObject({ copies: 4, replicas: [], shape: parameter.shape });
+      expect(shard.cuts).toHaveLength(1);
+      const values = valuesOf(parameter);
+      const parts = [0, 1, 2, 3].map((tp) => shard.slice(values, { tp, ep: 0, etp: 0 }));
+      for (const part of parts) expect(part).toEqual(values);
+      expect(shard.join(parts)).toEqual(values);
+    }
+    expect(shardOf(named("backbone.norm_f.weight"), one, { ...SOLO, tp: 4 })).toMatchObject(
+      { copies: 4, replicas: ["tp"], cuts: [] });
+  });
+
   test("keys and values go to the ranks of their query heads, as copies where there are fewer", () => {
     expect(rows("backbone.layers.1.mixer.q_proj.weight", 4, 1)).toEqual(range(4, 8));
     for (const leaf of ["k_proj.weight", "v_proj.bias"]) {

@@ -31,12 +31,13 @@ const updates = (rows: readonly TrafficRow[]) => rows.filter(({ pass }) => pass 
   ({ purpose, group, kind, bytes }) => [purpose, group, kind, bytes]);
 
 describe("tensor parallel", () => {
-  const loss = (tp: number) => ["cross entropy", "tp", "all_reduce", "forward", 9, (tp - 1) * T * 4];
+  const loss = (tp: number) => ["all_gather", "all_reduce"].map((kind) =>
+    ["cross entropy", "tp", kind, "forward", 3, (tp - 1) * T * 4]);
 
   test("sums after the table and the layer forward, before the layer and the head backward", () => {
     expect(steps(rowsOf("tp=4,sp=off", config("-"))[0]!)).toEqual([
       ["tensor parallel", "tp", "all_reduce", "forward", 6, 3 * T * H * 4],
-      ["tensor parallel", "tp", "all_reduce", "backward", 6, 3 * T * H * 4], loss(4),
+      ["tensor parallel", "tp", "all_reduce", "backward", 6, 3 * T * H * 4], ...loss(4),
     ]);
   });
 
@@ -46,7 +47,7 @@ describe("tensor parallel", () => {
       ["tensor parallel", "tp", "reduce_scatter", "forward", 6, gather],
       ["tensor parallel", "tp", "all_gather", "backward", 6, gather],
       ["tensor parallel", "tp", "all_gather", "forward", 6, gather],
-      ["tensor parallel", "tp", "reduce_scatter", "backward", 6, gather], loss(4),
+      ["tensor parallel", "tp", "reduce_scatter", "backward", 6, gather], ...loss(4),
     ]);
   });
 
@@ -56,18 +57,17 @@ describe("tensor parallel", () => {
       ["tensor parallel", "tp", "all_reduce", "forward", 6, 2 * (3 / 4) * T * H * 4]);
   });
 
-  test("norms are summed over tp, keys among neighbours that share them", () => {
+  test("under sp norms are summed over tp too; keys among neighbours that share them", () => {
     const heads = { num_key_value_heads: 2 };
     // Two norms of H; a rank's key head of 8 rows, one for keys and one for values, which two ranks share.
     expect(updates(rowsOf("tp=4", config("*", heads))[0]!)).toEqual([
-      ["gradients over tp", "tp", "all_reduce", 3 * 2 * H * 4],
-      ["gradients of copies", "tp", "all_reduce", 2 * 8 * H * 4],
+      ["gradients", "tp-dp-cp", "all_reduce", (3 * 2 + 2 * 8) * H * 4],
     ]);
     expect(updates(rowsOf("tp=4,sp=off", config("*", heads))[0]!)).toEqual([
-      ["gradients of copies", "tp", "all_reduce", 2 * 8 * H * 4],
+      ["gradients", "tp-dp-cp", "all_reduce", 2 * 8 * H * 4],
     ]);
     expect(updates(rowsOf("tp=4,sp=off", config("*", { num_key_value_heads: 1 }))[0]!)).toEqual([
-      ["gradients of copies", "tp", "all_reduce", 3 * 2 * 8 * H * 4],
+      ["gradients", "tp-dp-cp", "all_reduce", 3 * 2 * 8 * H * 4],
     ]);
     expect(updates(rowsOf("tp=4,sp=off", config("*"))[0]!)).toEqual([]);
   });
@@ -76,11 +76,13 @@ describe("tensor parallel", () => {
 describe("context parallel", () => {
   const kv = (T / 4) * 2 * 4 * 8 * 4;
   test.each([
-    ["ring", [["send", "forward", 9, kv], ["send", "backward", 21, kv]]],
-    ["allgather", [["all_gather", "forward", 3, 3 * kv], ["reduce_scatter", "backward", 3, 3 * kv]]],
+    ["ring", [["send", "forward", 9, kv], ["send", "backward", 9, 2 * kv]]],
+    ["allgather", [
+      ["all_gather", "forward", 6, (3 * kv) / 2], ["reduce_scatter", "backward", 6, (3 * kv) / 2],
+    ]],
     ["alltoall", [
-      ["all_to_all", "forward", 9, (3 / 4) * ((T / 4) * (12 + 8 + 12) * 8 * 4) / 3],
-      ["all_to_all", "backward", 9, (3 / 4) * ((T / 4) * (12 + 8 + 12) * 8 * 4) / 3],
+      ["all_to_all", "forward", 12, (3 / 4) * ((T / 4) * (12 + 8 + 12) * 8 * 4) / 4],
+      ["all_to_all", "backward", 12, (3 / 4) * ((T / 4) * (12 + 8 + 12) * 8 * 4) / 4],
     ]],
   ])("attention by %s", (kind, expected) => {
     expect(steps(rowsOf(`cp=4,cp_kind=${kind}`, config("*"))[0]!)).toEqual(
@@ -94,11 +96,11 @@ describe("context parallel", () => {
   });
 
   test("Mamba-2: the columns of a head's inputs there, its outputs back, groups repeated", () => {
-    const columns = 2 * 32 + 2 * 4 * 6 + 8;
-    const each = ((3 / 4) * (T / 4) * (columns + 32) * 4) / 2;
+    const columns = 32 + 2 * 4 * 6 + 8;
+    const each = ((3 / 4) * (T / 4) * (columns + 32) * 4) / 3;
     expect(steps(rowsOf("cp=4", config("M"))[0]!)).toEqual([
-      ["Mamba-2 context", "cp", "all_to_all", "forward", 6, each],
-      ["Mamba-2 context", "cp", "all_to_all", "backward", 6, each],
+      ["Mamba-2 context", "cp", "all_to_all", "forward", 9, each],
+      ["Mamba-2 context", "cp", "all_to_all", "backward", 9, each],
     ]);
   });
 });
@@ -194,8 +196,10 @@ describe("pipeline", () => {
   test("a copy of the embedding table is summed with the first stage's", () => {
     const model = config("--", { mtp_hybrid_override_pattern: "-", num_nextn_predict_layers: 1 });
     const found = rowsOf("pp=3,tp=2,sp=off,stages=Et|t|mL", model).map(updates);
-    const copies = ["gradients of copies", "embedding", "all_reduce", 24 * H * 4];
-    expect(found).toEqual([[copies], [], [copies]]);
+    const copy = ["embedding copy", "embedding", "send", 24 * H * 4];
+    expect(found).toEqual([[copy], [], [copy]]);
+    const shared = rowsOf("pp=3,dp=2,stages=Et|t|mL", model, { distributed_optimizer: true }).map(updates);
+    expect(shared[2]!.at(-1)).toEqual(["embedding copy", "embedding", "send", 24 * H * 4]);
   });
 });
 
