@@ -9,7 +9,7 @@ import { UsageError } from "../tensor/errors.ts";
 import { attentionGrid, broken, checkPipelines, expertGrid, ranksPerStage, worldOf } from "./mesh.ts";
 import type { MeshSizes } from "./mesh.ts";
 import { checkGroups } from "./schedule.ts";
-import { stagesOf } from "./stages.ts";
+import { checkStages, stagesOf } from "./stages.ts";
 
 export { worldOf } from "./mesh.ts";
 
@@ -103,7 +103,7 @@ export function formatLayout(layout: Layout): string {
 }
 
 /**
- * Checks the rules that hold without a model: those of the grids, of interleaving and of the dispatchers.
+ * Checks the rules that hold without a model: of the grids, interleaving, dispatchers and stages' texts.
  * @throws UsageError that names the rule, what it expects and what was found
  */
 export function checkShape(layout: Layout): void {
@@ -127,6 +127,7 @@ export function checkShape(layout: Layout): void {
     const expected = `etp=${tp}, or dispatch=alltoall or flex`;
     broken("etp is tp under the allgather dispatcher", expected, `etp=${etp}`);
   }
+  checkStages(layout);
 }
 
 /**

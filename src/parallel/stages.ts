@@ -37,18 +37,27 @@ export function placeOfStage(layout: Pick<Layout, "pp">, stage: number): { rank:
  * @throws UsageError that names the rule, what it expects and what was found
  */
 export function stagesOf(layout: Layout, config: NemotronHConfig): Stage[] {
-  const count = layout.pp * layout.vpp;
   const text = layout.stages;
-  if (text === null) return balancedStages(config, count);
+  if (text === null) return balancedStages(config, layout.pp * layout.vpp);
+  checkStages(layout);
   if (isFlexible(text)) return flexibleStages(parseFlexible(text), layout, config);
   const { stages, depths } = parseHybrid(text);
-  checkCount(stages.length, layout);
   const { hybrid_override_pattern: pattern, mtp_hybrid_override_pattern: block } = config;
   if (stages.join("") !== pattern) broken("a pattern with stages is the model's", pattern, stages.join(""));
   if (depths.length > 0 && depths[0] !== block) {
     broken("a pattern with stages has the model's prediction block", block || "none", depths[0]!);
   }
   return stagesOfLengths(stages.map((stage) => stage.length), config);
+}
+
+/**
+ * Checks what a layout's stages obey whatever the model: that they can be read and are pp * vpp.
+ * @throws UsageError
+ */
+export function checkStages({ stages: text, pp, vpp }: Layout): void {
+  if (text === null) return;
+  const found = isFlexible(text) ? parseFlexible(text).length : parseHybrid(text).stages.length;
+  if (found !== pp * vpp) broken("there are pp * vpp stages", `${pp} * ${vpp}`, found);
 }
 
 function stagesOfLengths(lengths: readonly number[], config: NemotronHConfig): Stage[] {
@@ -148,7 +157,6 @@ function expand(text: string, whole: string): string {
 
 function flexibleStages(stages: readonly string[], layout: Layout, config: NemotronHConfig): Stage[] {
   const { pp, vpp } = layout;
-  checkCount(stages.length, layout);
   const layers = stages.join("").split("t").length - 1;
   const expected = config.hybrid_override_pattern.length;
   if (layers !== expected) broken("there is one t for each layer", `${expected} layers`, layers);
@@ -263,8 +271,4 @@ function cutWith(
     end = from[end]!;
   }
   return { value: best[items]!, lengths: [end, ...lengths] };
-}
-
-function checkCount(found: number, { pp, vpp }: Layout): void {
-  if (found !== pp * vpp) broken("there are pp * vpp stages", `${pp} * ${vpp}`, found);
 }

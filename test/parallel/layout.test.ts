@@ -7,7 +7,7 @@ import type { StepSizes } from "../../src/parallel/layout.ts";
 import { UsageError } from "../../src/tensor/errors.ts";
 
 const SIZES: StepSizes = { batch: 1, seqlen: 48, micro_batches: 4 };
-/** 12 heads of 3 groups, 6 query and 3 key heads, 6 experts of width 8, 12 tokens of vocabulary. */
+/** Sizes that 2, 3 and 4 divide, key heads and groups less often than the rest. */
 const config = (keys: Readonly<Record<string, unknown>> = {}): NemotronHConfig => parseConfig({
   hybrid_override_pattern: "ME*-M", vocab_size: 24, hidden_size: 24, num_attention_heads: 12,
   num_key_value_heads: 6, head_dim: 8, mamba_num_heads: 24, mamba_head_dim: 4, ssm_state_size: 4,
@@ -40,7 +40,8 @@ describe("a layout's text", () => {
     ["tp=2,sp=off,pp=2,vpp=3,group=2", "tp=2,cp=1,pp=2,dp=1,ep=1,etp=1,vpp=3,sp=off"],
     ["pp=2,vpp=2,group=4,cp_kind=allgather,dispatch=flex,algorithm=ring",
       "tp=1,cp=1,pp=2,dp=1,ep=1,etp=1,vpp=2,group=4,cp_kind=allgather,dispatch=flex,algorithm=ring"],
-    ["stages=Et,|L,pp=2", "tp=1,cp=1,pp=1,dp=1,ep=1,etp=1,stages=Et,|L,pp=2"],
+    ["pp=2,stages=Et,|t,L", "tp=1,cp=1,pp=2,dp=1,ep=1,etp=1,stages=Et,|t,L"],
+    [" stages = EtL", "tp=1,cp=1,pp=1,dp=1,ep=1,etp=1,stages=EtL"],
     ["pp=2, stages=M-|M*", "tp=1,cp=1,pp=2,dp=1,ep=1,etp=1,stages=M-|M*"],
   ])("%s is printed as %s and read back", (text, printed) => {
     const layout = parseLayout(text);
@@ -72,6 +73,9 @@ describe("a layout's text", () => {
     ["pp=4,vpp=2,group=3", "has at least pp micro-batches\": expected group >= 4, found 3."],
     ["tp=2,dispatch=allgather",
       "\"etp is tp under the allgather dispatcher\": expected etp=2, or dispatch=alltoall or flex, found"],
+    ["stages=EtL,pp=2", "\"EtL,pp=2\" cannot be read: expected E, t, m, L, |, or a repetition of them"],
+    ["pp=2,stages=Mx", "\"a pattern has known letters\": expected M*-EGD+, | and /, found \"x\" in \"Mx\"."],
+    ["pp=3,stages=M|M", "\"there are pp * vpp stages\": expected 3 * 1, found 2."],
     ["tp=2000,dp=2000", "\"a world has limits\": expected at most 65536 ranks, found 2000 * 1 * 1 * 2000."],
   ])("%s is refused", (text, message) => {
     expect(() => parseLayout(text)).toThrow(UsageError);
