@@ -1,14 +1,14 @@
-// y[t] = W[ids[t]]: rows of a table, in f32.
+// y[t] = W[ids[t] - begin]: rows of a table, of which W holds those from `begin` on; in f32.
 //
-// ids [T], W [V, D], y [T, D]; an id outside 0 .. V - 1 gives a row of zeros. One invocation copies one
-// vector (`vec4`: four columns) of one row.
+// ids [T], W [V, D], y [T, D]; an id outside begin .. begin + V - 1 gives a row of zeros. One invocation
+// copies one vector (`vec4`: four columns) of one row.
 
 import package::lib::index::workgroup_index;
 
 @if(vec4) alias V = vec4f;
 @else alias V = f32;
 
-struct Params { tokens: u32, vocab: u32, cols: u32 }  // cols in vectors
+struct Params { tokens: u32, vocab: u32, cols: u32, begin: u32 }  // cols in vectors
 
 @group(0) @binding(0) var<storage, read> ids: array<i32>;
 @group(0) @binding(1) var<storage, read> weight: array<V>;
@@ -25,7 +25,7 @@ fn embedding(
   let i = workgroup_index(wid, nwg) * WG + lane;
   let token = i / params.cols;
   if (token >= params.tokens) { return; }
-  let id = u32(ids[token]);                   // a negative id becomes a large one
+  let id = u32(ids[token]) - params.begin;    // what is below becomes a large one
   var value = V();
   if (id < params.vocab) { value = weight[id * params.cols + i % params.cols]; }
   y[i] = value;

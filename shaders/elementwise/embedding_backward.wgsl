@@ -1,5 +1,5 @@
-// dW[v] = sum of dy[t] over the tokens t with ids[t] = v, t ascending, in f32: no float atomics, the same
-// bits every time.
+// dW[v] = sum of dy[t] over the tokens t with ids[t] = begin + v, t ascending, in f32: no float atomics,
+// the same bits every time.
 //
 // ids [T], dy [T, D], dW [V, D]. Work and memory grow with T + V, not with T * V, whatever the ids are:
 //  link: 32 lanes each own a stretch of the tokens and walk it backwards, putting every token in front of the
@@ -14,7 +14,7 @@ import package::lib::index::workgroup_index;
 @if(vec4) alias V = vec4f;
 @else alias V = f32;
 
-struct Params { tokens: u32, vocab: u32, cols: u32 }  // cols in vectors
+struct Params { tokens: u32, vocab: u32, cols: u32, begin: u32 }  // cols in vectors
 
 @group(0) @binding(0) var<storage, read> ids: array<i32>;
 @group(0) @binding(1) var<storage, read> dy: array<V>;
@@ -33,7 +33,7 @@ fn link(@builtin(local_invocation_index) lane: u32) {
   let stretch = (params.tokens + LANES - 1u) / LANES;
   let begin = lane * stretch;
   for (var t = min(begin + stretch, params.tokens); t > begin; t--) {
-    let id = u32(ids[t - 1u]);                // a negative id becomes a large one
+    let id = u32(ids[t - 1u]) - params.begin; // what is below becomes a large one
     if (id >= params.vocab) { continue; }
     let met = atomicOr(&mask[id], 1u << lane);
     let at = id * LANES + lane;

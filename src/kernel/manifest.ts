@@ -345,6 +345,27 @@ export const manifest = {
       add: ["a","b","params","y"],
     },
   },
+  "elementwise/add_bias": {
+    bindings: {
+      x: { binding: 0, access: "read" },
+      bias: { binding: 1, access: "read" },
+      residual: { binding: 2, access: "read" },
+      y: { binding: 3, access: "read_write" },
+    },
+    params: {
+      count: "u32",
+      cols: "u32",
+    },
+    overrides: {
+      WG: "u32",
+      EACH: "u32",
+      APART: "u32",
+    },
+    conditions: ["residual","vec4"],
+    entries: {
+      add_bias: ["bias","params","residual","x","y"],
+    },
+  },
   "elementwise/columns": {
     bindings: {
       src: { binding: 0, access: "read" },
@@ -394,6 +415,7 @@ export const manifest = {
       tokens: "u32",
       vocab: "u32",
       cols: "u32",
+      begin: "u32",
     },
     overrides: {
       WG: "u32",
@@ -416,6 +438,7 @@ export const manifest = {
       tokens: "u32",
       vocab: "u32",
       cols: "u32",
+      begin: "u32",
     },
     overrides: {
       WG: "u32",
@@ -540,6 +563,60 @@ export const manifest = {
     conditions: [],
     entries: {
       cross_entropy_backward: ["dlogits","dloss","labels","logits","lse","params","scale"],
+    },
+  },
+  "loss/log_sum_exp_backward": {
+    bindings: {
+      logits: { binding: 0, access: "read" },
+      labels: { binding: 1, access: "read" },
+      lse: { binding: 2, access: "read" },
+      dlse: { binding: 3, access: "read" },
+      dpicked: { binding: 4, access: "read" },
+      dtotal: { binding: 5, access: "read" },
+      dlogits: { binding: 6, access: "read_write" },
+    },
+    params: {
+      rows: "u32",
+      stride: "u32",
+      width: "u32",
+      chunk: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: [],
+    entries: {
+      log_sum_exp_backward: ["dlogits","dlse","dpicked","dtotal","labels","logits","lse","params"],
+    },
+  },
+  "loss/merged_cross_entropy": {
+    bindings: {
+      lse: { binding: 0, access: "read" },
+      picked: { binding: 1, access: "read" },
+      total: { binding: 2, access: "read" },
+      labels: { binding: 3, access: "read" },
+      merged: { binding: 4, access: "read_write" },
+      scale: { binding: 5, access: "read_write" },
+      loss: { binding: 6, access: "read_write" },
+      dloss: { binding: 7, access: "read" },
+      dlse: { binding: 8, access: "read_write" },
+      dpicked: { binding: 9, access: "read_write" },
+      dtotal: { binding: 10, access: "read_write" },
+    },
+    params: {
+      rows: "u32",
+      parts: "u32",
+      vocab: "u32",
+      keep: "f32",
+      spread: "f32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: [],
+    entries: {
+      merge: ["labels","loss","lse","merged","params","picked","scale","total"],
+      unmerge: ["dloss","dlse","dpicked","dtotal","labels","lse","merged","params","scale"],
     },
   },
   "mamba2/apply_state": {

@@ -11,25 +11,28 @@
  * Suffixes: B batch, L seqlen, D hidden, V vocabulary, T = B*L.
  */
 import { Attention, type KVScales } from "../nn/attention.ts";
-import { balanceLoss, type BalanceOptions } from "../nn/balance.ts";
+import { balanceLoss, type BalanceOptions, countingOf, type Weighed } from "../nn/balance.ts";
 import { Block, type LayerCache, type Mixer } from "../nn/block.ts";
 import type { ForwardContext, Routing, Step } from "../nn/context.ts";
+import { type Division, sizeOfGroup, SOLO } from "../nn/division.ts";
 import { Mamba2, type Mamba2Cache } from "../nn/mamba2.ts";
 import { MLP } from "../nn/mlp.ts";
 import { MoE } from "../nn/moe.ts";
 import { MTP } from "../nn/mtp.ts";
+import { enter, tableRows, vocabularyCrossEntropy } from "../nn/tensor_parallel.ts";
 import { type Weight, Weights } from "../nn/weights.ts";
+import { sumOverGroup } from "../ops/collectives.ts";
 import { add, scale } from "../ops/elementwise.ts";
-import { embedding } from "../ops/embedding.ts";
 import { linear } from "../ops/linear.ts";
-import { linear_cross_entropy } from "../ops/linear_cross_entropy.ts";
 import { denseWeight } from "../ops/quantize.ts";
 import { rms_norm } from "../ops/rms_norm.ts";
 import { BlockTensor } from "../tensor/blocks.ts";
 import type { Device } from "../tensor/device.ts";
+import { UsageError } from "../tensor/errors.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { type LayerSpec, layerSpecs, mtpSpecs, type NemotronHConfig } from "./config.ts";
+import { endsChain, type Part, wholePart } from "./part.ts";
 
 /** How keys and values are kept: E4M3 codes with a scale for each layer's keys and values, or f32. */
 export const KV_FORMATS = ["f32", "fp8"] as const;
@@ -48,7 +51,11 @@ export interface ModelCache {
   length: number;
 }
 
-/** What a training step needs of a batch, on the device. */
+/**
+ * What a training step needs of a batch, on the device. Ranks that share a sequence by tensor parallelism all
+ * have the whole of it, under sequence parallelism too: the embedding keeps a rank's own positions, layers
+ * and the head enter with all of them. Under context parallelism "whole" is what a rank of `cp` holds.
+ */
 export interface TrainingBatch {
   /** (batch, seqlen) i32 */
   readonly input_ids: Tensor;
@@ -69,6 +76,8 @@ export interface LossOptions {
   readonly balance?: Omit<BalanceOptions, "sequences">;
   /** Keep the input of every block alone and compute the rest again in the backward pass. */
   readonly recompute?: boolean;
+  /** Probability that targets give to all other words alike; default 0. */
+  readonly label_smoothing?: number;
 }
 
 export interface Loss {
@@ -80,8 +89,18 @@ export interface Loss {
   readonly routing: readonly Routing[];
 }
 
+/** Which part of a model is held, by which ranks. */
+export interface Share {
+  /** How its ranks divide the work; parameters are sharded tensors then, of the shapes of one rank. */
+  readonly division?: Division;
+  /** Default: all of it. */
+  readonly part?: Part;
+}
+
 export class NemotronH {
   readonly config: NemotronHConfig;
+  readonly division: Division;
+  readonly part: Part;
   readonly device: Device;
   /** Dense parameters by checkpoint name; the experts of a layer are one stacked tensor. */
   readonly parameters: ReadonlyMap<string, Tensor>;
@@ -89,37 +108,67 @@ export class NemotronH {
   readonly quantised: ReadonlyMap<string, BlockTensor>;
   /** Scales of keys and values in FP8 by the path of the mixer, where the checkpoint has them. */
   readonly kvScales: ReadonlyMap<string, KVScales>;
-  readonly embeddings: Weight;
+  /** Those of the part. */
   readonly blocks: readonly Block[];
-  readonly norm_f: Tensor;
-  readonly lm_head: Weight;
   readonly mtp: MTP | null;
+  readonly #embeddings: Weight | null;
+  readonly #norm_f: Tensor | null;
+  readonly #lm_head: Weight | null;
 
-  /** @throws ConfigError when a parameter is missing or has another shape than the config says. */
+  /**
+   * @param parameters those of the part (`parametersOf`), by checkpoint name
+   * @throws ConfigError when a parameter is missing or has another shape than the config says.
+   */
   constructor(
     config: NemotronHConfig, parameters: ReadonlyMap<string, Weight>,
     kvScales: ReadonlyMap<string, KVScales> = new Map(),
+    { division = SOLO, part = wholePart(config) }: Share = {},
   ) {
-    const { vocab_size: V, hidden_size: D, layer_norm_epsilon: eps } = config;
+    const { hidden_size: D, layer_norm_epsilon: eps } = config;
+    const V = config.vocab_size / sizeOfGroup(division.tp);
     const weights = new Weights(parameters);
     const backbone = weights.at("backbone");
     this.config = config;
+    this.division = division;
+    this.part = part;
     this.kvScales = kvScales;
     const all = [...parameters];
     this.parameters = new Map(all.filter(
       (entry): entry is [string, Tensor] => !(entry[1] instanceof BlockTensor)));
     this.quantised = new Map(all.filter(
       (entry): entry is [string, BlockTensor] => entry[1] instanceof BlockTensor));
-    this.embeddings = backbone.takeWeight("embeddings.weight", [V, D]);
-    this.device = this.embeddings.device;
-    const build = (specs: readonly LayerSpec[], at: Weights) => specs.map((spec, i) =>
-      new Block(D, eps, createMixer(config, spec, at.at(i).at("mixer")), at.at(i)));
-    this.blocks = build(layerSpecs(config), backbone.at("layers"));
-    this.norm_f = backbone.take("norm_f.weight", [D]);
-    this.lm_head = weights.takeWeight("lm_head.weight", [V, D]);
+    const [first] = all;
+    if (!first) throw new UsageError("A model, or a part of one, needs parameters, found none.");
+    this.device = first[1].device;
+    this.#embeddings =
+      part.embedding || part.mtp ? backbone.takeWeight("embeddings.weight", [V, D]) : null;
+    const build = (specs: readonly LayerSpec[], at: Weights, from = 0) => specs.map((spec, i) => new Block(
+      D, eps, createMixer(config, spec, at.at(from + i).at("mixer"), division), at.at(from + i)));
+    this.blocks = build(
+      layerSpecs(config).slice(part.from, part.to), backbone.at("layers"), part.from);
+    this.#norm_f = endsChain(part, config) ? backbone.take("norm_f.weight", [D]) : null;
+    this.#lm_head = part.head ? weights.takeWeight("lm_head.weight", [V, D]) : null;
     const mtp = weights.at("mtp").at("layers");
-    const specs = mtpSpecs(config);
+    const specs = part.mtp ? mtpSpecs(config) : [];
     this.mtp = specs.length > 0 ? new MTP(D, eps, build(specs, mtp), mtp) : null;
+  }
+
+  get embeddings(): Weight {
+    return this.#held(this.#embeddings, "embedding table");
+  }
+
+  get norm_f(): Tensor {
+    return this.#held(this.#norm_f, "final norm");
+  }
+
+  get lm_head(): Weight {
+    return this.#held(this.#lm_head, "head");
+  }
+
+  #held<T>(weight: T | null, what: string): T {
+    if (weight !== null) return weight;
+    const { from, to } = this.part;
+    throw new UsageError(`The part of layers ${from} to ${to} of a model has no ${what}.`);
   }
 
   /**
@@ -144,7 +193,7 @@ export class NemotronH {
   }
 
   /**
-   * Runs all layers and the final norm.
+   * Runs embedding, layers and the final norm.
    * @param input_ids (batch, seqlen) i32
    * @param visit called with the input of every block and the output of the last
    * @returns (batch, seqlen, hidden)
@@ -153,13 +202,26 @@ export class NemotronH {
     input_ids: Tensor, context: ForwardContext = PLAIN, cache: ModelCache | null = null,
     visit: (x: Tensor, i: number) => void = () => {},
   ): Tensor {
-    let x = embedding(input_ids, this.embeddings);
+    return this.run(this.embed(input_ids), context, cache, visit);
+  }
+
+  /** (batch, seqlen) i32 -> (batch, seqlen, hidden), a rank's own positions under sequence parallelism. */
+  embed(input_ids: Tensor): Tensor {
+    return tableRows(input_ids, this.embeddings, this.division);
+  }
+
+  /** The layers of this part, and the final norm after the last of all. Shapes as in `hidden`. */
+  run(
+    x_BLD: Tensor, context: ForwardContext = PLAIN, cache: ModelCache | null = null,
+    visit: (x: Tensor, i: number) => void = () => {},
+  ): Tensor {
+    let x = x_BLD;
     this.blocks.forEach((block, i) => {
       visit(x, i);
       x = block.forward(x, context, cache && cache.layers[i]!);
     });
     visit(x, this.blocks.length);
-    return rms_norm(x, this.norm_f, this.config.layer_norm_epsilon);
+    return this.#norm_f ? rms_norm(x, this.#norm_f, this.config.layer_norm_epsilon) : x;
   }
 
   /** One prediction depth: hidden states that predict the token after `next_ids`. Shapes as in `hidden`. */
@@ -168,43 +230,69 @@ export class NemotronH {
   ): Tensor {
     const { mtp } = this;
     if (!mtp) throw new Error("This model has no multi-token-prediction layers.");
-    let x = mtp.input(embedding(next_ids, this.embeddings), h);
+    let x = mtp.input(this.embed(next_ids), h);
     mtp.blocks.forEach((block, i) => {
       x = block.forward(x, context, cache && cache.mtp[i]!);
     });
     return mtp.output(x);
   }
 
-  /** (..., hidden) -> (..., vocabulary) */
+  /** (..., hidden) -> (..., vocabulary), of which a rank of `division.tp` has its own rows' logits. */
   logits(h: Tensor): Tensor {
-    return linear(h, this.lm_head, null);
+    return linear(enter(h, this.division), this.lm_head, null);
   }
 
   /** Mean cross entropy of the next token and of the deeper predictions. Scalars. */
   loss(batch: TrainingBatch, options: LossOptions): Loss {
-    const { hidden_size: D } = this.config;
-    const [B, L] = batch.input_ids.shape as [number, number];
-    const routing: Routing[] = [];
-    const context: ForwardContext = {
-      seq_idx: batch.seq_idx, step: null, routing, recompute: options.recompute === true,
-    };
-    const crossEntropy = (h: Tensor, targets: Tensor) =>
-      linear_cross_entropy(h.reshape([B * L, D]), denseWeight(this.lm_head), targets.reshape([B * L]), {});
+    const context = trainingContext(batch, options);
+    return this.lossFrom(this.hidden(batch.input_ids, context), batch, options, context);
+  }
 
-    let h = this.hidden(batch.input_ids, context);
+  /**
+   * The same from hidden states after the final norm, which another part may have computed.
+   * @param context that of the layers so far; its routing is that of this part's layers
+   */
+  lossFrom(h_BLD: Tensor, batch: TrainingBatch, options: LossOptions, context: ForwardContext): Loss {
+    const routing = context.routing ?? [];
     const backbone = routing.length;
-    const main = crossEntropy(h, batch.targets);
+    let h = h_BLD;
+    const { label_smoothing } = options;
+    const main = this.crossEntropy(h, batch.targets, label_smoothing);
     const mtp = batch.mtp.map(({ input_ids, targets }) => {
       h = this.mtpHidden(h, input_ids, context);
-      return crossEntropy(h, targets);
+      return this.crossEntropy(h, targets, label_smoothing);
     });
     let total = main;
     for (const loss of mtp) total = add(total, scale(loss, options.mtp_scale / mtp.length));
-    const aux = options.balance ? balanceLoss(
-      routing.map((one, i) => ({ ...one, share: i < backbone ? 1 : 1 / batch.mtp.length })),
-      { ...options.balance, sequences: B }) : null;
+    const share = 1 / batch.mtp.length;
+    const aux = this.auxLoss(routing.map((one, i) => ({ ...one, share: i < backbone ? 1 : share })),
+      batch, options);
     if (aux) total = add(total, aux);
     return { total, main, mtp, aux, routing };
+  }
+
+  /**
+   * Mean cross entropy over positions with a target, a scalar; the same on all ranks of `division.tp`.
+   * @param h (batch, seqlen, hidden), a rank's own positions under sequence parallelism
+   * @param targets (batch, seqlen) i32, all positions
+   */
+  crossEntropy(h: Tensor, targets: Tensor, label_smoothing = 0): Tensor {
+    const { config: { hidden_size: D }, division } = this;
+    const rows = enter(h, division).reshape([-1, D]);
+    return vocabularyCrossEntropy(
+      rows, denseWeight(this.lm_head), targets.reshape([-1]), division, label_smoothing);
+  }
+
+  /**
+   * What routers add to the loss, a scalar: over all tokens of the micro-batch, whose ranks all have the sum.
+   * Null where they add nothing.
+   * @param routing of layers of this part, each with its share
+   */
+  auxLoss(routing: readonly Weighed[], batch: TrainingBatch, { balance }: LossOptions): Tensor | null {
+    const { division } = this;
+    const own = balance ? balanceLoss(
+      routing, { counting: countingOf(division), ...balance, sequences: batch.input_ids.shape[0]! }) : null;
+    return own && sumOverGroup(own, division.tokens);
   }
 
   /**
@@ -221,6 +309,11 @@ export class NemotronH {
   dispose(): void {
     for (const parameter of [...this.parameters.values(), ...this.quantised.values()]) parameter.dispose();
   }
+}
+
+/** The context of a run that is trained. */
+export function trainingContext(batch: TrainingBatch, options: LossOptions): ForwardContext {
+  return { seq_idx: batch.seq_idx, step: null, routing: [], recompute: options.recompute === true };
 }
 
 const PLAIN: ForwardContext = { seq_idx: null, step: null, routing: null };
@@ -241,28 +334,31 @@ export function disposeCache(cache: ModelCache): void {
   cache.position.dispose();
 }
 
-function createMixer(config: NemotronHConfig, spec: LayerSpec, w: Weights): Mixer {
+/** A mixer with the sizes of one rank. */
+function createMixer(config: NemotronHConfig, spec: LayerSpec, w: Weights, division: Division): Mixer {
   const { hidden_size: hidden } = config;
+  const tp = sizeOfGroup(division.tp);
   switch (spec.kind) {
     case "mamba":
       return new Mamba2({
-        hidden, nheads: config.mamba_num_heads, headdim: config.mamba_head_dim, dstate: config.ssm_state_size,
-        ngroups: config.n_groups, conv_kernel: config.conv_kernel, chunk_size: config.chunk_size,
-        dt_limit: spec.dt_limit, eps: config.layer_norm_epsilon, conv_bias: config.use_conv_bias,
-        proj_bias: config.use_bias,
-      }, w);
+        hidden, nheads: config.mamba_num_heads / tp, headdim: config.mamba_head_dim,
+        dstate: config.ssm_state_size, ngroups: config.n_groups / tp, conv_kernel: config.conv_kernel,
+        chunk_size: config.chunk_size, dt_limit: spec.dt_limit, eps: config.layer_norm_epsilon,
+        conv_bias: config.use_conv_bias, proj_bias: config.use_bias,
+      }, w, division);
     case "attention":
       return new Attention({
-        hidden, num_attention_heads: config.num_attention_heads,
-        num_key_value_heads: config.num_key_value_heads, head_dim: config.head_dim,
+        hidden, num_attention_heads: config.num_attention_heads / tp,
+        num_key_value_heads: Math.max(1, config.num_key_value_heads / tp), head_dim: config.head_dim,
         bias: config.attention_bias,
-      }, w);
+      }, w, division);
     case "mlp":
-      return new MLP(hidden, spec.intermediate_size, config.mlp_bias, w);
+      return new MLP(hidden, spec.intermediate_size / tp, config.mlp_bias, w, division);
     case "moe":
       return new MoE({
-        hidden, ...spec, bias: config.mlp_bias, n_group: config.n_group, topk_group: config.topk_group,
-        norm_topk_prob: config.norm_topk_prob, routed_scaling_factor: config.routed_scaling_factor,
-      }, w);
+        hidden, ...spec, shared_size: spec.shared_size / tp, bias: config.mlp_bias,
+        n_group: config.n_group, topk_group: config.topk_group, norm_topk_prob: config.norm_topk_prob,
+        routed_scaling_factor: config.routed_scaling_factor,
+      }, w, division);
   }
 }

@@ -1,12 +1,15 @@
 import { attention } from "../ops/attention.ts";
 import { cache_read, cache_write, decode_attention } from "../ops/decode_attention.ts";
+import { type Division, SOLO } from "./division.ts";
 import { linear } from "./product.ts";
+import { enter, rowLinear } from "./tensor_parallel.ts";
 import type { Device } from "../tensor/device.ts";
 import { UsageError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
 import type { Weight, Weights } from "./weights.ts";
 
+/** Heads are those of a rank: the layer's over `Division.tp`, and at least one key head. */
 export interface AttentionSizes {
   readonly hidden: number;
   readonly num_attention_heads: number;
@@ -33,6 +36,7 @@ export interface KVCache {
 /** Grouped-query causal attention without positional encoding. */
 export class Attention {
   readonly sizes: AttentionSizes;
+  readonly division: Division;
   readonly path: string;
   readonly q_proj: Weight;
   readonly k_proj: Weight;
@@ -40,9 +44,10 @@ export class Attention {
   readonly o_proj: Weight;
   readonly biases: { q: Tensor; k: Tensor; v: Tensor; o: Tensor } | null;
 
-  constructor(sizes: AttentionSizes, w: Weights) {
+  constructor(sizes: AttentionSizes, w: Weights, division: Division = SOLO) {
     const { hidden: D, num_attention_heads: Hq, num_key_value_heads: Hkv, head_dim: Dh } = sizes;
     this.sizes = sizes;
+    this.division = division;
     this.path = w.path;
     this.q_proj = w.takeWeight("q_proj.weight", [Hq * Dh, D]);
     this.k_proj = w.takeWeight("k_proj.weight", [Hkv * Dh, D]);
@@ -76,9 +81,10 @@ export class Attention {
    * with a cache the keys and values of this call are added to it.
    */
   forward(
-    x_BLD: Tensor, context: ForwardContext, cache: KVCache | null, residual: Tensor | null = null,
+    own_BLD: Tensor, context: ForwardContext, cache: KVCache | null, residual: Tensor | null = null,
   ): Tensor {
     const { num_attention_heads: Hq, num_key_value_heads: Hkv, head_dim: Dh } = this.sizes;
+    const x_BLD = enter(own_BLD, this.division);
     const [B, L] = x_BLD.shape as [number, number, number];
     const { biases } = this;
     const scale = 1 / Math.sqrt(Dh);
@@ -102,6 +108,6 @@ export class Attention {
       }
       out = attention(q, k, v, { scale, seq_idx: context.seq_idx });
     }
-    return linear(out.reshape([B, L, Hq * Dh]), this.o_proj, biases && biases.o, residual);
+    return rowLinear(out.reshape([B, L, Hq * Dh]), this.o_proj, biases && biases.o, residual, this.division);
   }
 }

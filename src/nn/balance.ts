@@ -1,8 +1,10 @@
 /** What the routers of a model add to its loss. */
+import { sumOverGroup } from "../ops/collectives.ts";
 import { add } from "../ops/elementwise.ts";
 import { router_aux_counts, router_aux_loss, router_z_loss } from "../ops/router_loss.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { Routing } from "./context.ts";
+import { type Division, sizeOfGroup } from "./division.ts";
 
 /** Coefficients; 0 leaves a term out. With evenly loaded experts a balancing term is its coefficient. */
 export interface BalanceCoefficients {
@@ -30,6 +32,15 @@ export interface Counting {
 }
 
 export const ONE_RANK: Counting = { counts: (counts) => counts, ranks: () => 1 };
+
+/** Counts over the ranks of a division. */
+export function countingOf({ tokens, all_tokens }: Division): Counting {
+  const group = (span: CountSpan) => (span === "step" ? all_tokens : tokens);
+  return {
+    counts: (counts, span) => sumOverGroup(counts, group(span)),
+    ranks: (span) => sizeOfGroup(group(span)),
+  };
+}
 
 export interface BalanceOptions extends BalanceCoefficients {
   /** Rows of the batch: sequences of equal length. */

@@ -1,7 +1,9 @@
 import { causal_conv1d, causal_conv1d_update } from "../ops/causal_conv1d.ts";
 import { split_columns } from "../ops/elementwise.ts";
 import { gated_rms_norm } from "../ops/gated_rms_norm.ts";
+import { type Division, SOLO } from "./division.ts";
 import { linear } from "./product.ts";
+import { enter, rowLinear } from "./tensor_parallel.ts";
 import { selective_state_update } from "../ops/selective_state_update.ts";
 import { ssd_scan } from "../ops/ssd_scan.ts";
 import type { Device } from "../tensor/device.ts";
@@ -10,6 +12,7 @@ import type { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
 import type { Weight, Weights } from "./weights.ts";
 
+/** Heads and groups are those of a rank: the layer's over `Division.tp`. */
 export interface Mamba2Sizes {
   readonly hidden: number;
   readonly nheads: number;
@@ -42,6 +45,7 @@ export interface Mamba2Cache {
  */
 export class Mamba2 {
   readonly sizes: Mamba2Sizes;
+  readonly division: Division;
   readonly in_proj: Weight;
   readonly in_proj_bias: Tensor | null;
   /** (conv channels, 1, window) */
@@ -54,11 +58,12 @@ export class Mamba2 {
   readonly out_proj: Weight;
   readonly out_proj_bias: Tensor | null;
 
-  constructor(sizes: Mamba2Sizes, w: Weights) {
+  constructor(sizes: Mamba2Sizes, w: Weights, division: Division = SOLO) {
     const { hidden, nheads: H, headdim: P, dstate: N, ngroups: G, conv_kernel: W } = sizes;
     const d_inner = H * P;
     const conv_dim = d_inner + 2 * G * N;
     this.sizes = sizes;
+    this.division = division;
     this.in_proj = w.takeWeight("in_proj.weight", [d_inner + conv_dim + H, hidden]);
     this.in_proj_bias = sizes.proj_bias ? w.take("in_proj.bias", [d_inner + conv_dim + H]) : null;
     this.conv1d = w.take("conv1d.weight", [conv_dim, 1, W]);
@@ -91,9 +96,10 @@ export class Mamba2 {
    * with a cache the run continues from it and leaves its end there.
    */
   forward(
-    u_BLD: Tensor, context: ForwardContext, cache: Mamba2Cache | null, residual: Tensor | null = null,
+    own_BLD: Tensor, context: ForwardContext, cache: Mamba2Cache | null, residual: Tensor | null = null,
   ): Tensor {
     const { nheads: H, headdim: P, dstate: N, ngroups: G } = this.sizes;
+    const u_BLD = enter(own_BLD, this.division);
     const [B, L] = u_BLD.shape as [number, number, number];
     const d_inner = H * P;
     const conv_dim = d_inner + 2 * G * N;
@@ -103,7 +109,7 @@ export class Mamba2 {
       ? this.#decode(xBC.reshape([B, conv_dim]), dt.reshape([B, H]), cache)
       : this.#scan(xBC, dt, context, cache);
     const normed = gated_rms_norm(y.reshape([B, L, d_inner]), z, this.norm, G, this.sizes.eps);
-    return linear(normed, this.out_proj, this.out_proj_bias, residual);
+    return rowLinear(normed, this.out_proj, this.out_proj_bias, residual, this.division);
   }
 
   /** Takes the first `length` tokens of the last verification pass into the cache (batch 1 only). */

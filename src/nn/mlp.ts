@@ -1,4 +1,6 @@
+import { type Division, SOLO } from "./division.ts";
 import { linear } from "./product.ts";
+import { enter, rowLinear } from "./tensor_parallel.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { Weight, Weights } from "./weights.ts";
 
@@ -8,8 +10,11 @@ export class MLP {
   readonly up_bias: Tensor | null;
   readonly down: Weight;
   readonly down_bias: Tensor | null;
+  readonly division: Division;
 
-  constructor(hidden: number, width: number, bias: boolean, w: Weights) {
+  /** @param width hidden units of a rank: those of the layer over `division.tp` */
+  constructor(hidden: number, width: number, bias: boolean, w: Weights, division: Division = SOLO) {
+    this.division = division;
     this.up = w.takeWeight("up_proj.weight", [width, hidden]);
     this.up_bias = bias ? w.take("up_proj.bias", [width]) : null;
     this.down = w.takeWeight("down_proj.weight", [hidden, width]);
@@ -18,7 +23,8 @@ export class MLP {
 
   /** (..., hidden) -> (..., hidden), added to `residual`. */
   forward(x: Tensor, residual: Tensor | null = null): Tensor {
-    const inner = linear(x, this.up, this.up_bias, null, { activation: "relu2" });
-    return linear(inner, this.down, this.down_bias, residual);
+    const whole = enter(x, this.division);
+    const inner = linear(whole, this.up, this.up_bias, null, { activation: "relu2" });
+    return rowLinear(inner, this.down, this.down_bias, residual, this.division);
   }
 }

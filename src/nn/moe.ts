@@ -4,6 +4,7 @@ import { router } from "../ops/router.ts";
 import { promote } from "../tensor/scope.ts";
 import { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
+import { type Division, SOLO } from "./division.ts";
 import { MLP } from "./mlp.ts";
 import { grouped_linear, linear } from "./product.ts";
 import type { Weight, Weights } from "./weights.ts";
@@ -15,7 +16,7 @@ export interface MoESizes {
   readonly moe_intermediate_size: number;
   /** Width in which the routed experts work; null: `hidden`. */
   readonly moe_latent_size: number | null;
-  /** Width of the shared expert; 0: none. */
+  /** Width of a rank's part of the shared expert: that of the whole over `Division.tp`; 0: none. */
   readonly shared_size: number;
   readonly n_group: number;
   readonly topk_group: number;
@@ -42,7 +43,7 @@ export class MoE {
   readonly latent: { fc1: Weight; fc1_bias: Tensor | null; fc2: Weight; fc2_bias: Tensor | null } | null;
   readonly shared: MLP | null;
 
-  constructor(sizes: MoESizes, w: Weights) {
+  constructor(sizes: MoESizes, w: Weights, division: Division = SOLO) {
     const { hidden, n_routed_experts: E, moe_intermediate_size: F, moe_latent_size } = sizes;
     const X = moe_latent_size ?? hidden;
     this.sizes = sizes;
@@ -57,7 +58,7 @@ export class MoE {
       fc2: w.takeWeight("fc2_latent_proj.weight", [hidden, X]), fc2_bias: bias("fc2_latent_proj", hidden),
     };
     this.shared = sizes.shared_size > 0
-      ? new MLP(hidden, sizes.shared_size, sizes.bias, w.at("shared_experts"))
+      ? new MLP(hidden, sizes.shared_size, sizes.bias, w.at("shared_experts"), division)
       : null;
   }
 

@@ -4,12 +4,12 @@ import type { Device } from "../tensor/device.ts";
 import { UsageError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { defineOp } from "./op.ts";
+import { sumRows } from "./sum_rows.ts";
 
 const WG = 64;
 
 /** How elements are shared out (shaders/lib/share.wgsl): in stretches for a CPU, interleaved for a GPU. */
-function spread(device: Device, size: number) {
-  const isWide = size % 4 === 0;
+function spread(device: Device, size: number, isWide = size % 4 === 0) {
   const count = isWide ? size / 4 : size;
   const { isSoftware } = device.info;
   const [WG, EACH] = [isSoftware ? 64 : 256, 4];
@@ -39,6 +39,39 @@ export const add = defineOp({
     return y;
   },
   backward: (_saved, [dy]) => [dy, dy],
+});
+
+/**
+ * x + bias + residual, the residual last, as `linear` adds them.
+ *
+ * @param x         f32 [..., C]
+ * @param bias      f32 [C]
+ * @param residual  f32 [..., C], or null
+ * @throws ShapeError when the shapes differ
+ */
+export const add_bias = defineOp({
+  name: "add_bias",
+  forward(ctx, x: Tensor, bias: Tensor, residual: Tensor | null = null): Tensor {
+    check(x.shape.length >= 1, "add_bias", "x", "[..., C]", x);
+    const C = x.shape.at(-1)!;
+    check(bias.shape.join() === String(C), "add_bias", "bias", `[${C}]`, bias);
+    if (residual) checkSameShape("add_bias", "residual", residual, x);
+    const y = x.device.empty(x.shape);
+    const isWide = C % 4 === 0;
+    const { count, conditions, ...how } = spread(x.device, x.size, isWide);
+    launch("elementwise/add_bias", {
+      bind: { x, bias, y, residual: residual ?? x }, params: { count, cols: isWide ? C / 4 : C },
+      conditions: residual ? [...conditions, "residual"] : conditions, ...how,
+    });
+    ctx.save({ C });
+    return y;
+  },
+  backward({ C }: { C: number }, [dy], needs, into) {
+    if (!dy) return [];
+    const dbias = needs[1] ? into.empty(1, { device: dy.device, shape: [C] }) : null;
+    if (dbias) sumRows(dy, dy.size / Math.max(C, 1), C, dbias);
+    return [dy, dbias, needs[2] ? dy : null];
+  },
 });
 
 /**

@@ -1,6 +1,7 @@
 /** The products of grouped_linear and of its gradients, and the choice of their kernels. Not an op itself. */
 import { bucket, choose, defineTunable } from "../kernel/tuner.ts";
 import type { Device } from "../tensor/device.ts";
+import { localsOf, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { randomTensor, trial } from "../tensor/trial.ts";
 import {
@@ -98,7 +99,9 @@ const groupedTuning = defineTunable({
  * null for so few rows that none are needed.
  */
 export function expert_tiles(offsets: Tensor, rows: number): Tensor | null {
-  return rows <= FEW_ROWS ? null : groupedTiles(offsets, rows, tileRows(productKernel(offsets.device)));
+  if (rows <= FEW_ROWS) return null;
+  const height = tileRows(productKernel(offsets.device));
+  return shardedOf(localsOf(offsets).map((local) => groupedTiles(local, rows, height)));
 }
 
 /** Whether matvec kernels compute it: as in `readsInVectors`. */

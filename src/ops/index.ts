@@ -32,6 +32,7 @@ export * from "./sample.ts";
 export * from "./selective_state_update.ts";
 export * from "./sinkhorn.ts";
 export * from "./softmax.ts";
+export * from "./split_cross_entropy.ts";
 export * from "./ssd_scan.ts";
 export { ssd_walk } from "./ssd_walk.ts";
 export * from "./state_passing.ts";

@@ -15,6 +15,23 @@ export function add_vjp([dy]: Grads, a: NdArray, b: NdArray): (NdArray | null)[]
   return [dy ?? ndarray(a.shape), dy ?? ndarray(b.shape)];
 }
 
+/** x + bias + residual: x and residual [..., C], bias [C]. */
+export function add_bias(x: NdArray, bias: NdArray, residual: NdArray | null = null): NdArray {
+  return map(x, (value, i) => value + bias.data[i % bias.data.length]! + (residual?.data[i] ?? 0));
+}
+
+/** dbias = sum of the rows of dy; x and the residual get dy. */
+export function add_bias_vjp(
+  [dy]: Grads, x: NdArray, bias: NdArray, residual: NdArray | null = null,
+): (NdArray | null)[] {
+  const dx = dy ?? ndarray(x.shape);
+  const dbias = ndarray(bias.shape);
+  dx.data.forEach((value, i) => {
+    dbias.data[i % bias.data.length]! += value;
+  });
+  return [dx, dbias, residual && dx];
+}
+
 /** x * s for a number s. */
 export function scale(x: NdArray, s: number): NdArray {
   return map(x, (value) => value * s);

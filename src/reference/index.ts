@@ -31,5 +31,6 @@ export * from "./sample.ts";
 export * from "./selective_state_update.ts";
 export * from "./sinkhorn.ts";
 export * from "./softmax.ts";
+export * from "./split_cross_entropy.ts";
 export * from "./ssd_scan.ts";
 export * from "./state_passing.ts";

@@ -99,6 +99,12 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     bind: { labels: integers(11, 20), lse: normal(11), picked: normal(11), loss: 1, scale: 1 },
     params: { rows: 11, stride: 20, width: 20, chunk: 0, vocab: 20 }, constants: { WG: 16 }, workgroups: [1],
   },
+  "loss/merged_cross_entropy:merge": {
+    bind: { lse: normal(22), picked: normal(11), total: normal(11), labels: integers(11, 20), merged: 11,
+      scale: 1, loss: 1 },
+    params: { rows: 11, parts: 2, vocab: 20, keep: 0.9, spread: 0.005 }, constants: { WG: 4 },
+    workgroups: [1],
+  },
   "mamba2/state_passing_backward:exponents": {
     bind: { dA_cumsum: 16, start: 4, prev_states: normal(48), dstates: normal(48), dcumsum: 16 },
     params: { nheads: 2, cells: 12, nchunks: 2, chunk_size: 4, total: 4 },

@@ -23,6 +23,24 @@ export default [
     }],
   }),
   opSamples({
+    op: ops.add_bias, reference: ref.add_bias, vjp: ref.add_bias_vjp,
+    samples: Object.entries(shapes).filter(([, shape]) => shape.length > 0).flatMap(([name, shape]) => [
+      { name, args: (r: Draw) => [r.normal(shape), r.normal([shape.at(-1)!]), null] },
+      { name: `${name}, a residual`, args: (r: Draw) => [
+        r.normal(shape), r.normal([shape.at(-1)!]), r.normal(shape)] },
+    ]),
+    errors: [
+      {
+        name: "bias of the wrong width", args: (r) => [r.normal([2, 4]), r.normal([3]), null],
+        message: /add_bias: bias must be \[4\], found \[3\]/,
+      },
+      {
+        name: "a residual of another shape", message: /add_bias: residual must be \[2, 4\], found \[4, 2\]/,
+        args: (r) => [r.normal([2, 4]), r.normal([4]), r.normal([4, 2])],
+      },
+    ],
+  }),
+  opSamples({
     op: ops.accumulate, reference: ref.accumulate,
     samples: each((r, shape) => [r.normal(shape), r.normal(shape)]),
     errors: [{

@@ -17,6 +17,10 @@ export default opSamples({
       name: "ids outside the table",
       args: (r) => [r.of([6], [-1, 0, 5, 6, -100, 3], "i32"), r.normal([6, 12])],
     },
+    {
+      name: "a part of the table",
+      args: (r) => [r.of([7], [-1, 9, 10, 15, 16, -100, 2147483647], "i32"), r.normal([6, 12]), 10],
+    },
     { name: "one token", args: (r) => [r.integers([1, 1], 0, 4), r.normal([4, 12])] },
     { name: "a single id", args: (r) => [r.of([], [2], "i32"), r.normal([4, 12])] },
     { name: "no tokens", args: (r) => [r.integers([0], 0, 4), r.normal([4, 12])] },
