@@ -1,11 +1,9 @@
 /** What the ranks of a pipeline hold of a model: the parameters of their stages, cut as shards.ts says. */
-import { listParameters } from "../models/checkpoint_names.ts";
-import type { Parameter } from "../models/checkpoint_names.ts";
 import type { NemotronHConfig } from "../models/config.ts";
+import { parametersOf } from "../models/part.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import type { Layout } from "./layout.ts";
 import { placeOfStage, stagesOf } from "./stages.ts";
-import type { Stage } from "./stages.ts";
 import { shardOf } from "./shards.ts";
 
 /** Parameters of one rank, counted. */
@@ -30,7 +28,7 @@ export function holdingsOf(layout: Layout, config: NemotronHConfig): Holdings[] 
     ({ dense: 0, experts: 0, untrained: 0, whole: 0, shared: 0, copied: 0 }));
   stagesOf(layout, config).forEach((stage, i) => {
     const rank = found[placeOfStage(layout, i).rank]!;
-    for (const parameter of parametersOf(stage, config)) {
+    for (const parameter of parametersOf(config, stage)) {
       const shard = shardOf(parameter, config, layout);
       const size = sizeOf(shard.shape);
       if (!parameter.trainable) rank.untrained += size;
@@ -43,15 +41,4 @@ export function holdingsOf(layout: Layout, config: NemotronHConfig): Holdings[] 
     }
   });
   return found;
-}
-
-/** The parameters of a stage, in the order of the forward pass; the last layer has the final norm with it. */
-function parametersOf({ from, to, embedding, mtp, head }: Stage, config: NemotronHConfig): Parameter[] {
-  return listParameters(config).filter(({ part, kind, layer }) => {
-    if (part === "mtp") return mtp;
-    if (layer !== null) return layer >= from && layer < to;
-    if (kind === "embedding") return embedding || mtp;
-    if (kind === "head") return head;
-    return from < to && to === config.hybrid_override_pattern.length;
-  });
 }

@@ -5,22 +5,10 @@
  */
 import { flopsByLayer } from "../models/accounting.ts";
 import type { NemotronHConfig } from "../models/config.ts";
+import type { Part } from "../models/part.ts";
 import { UsageError } from "../tensor/errors.ts";
 import type { Layout } from "./layout.ts";
 import { broken } from "./mesh.ts";
-
-/** What a stage holds. */
-export interface Stage {
-  /** Layers of the chain: from this one on, up to `to` and without it. */
-  readonly from: number;
-  readonly to: number;
-  /** The embedding of the tokens: in the first stage. */
-  readonly embedding: boolean;
-  /** The prediction block, which needs an embedding table too. */
-  readonly mtp: boolean;
-  /** The head and the loss: in the last stage. */
-  readonly head: boolean;
-}
 
 /** Number of the stage that a pipeline rank holds as its chunk. */
 export function stageAt(layout: Pick<Layout, "pp">, rank: number, chunk: number): number {
@@ -36,7 +24,7 @@ export function placeOfStage(layout: Pick<Layout, "pp">, stage: number): { rank:
  * The pp * vpp stages of a model under a layout: those of the layout's string, or cuts of equal cost.
  * @throws UsageError that names the rule, what it expects and what was found
  */
-export function stagesOf(layout: Layout, config: NemotronHConfig): Stage[] {
+export function stagesOf(layout: Layout, config: NemotronHConfig): Part[] {
   const text = layout.stages;
   if (text === null) return balancedStages(config, layout.pp * layout.vpp);
   checkStages(layout);
@@ -60,7 +48,7 @@ export function checkStages({ stages: text, pp, vpp }: Layout): void {
   if (found !== pp * vpp) broken("there are pp * vpp stages", `${pp} * ${vpp}`, found);
 }
 
-function stagesOfLengths(lengths: readonly number[], config: NemotronHConfig): Stage[] {
+function stagesOfLengths(lengths: readonly number[], config: NemotronHConfig): Part[] {
   let at = 0;
   return lengths.map((length, i) => {
     const isLast = i === lengths.length - 1;
@@ -155,7 +143,7 @@ function expand(text: string, whole: string): string {
   return at < text.length ? fail("E, t, m, L, |, or a repetition of them") : result;
 }
 
-function flexibleStages(stages: readonly string[], layout: Layout, config: NemotronHConfig): Stage[] {
+function flexibleStages(stages: readonly string[], layout: Layout, config: NemotronHConfig): Part[] {
   const { pp, vpp } = layout;
   const layers = stages.join("").split("t").length - 1;
   const expected = config.hybrid_override_pattern.length;
@@ -220,7 +208,7 @@ const USUAL_KEYS = 2048;
  * be, and, of all such cuts, the sum of squares is least. The first stage has the embedding's cost besides,
  * the last the head's and the prediction block's. Cost: operations per token.
  */
-export function balancedStages(config: NemotronHConfig, count: number): Stage[] {
+export function balancedStages(config: NemotronHConfig, count: number): Part[] {
   const { layers, mtp, head } = flopsByLayer(config, USUAL_KEYS);
   if (count > layers.length) {
     broken("each of the pp * vpp stages has a layer", `at most ${layers.length} stages`, count);
