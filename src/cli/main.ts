@@ -5,6 +5,7 @@ import { generate } from "./commands/generate.ts";
 import { info } from "./commands/info.ts";
 import { layout } from "./commands/layout.ts";
 import { logits } from "./commands/logits.ts";
+import { plan } from "./commands/plan.ts";
 import { quantize } from "./commands/quantize.ts";
 import { numerics } from "./commands/numerics.ts";
 import { quickstart } from "./commands/quickstart.ts";
@@ -13,7 +14,7 @@ import { tune } from "./commands/tune.ts";
 import { packageVersion } from "./package.ts";
 
 process.exitCode = await runCli(
-  [doctor, info, train, generate, logits, quantize, bench, tune, numerics, layout, quickstart],
+  [doctor, info, train, generate, logits, quantize, bench, tune, numerics, layout, plan, quickstart],
   process.argv.slice(2), {
     version: packageVersion(),
     summary: "Trains and runs hybrid Mamba-2 / attention / mixture-of-experts language models on WebGPU.",
