@@ -9,7 +9,6 @@ import { addShares, countEqual, layerShares, mixingFlops, mtpShares, productsOf 
 import type { ModelShape, Product, ProductRole, ShapeLayer } from "./model_shape.ts";
 import { chunksOf, tokensOf } from "./memory.ts";
 import type { Chunk, Recompute, Pipeline } from "./memory.ts";
-import { partition } from "./stages.ts";
 
 /** What is planned beside the layout. */
 export interface CostOptions {
@@ -415,12 +414,7 @@ export function cutUnits(
 ): number[] | null {
   const count = pp * vpp;
   if (costs.length < count) return null;
-  if (vpp === 1) {
-    const all = [...costs];
-    all[0]! += first;
-    all[all.length - 1]! += last;
-    return partition(all, pp);
-  }
+  if (vpp === 1) return cutPlain(costs, pp, first, last);
   const mean = costs.reduce((sum, cost) => sum + cost, 0) / costs.length;
   const sizes: number[] = Array.from({ length: count }, () => 1);
   const loads = Array.from({ length: pp }, (_, p) =>
@@ -476,6 +470,36 @@ function improve(
     best.move();
   }
   return sizes;
+}
+
+/**
+ * One chunk for each rank: the smallest limit that all can keep, the later ranks filled up to it. A search
+ * cuts thousands of pipelines; `partition` of stages.ts, which evens out the others too, takes too long.
+ */
+function cutPlain(costs: readonly number[], pp: number, first: number, last: number): number[] {
+  const fill = (limit: number): number[] | null => {
+    const sizes: number[] = [];
+    let at = costs.length;
+    for (let p = pp - 1; p >= 0; p--) {
+      let sum = (p === 0 ? first : 0) + (p === pp - 1 ? last : 0);
+      let size = 0;
+      // Every earlier rank needs a unit of its own; the first one takes what is left.
+      while (at > p && (size === 0 || p === 0 || sum + costs[at - 1]! <= limit)) {
+        sum += costs[--at]!;
+        size++;
+      }
+      if (sum > limit * (1 + 1e-9)) return null;
+      sizes.unshift(size);
+    }
+    return sizes;
+  };
+  let [low, high] = [0, first + last + costs.reduce((sum, cost) => sum + cost, 0)];
+  for (let i = 0; i < 30; i++) {
+    const middle = (low + high) / 2;
+    if (fill(middle)) high = middle;
+    else low = middle;
+  }
+  return fill(high)!;
 }
 
 /** The stages of a layout, cut so that chunks take about the same time. */

@@ -6,9 +6,10 @@ import { EFFICIENCIES, peakOf } from "./hardware.ts";
 import type { Efficiencies, Gpu, PlanPrecision } from "./hardware.ts";
 import type { Layout, StepSizes } from "./layout.ts";
 import { BF16_TRAINING, RECOMPUTES, predictMemory } from "./memory.ts";
-import type { RankMemory, Recompute, Widths } from "./memory.ts";
+import type { Pipeline, RankMemory, Recompute, Widths } from "./memory.ts";
 import { addShares, layerShares, mtpShares, shapeParameters, trainingFlops } from "./model_shape.ts";
 import type { ModelShape, ParameterShares } from "./model_shape.ts";
+import { formatFlexible } from "./stages.ts";
 
 export interface PlanRequest {
   readonly shape: ModelShape;
@@ -46,6 +47,7 @@ export interface Plan {
   readonly overlapExchange: boolean;
   readonly step: StepCost;
   readonly memory: RankMemory;
+  readonly pipeline: Pipeline;
   /** TFLOPS per GPU, counted as `trainingFlops` does. */
   readonly tflops: number;
   /** Of the dense peak of the precision. */
@@ -200,9 +202,23 @@ function planOf(
   const perGpu = (globalBatch * seqlen) / gpus / step.total;
   const rate = trainingFlops(shape, seqlen) * perGpu;
   return {
-    layout, sizes, recompute, fsdp, overlapExchange, step, memory, tflops: rate / 1e12,
+    layout, sizes, recompute, fsdp, overlapExchange, step, memory, pipeline: stages,
+    tflops: rate / 1e12,
     mfu: rate / peakOf(gpu, precision), tokens: perGpu,
   };
+}
+
+/**
+ * The stages of a plan as a layout string, Et*3|(tt|)*29m|L, where t is a layer or a transformer's block.
+ * Stage i is chunk floor(i / P) of rank i mod P.
+ */
+export function stageText({ pipeline }: Plan, shape: ModelShape): string {
+  const [pp, vpp] = [pipeline.length, pipeline[0]!.length];
+  return formatFlexible(Array.from({ length: pp * vpp }, (_, i) => {
+    const { layers, embedding, head } = pipeline[i % pp]![Math.floor(i / pp)]!;
+    const end = head ? `${"m".repeat(shape.mtpDepths)}L` : "";
+    return `${embedding ? "E" : ""}${"t".repeat(layers.length / shape.unit)}${end}`;
+  }));
 }
 
 /**
@@ -286,7 +302,8 @@ function whyNone(
   const size = `${(shapeParameters(shape) / 1e9).toFixed(1)}B parameters`;
   if (smallest !== null && Number.isFinite(smallest)) {
     return `No layout of ${shape.name} (${size}) fits ${gpus} x ${gpu.name}: the smallest needs `
-      + `${gigabytes(smallest)} on a GPU, of which ${gigabytes(USABLE_MEMORY * gpu.memory)} are usable.`;
+      + `at least ${gigabytes(smallest)} on a GPU, of which ${gigabytes(USABLE_MEMORY * gpu.memory)} are `
+      + "usable.";
   }
   const [most] = [...refused].toSorted((a, b) => b[1] - a[1]);
   return `No layout of ${shape.name} (${size}) fills ${gpus} x ${gpu.name} with ${globalBatch} sequences `

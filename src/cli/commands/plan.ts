@@ -1,10 +1,9 @@
 import { statSync } from "node:fs";
 import { EFFICIENCIES, gpuNamed, gpuNames, PLAN_PRECISIONS } from "../../parallel/hardware.ts";
 import { formatLayout, parseLayout } from "../../parallel/layout.ts";
-import type { Layout } from "../../parallel/layout.ts";
 import { shapeOf, shapeParameters } from "../../parallel/model_shape.ts";
 import type { ModelShape } from "../../parallel/model_shape.ts";
-import { losesBy, searchPlans, USABLE_MEMORY } from "../../parallel/plan.ts";
+import { losesBy, searchPlans, stageText, USABLE_MEMORY } from "../../parallel/plan.ts";
 import type { Plan, PlanRequest, PlanResult } from "../../parallel/plan.ts";
 import { STEP_PARTS } from "../../parallel/cost.ts";
 import { LEFT_OUT, namedShape, shapeNames } from "../../parallel/published.ts";
@@ -96,22 +95,22 @@ function planFacts(request: PlanRequest, result: PlanResult) {
     global_batch: globalBatch, memory: gpu.memory, usable_memory: USABLE_MEMORY * gpu.memory,
     searched: result.searched, refused: Object.fromEntries(result.refused),
     plans: result.plans.map((each) => ({
-      ...oneFact(each), loses_by: losesBy(each, best).map(({ part, share }) => ({ part, share })),
+      ...oneFact(each, shape), loses_by: losesBy(each, best).map(({ part, share }) => ({ part, share })),
     })),
     sources: { gpu: gpu.source, efficiencies: EFFICIENCIES },
   };
 }
 
-function oneFact(each: Plan) {
+function oneFact(each: Plan, shape: ModelShape) {
   return {
-    layout: textOf(each.layout), micro_batch: each.sizes.batch, micro_batches: each.sizes.micro_batches,
+    layout: formatLayout(each.layout), stages: stageText(each, shape),
+    micro_batch: each.sizes.batch, micro_batches: each.sizes.micro_batches,
     recompute: each.recompute, fsdp: each.fsdp, overlap_exchange: each.overlapExchange, mfu: each.mfu,
     tflops: each.tflops, tokens_per_second: each.tokens, step_seconds: each.step.total, step: each.step,
     memory: each.memory,
   };
 }
 
-const textOf = (layout: Layout) => formatLayout(layout);
 const gigabytes = (bytes: number) => `${(bytes / 1e9).toFixed(1)} GB`;
 const percent = (share: number, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 
@@ -133,12 +132,13 @@ function renderPlans(
     table([
       ["", "layout", "batch", "recompute", "step", "MFU", "TFLOPS", "tokens/s", "memory"].map(c.bold),
       ...plans.map((each, i) => [
-        ` ${i + 1}`, `${textOf(each.layout)}${each.fsdp ? " FSDP" : ""}`,
+        ` ${i + 1}`, `${formatLayout(each.layout)}${each.fsdp ? " FSDP" : ""}`,
         `${each.sizes.micro_batches} x ${each.sizes.batch}`, each.recompute, formatDuration(each.step.total),
         percent(each.mfu), each.tflops.toFixed(0), formatCount(Math.round(each.tokens)),
         gigabytes(each.memory.total),
       ]),
     ]),
+    ...(best.layout.pp > 1 ? ["", `${c.bold("Stages of the first:")} ${stageText(best, shape)}`] : []),
     "", c.bold("Where a step of the first goes"),
     table(STEP_PARTS.filter((part) => best.step[part] > 0).map((part) => [
       ` ${PART_NAMES[part]}`, formatDuration(best.step[part]), percent(best.step[part] / best.step.total),
@@ -160,7 +160,8 @@ function renderPlans(
 function validationFacts({ predictions, orders, errors }: Validation) {
   return {
     runs: predictions.map(({ run, plan: found, mfu, error, flopsError }) => ({
-      ...run, published_mfu: mfu, predicted: found && oneFact(found), error, flops_error: flopsError,
+      ...run, published_mfu: mfu, predicted: found && oneFact(found, namedShape(run.model)!),
+      error, flops_error: flopsError,
     })),
     orders, errors, efficiencies: EFFICIENCIES, left_out: LEFT_OUT,
   };
