@@ -2,9 +2,8 @@
 //
 //   q, out [B, L, Hq, Dh] · k, v [B, Lk, Hkv, Dh] · lse [B, Hq, L] · seq_idx i32 [B, L] (condition `seq_idx`)
 //
-// Query t sees the keys 0 .. t + reach (of its own seq_idx): reach = Lk - L is causal attention, reach = Lk
-// shows every key. Query head h reads key/value head h / (Hq / Hkv). HEAD_VEC4 = Dh / 4. All arithmetic in
-// f32.
+// What a query sees says lib/sight: turn = 0 and reach = Lk - L is causal attention, reach = Lk shows every
+// key. Query head h reads key/value head h / (Hq / Hkv). HEAD_VEC4 = Dh / 4. All arithmetic in f32.
 //
 // A team (lib/team) owns 16 neighbouring query rows of a head and 16 * LANES dimensions of their results; it
 // meets the keys 4 * LANES at a time and stops at the last one that a row of it sees. Scores, weights and
@@ -15,6 +14,8 @@
 // Online softmax (Milakov & Gimelshein 2018; Dao 2023, arXiv 2307.08691, algorithm 1). Masked scores are the
 // finite -1e30 and their weights are set to zero after exp, so no infinity arises.
 import package::lib::index::workgroup_index;
+import package::lib::sight::{keys_seen, keys_below};
+@if(seq_idx) import package::lib::sight::{query_documents, key_documents};
 import package::lib::team::{LANES, TEAM_ROWS, Tile, source_lane, tile_add};
 @if(subgroups) import package::lib::team::{spread, team_max, team_sum};
 import package::lib::team::{tile_scale, loaded_rows, row_order, tile_row, row_number};
@@ -34,7 +35,12 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
-  reach: u32, // query t sees the keys 0 .. t + reach
+  turn: u32, // what a query sees: lib/sight
+  early: i32,
+  reach: i32,
+  limit: u32,
+  q_docs: u32,
+  k_docs: u32,
   scale: f32,
   four: u32, // 4, the rows of a matrix
 }
@@ -58,11 +64,6 @@ fn store(at: u32, d: u32, x: vec4f) {
   if (d < HEAD_VEC4) { out[at + d] = x; }
 }
 
-@if(seq_idx) fn documents(b: u32, at: vec4u) -> vec4i {
-  let i = b * params.seqlen + min(at, vec4u(params.seqlen - 1u));
-  return vec4i(seq_idx[i.x], seq_idx[i.y], seq_idx[i.z], seq_idx[i.w]);
-}
-
 // Where rows of k and v begin; past the end the last row again.
 fn key_rows(head: u32, j: vec4u) -> vec4u {
   return (head + min(j, vec4u(params.kv_seqlen - 1u)) * params.nkv_heads) * HEAD_VEC4;
@@ -73,11 +74,11 @@ struct Weights { p: mat4x4f, top: vec4f, total: vec4f, decay: vec4f }
 
 @if(subgroups)
 fn weigh(s: mat4x4f, top: vec4f, total: vec4f, b: u32, row: vec4u, key: vec4u) -> Weights {
-  let last = min(row + params.reach, vec4u(params.kv_seqlen - 1u));
+  let count = keys_seen(row);
   var seen = array<vec4<bool>, 4>(
-    vec4u(last.x) >= key, vec4u(last.y) >= key, vec4u(last.z) >= key, vec4u(last.w) >= key);
-  @if(seq_idx) let own = documents(b, row);
-  @if(seq_idx) let other = documents(b, key);
+    vec4u(count.x) > key, vec4u(count.y) > key, vec4u(count.z) > key, vec4u(count.w) > key);
+  @if(seq_idx) let own = query_documents(b, row);
+  @if(seq_idx) let other = key_documents(b, key);
   @if(seq_idx) seen = array<vec4<bool>, 4>(seen[0] & (vec4i(own.x) == other),
     seen[1] & (vec4i(own.y) == other), seen[2] & (vec4i(own.z) == other), seen[3] & (vec4i(own.w) == other));
   let hidden = vec4f(HIDDEN);
@@ -121,7 +122,7 @@ fn attention(
   var o3 = Tile();
   var top = mat4x4f(vec4f(HIDDEN), vec4f(HIDDEN), vec4f(HIDDEN), vec4f(HIDDEN));
   var total = mat4x4f();
-  let end = min(min(first + TEAM_ROWS, params.seqlen) + params.reach, params.kv_seqlen);
+  let end = keys_below(first + TEAM_ROWS);
   for (var j = 0u; j < end; j += 4u * LANES) {
     let key = j + 4u * lane + vec4u(0u, 1u, 2u, 3u);
     let at = key_rows(head, key);

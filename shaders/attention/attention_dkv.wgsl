@@ -10,6 +10,8 @@
 // meets the queries that may see its keys 4 * LANES at a time. The order of the sums is fixed and nothing is
 // added atomically. All arithmetic in f32.
 import package::lib::index::workgroup_index;
+import package::lib::sight::{keys_seen, first_to_see};
+@if(seq_idx) import package::lib::sight::{query_documents, key_documents};
 import package::lib::team::{LANES, TEAM_ROWS, Tile, source_lane, tile_add, loaded_rows, row_order, tile_row};
 @if(subgroups) import package::lib::team::spread;
 @if(subgroups && octo) import package::lib::team::source_tile;
@@ -30,7 +32,12 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
-  reach: u32, // query t sees the keys 0 .. t + reach
+  turn: u32, // what a query sees: lib/sight
+  early: i32,
+  reach: i32,
+  limit: u32,
+  q_docs: u32,
+  k_docs: u32,
   scale: f32,
   four: u32, // 4, the rows of a matrix
 }
@@ -64,11 +71,6 @@ fn store(at: u32, d: u32, x: vec4f, y: vec4f) {
   }
 }
 
-@if(seq_idx) fn documents(b: u32, at: vec4u) -> vec4i {
-  let i = b * params.seqlen + min(at, vec4u(params.seqlen - 1u));
-  return vec4i(seq_idx[i.x], seq_idx[i.y], seq_idx[i.z], seq_idx[i.w]);
-}
-
 // Where rows of q and dout begin; past the end the last row again.
 fn query_rows(b: u32, h: u32, t: vec4u) -> vec4u {
   return ((b * params.seqlen + min(t, vec4u(params.seqlen - 1u))) * params.nheads + h) * HEAD_VEC4;
@@ -76,11 +78,11 @@ fn query_rows(b: u32, h: u32, t: vec4u) -> vec4u {
 
 // p of four keys; `row` are the queries of this lane and `lse` theirs.
 fn weights(s: mat4x4f, lse: vec4f, b: u32, key: vec4u, row: vec4u) -> mat4x4f {
-  let last = select(vec4u(), row + params.reach + 1u, row < vec4u(params.seqlen)); // how many keys are seen
+  let last = select(vec4u(), keys_seen(row), row < vec4u(params.seqlen));
   var seen = array<vec4<bool>, 4>(
     vec4u(key.x) < last, vec4u(key.y) < last, vec4u(key.z) < last, vec4u(key.w) < last);
-  @if(seq_idx) let own = documents(b, key);
-  @if(seq_idx) let other = documents(b, row);
+  @if(seq_idx) let own = key_documents(b, key);
+  @if(seq_idx) let other = query_documents(b, row);
   @if(seq_idx) seen = array<vec4<bool>, 4>(seen[0] & (vec4i(own.x) == other),
     seen[1] & (vec4i(own.y) == other), seen[2] & (vec4i(own.z) == other), seen[3] & (vec4i(own.w) == other));
   return mat4x4f(weight(s[0], lse, seen[0]), weight(s[1], lse, seen[1]), weight(s[2], lse, seen[2]),
@@ -124,7 +126,7 @@ fn attention_dkv(
   var y1 = Tile();
   var y2 = Tile();
   var y3 = Tile();
-  let start = max(first, params.reach) - params.reach; // the first query that sees the first key
+  let start = first_to_see(first);
   let group = params.nheads / params.nkv_heads;
   for (var h = hkv * group; h < (hkv + 1u) * group; h++) {
     for (var t = start; t < params.seqlen; t += 4u * LANES) {

@@ -9,6 +9,8 @@
 // a time. All arithmetic in f32. Masked weights are set to zero after exp. Source: Dao 2023 (arXiv
 // 2307.08691), algorithm 2.
 import package::lib::index::workgroup_index;
+import package::lib::sight::{keys_seen, keys_below};
+@if(seq_idx) import package::lib::sight::{query_documents, key_documents};
 import package::lib::team::{LANES, TEAM_ROWS, Tile, source_lane, tile_add, loaded_rows, row_order, tile_row};
 @if(subgroups) import package::lib::team::spread;
 @if(subgroups && octo) import package::lib::team::source_tile;
@@ -28,7 +30,12 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
-  reach: u32, // query t sees the keys 0 .. t + reach
+  turn: u32, // what a query sees: lib/sight
+  early: i32,
+  reach: i32,
+  limit: u32,
+  q_docs: u32,
+  k_docs: u32,
   scale: f32,
   four: u32, // 4, the rows of a matrix
 }
@@ -63,11 +70,6 @@ fn keys(at: vec4u, d: u32) -> mat4x4f {
   return mat4x4f(k[at.x + d], k[at.y + d], k[at.z + d], k[at.w + d]);
 }
 
-@if(seq_idx) fn documents(b: u32, at: vec4u) -> vec4i {
-  let i = b * params.seqlen + min(at, vec4u(params.seqlen - 1u));
-  return vec4i(seq_idx[i.x], seq_idx[i.y], seq_idx[i.z], seq_idx[i.w]);
-}
-
 // Where rows of k and v begin; past the end the last row again.
 fn key_rows(head: u32, j: vec4u) -> vec4u {
   return (head + min(j, vec4u(params.kv_seqlen - 1u)) * params.nkv_heads) * HEAD_VEC4;
@@ -75,11 +77,11 @@ fn key_rows(head: u32, j: vec4u) -> vec4u {
 
 // ds of four rows; `known` has their (lse, delta, 0, 0).
 fn slopes(s: mat4x4f, dp: mat4x4f, known: mat4x4f, b: u32, row: vec4u, key: vec4u) -> mat4x4f {
-  let last = min(row + params.reach, vec4u(params.kv_seqlen - 1u));
+  let count = keys_seen(row);
   var seen = array<vec4<bool>, 4>(
-    vec4u(last.x) >= key, vec4u(last.y) >= key, vec4u(last.z) >= key, vec4u(last.w) >= key);
-  @if(seq_idx) let own = documents(b, row);
-  @if(seq_idx) let other = documents(b, key);
+    vec4u(count.x) > key, vec4u(count.y) > key, vec4u(count.z) > key, vec4u(count.w) > key);
+  @if(seq_idx) let own = query_documents(b, row);
+  @if(seq_idx) let other = key_documents(b, key);
   @if(seq_idx) seen = array<vec4<bool>, 4>(seen[0] & (vec4i(own.x) == other),
     seen[1] & (vec4i(own.y) == other), seen[2] & (vec4i(own.z) == other), seen[3] & (vec4i(own.w) == other));
   return mat4x4f(slope(s[0], dp[0], known[0], seen[0]), slope(s[1], dp[1], known[1], seen[1]),
@@ -118,7 +120,7 @@ fn attention_dq(
   var x1 = Tile();
   var x2 = Tile();
   var x3 = Tile();
-  let end = min(min(first + TEAM_ROWS, params.seqlen) + params.reach, params.kv_seqlen);
+  let end = keys_below(first + TEAM_ROWS);
   for (var j = 0u; j < end; j += 4u * LANES) {
     let key = j + 4u * lane + vec4u(0u, 1u, 2u, 3u);
     let at = key_rows(head, key);

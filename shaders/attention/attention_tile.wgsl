@@ -6,6 +6,8 @@
 // the keys 32 at a time (lib/tile32): scores in registers, their weights through workgroup memory, results in
 // registers.
 import package::lib::index::workgroup_index;
+import package::lib::sight::{keys_seen, keys_below};
+@if(seq_idx) import package::lib::sight::{query_documents, key_documents};
 import package::lib::tile32::{PITCH, own_tile, other_tile, tile_rows, tile_dots, tile_put_weights, tile_sums};
 
 @group(0) @binding(0) var<storage, read> q: array<vec4f>;
@@ -21,7 +23,12 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
-  reach: u32, // query t sees the keys 0 .. t + reach
+  turn: u32, // what a query sees: lib/sight
+  early: i32,
+  reach: i32,
+  limit: u32,
+  q_docs: u32,
+  k_docs: u32,
   scale: f32,
 }
 @group(1) @binding(0) var<uniform> params: Params;
@@ -64,12 +71,6 @@ fn stage_values(b: u32, hkv: u32, first: u32, slab: u32, lane: u32) {
   }
 }
 
-@if(seq_idx)
-fn documents(b: u32, at: vec4u) -> vec4i {
-  let i = b * params.seqlen + min(at, vec4u(params.seqlen - 1u));
-  return vec4i(seq_idx[i.x], seq_idx[i.y], seq_idx[i.z], seq_idx[i.w]);
-}
-
 fn largest(s: vec4f) -> f32 {
   return max(max(s.x, s.y), max(s.z, s.w));
 }
@@ -89,13 +90,14 @@ fn attention_tile(
   let x = lane % 8u;
   let y = lane / 8u;
   let t = tile_rows(first, y);
-  @if(seq_idx) let mine = documents(b, t);
+  let count = keys_seen(t);
+  @if(seq_idx) let mine = query_documents(b, t);
 
   let nslabs = (HEAD_VEC4 + 7u) / 8u;
   var o: array<mat4x4f, MAX_SLABS>;
   var top = vec4f(HIDDEN);
   var total = vec4f(); // over the keys of this lane only
-  let end = min(min(first + 32u, params.seqlen) + params.reach, params.kv_seqlen);
+  let end = keys_below(first + 32u);
   for (var j = 0u; j < end; j += 32u) {
     var s = mat4x4f();
     for (var slab = 0u; slab < nslabs; slab++) {
@@ -106,10 +108,10 @@ fn attention_tile(
       workgroupBarrier();
     }
     let key = tile_rows(j, x);
-    @if(seq_idx) let others = documents(b, key);
+    @if(seq_idx) let others = key_documents(b, key);
     var seen = array<vec4<bool>, 4>();
     for (var r = 0u; r < 4u; r++) {
-      seen[r] = vec4u(min(t[r] + params.reach, params.kv_seqlen - 1u)) >= key;
+      seen[r] = vec4u(count[r]) > key;
       @if(seq_idx) seen[r] &= others == vec4i(mine[r]);
       s[r] = select(vec4f(HIDDEN), s[r], seen[r]);
     }

@@ -5,6 +5,8 @@
 // of 64 owns 32 neighbouring keys of one key/value head and meets the queries of the group's heads 32 at a
 // time (lib/tile32).
 import package::lib::index::workgroup_index;
+import package::lib::sight::{keys_seen, first_to_see};
+@if(seq_idx) import package::lib::sight::{query_documents, key_documents};
 import package::lib::tile32::{PITCH, own_tile, other_tile, tile_rows, tile_dots, tile_put_weights, tile_sums};
 
 @group(0) @binding(0) var<storage, read> q: array<vec4f>;
@@ -22,7 +24,12 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
-  reach: u32, // query t sees the keys 0 .. t + reach
+  turn: u32, // what a query sees: lib/sight
+  early: i32,
+  reach: i32,
+  limit: u32,
+  q_docs: u32,
+  k_docs: u32,
   scale: f32,
 }
 @group(1) @binding(0) var<uniform> params: Params;
@@ -72,12 +79,6 @@ fn stage_values(b: u32, hkv: u32, first: u32, slab: u32, lane: u32) {
   }
 }
 
-@if(seq_idx)
-fn documents(b: u32, at: vec4u) -> vec4i {
-  let i = b * params.seqlen + min(at, vec4u(params.seqlen - 1u));
-  return vec4i(seq_idx[i.x], seq_idx[i.y], seq_idx[i.z], seq_idx[i.w]);
-}
-
 @compute @workgroup_size(64)
 fn attention_tile_dkv(
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
@@ -92,12 +93,12 @@ fn attention_tile_dkv(
   let x = lane % 8u;
   let y = lane / 8u;
   let key = tile_rows(first, y);
-  @if(seq_idx) let mine = documents(b, key);
+  @if(seq_idx) let mine = key_documents(b, key);
 
   let nslabs = (HEAD_VEC4 + 7u) / 8u;
   var key_sums: array<mat4x4f, MAX_SLABS>;
   var value_sums: array<mat4x4f, MAX_SLABS>;
-  let start = max(first, params.reach) - params.reach; // the first query that sees the first key
+  let start = first_to_see(first);
   let group = params.nheads / params.nkv_heads;
   for (var h = hkv * group; h < (hkv + 1u) * group; h++) {
     for (var i = start; i < params.seqlen; i += 32u) {
@@ -116,13 +117,13 @@ fn attention_tile_dkv(
         workgroupBarrier();
       }
       let t = tile_rows(i, x);
-      let inside = vec4u(params.seqlen) > t;
+      let count = select(vec4u(), keys_seen(t), t < vec4u(params.seqlen));
       let row = (b * params.nheads + h) * params.seqlen + min(t, vec4u(params.seqlen - 1u));
       let stat = mat4x2f(stats[row.x], stats[row.y], stats[row.z], stats[row.w]);
       let by_kind = transpose(stat); // lse and delta of the four queries
-      @if(seq_idx) let others = documents(b, t);
+      @if(seq_idx) let others = query_documents(b, t);
       for (var r = 0u; r < 4u; r++) {
-        var seen = inside & (t + params.reach >= vec4u(key[r]));
+        var seen = count > vec4u(key[r]);
         @if(seq_idx) seen &= others == vec4i(mine[r]);
         // The exponent is held at 0: the score of a masked key may exceed lse by any amount.
         s[r] = select(vec4f(), exp(min(s[r] - by_kind[0], vec4f())), seen);

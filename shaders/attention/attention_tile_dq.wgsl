@@ -4,6 +4,8 @@
 // The same function as attention_dq.wgsl (see there), for GPUs, heads up to 256 wide. One workgroup of
 // 64 computes 32 neighbouring query rows of one head and meets the keys 32 at a time (lib/tile32).
 import package::lib::index::workgroup_index;
+import package::lib::sight::{keys_seen, keys_below};
+@if(seq_idx) import package::lib::sight::{query_documents, key_documents};
 import package::lib::tile32::{PITCH, own_tile, other_tile, tile_rows, tile_dots, tile_put_weights, tile_sums};
 
 @group(0) @binding(0) var<storage, read> q: array<vec4f>;
@@ -20,7 +22,12 @@ struct Params {
   kv_seqlen: u32,
   nheads: u32,
   nkv_heads: u32,
-  reach: u32, // query t sees the keys 0 .. t + reach
+  turn: u32, // what a query sees: lib/sight
+  early: i32,
+  reach: i32,
+  limit: u32,
+  q_docs: u32,
+  k_docs: u32,
   scale: f32,
 }
 @group(1) @binding(0) var<uniform> params: Params;
@@ -70,12 +77,6 @@ fn stage_values(b: u32, hkv: u32, first: u32, slab: u32, lane: u32) {
   }
 }
 
-@if(seq_idx)
-fn documents(b: u32, at: vec4u) -> vec4i {
-  let i = b * params.seqlen + min(at, vec4u(params.seqlen - 1u));
-  return vec4i(seq_idx[i.x], seq_idx[i.y], seq_idx[i.z], seq_idx[i.w]);
-}
-
 @compute @workgroup_size(64)
 fn attention_tile_dq(
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
@@ -93,11 +94,12 @@ fn attention_tile_dq(
   let t = tile_rows(first, y);
   let row = (b * params.nheads + h) * params.seqlen + min(t, vec4u(params.seqlen - 1u));
   var stat = array<vec2f, 4>(stats[row.x], stats[row.y], stats[row.z], stats[row.w]);
-  @if(seq_idx) let mine = documents(b, t);
+  let count = keys_seen(t);
+  @if(seq_idx) let mine = query_documents(b, t);
 
   let nslabs = (HEAD_VEC4 + 7u) / 8u;
   var sums: array<mat4x4f, MAX_SLABS>;
-  let end = min(min(first + 32u, params.seqlen) + params.reach, params.kv_seqlen);
+  let end = keys_below(first + 32u);
   for (var j = 0u; j < end; j += 32u) {
     var s = mat4x4f();
     var dp = mat4x4f();
@@ -114,9 +116,9 @@ fn attention_tile_dq(
       workgroupBarrier();
     }
     let key = tile_rows(j, x);
-    @if(seq_idx) let others = documents(b, key);
+    @if(seq_idx) let others = key_documents(b, key);
     for (var r = 0u; r < 4u; r++) {
-      var seen = vec4u(min(t[r] + params.reach, params.kv_seqlen - 1u)) >= key;
+      var seen = vec4u(count[r]) > key;
       @if(seq_idx) seen &= others == vec4i(mine[r]);
       // The exponent is held at 0: the score of a masked key may exceed lse by any amount.
       s[r] = select(vec4f(), exp(min(s[r] - stat[r].x, vec4f())) * (dp[r] - stat[r].y), seen);

@@ -1,12 +1,15 @@
-// Copies a block of columns: dst[r, dst_first + c] = src[r, src_first + c] for r < rows, c < width.
+// Copies a block of columns: dst[r, dst_first + c] = src[r, src_first + c] for r < rows, c < width; with the
+// condition `add` it adds f32 to what is there.
 //
-// Widths and offsets count elements of V: vec4f where all of them are multiples of 4 (condition `vec4`).
-// Works on any 32-bit elements, since no arithmetic is done. One invocation takes every `parts`-th element of
-// a row.
+// Widths and offsets count elements of V: vec4 where all of them are multiples of 4 (condition `vec4`).
+// Copies work on any 32-bit elements, since no arithmetic is done. One invocation takes every `parts`-th
+// element of a row.
 import package::lib::index::workgroup_index;
 
-@if(vec4) alias V = vec4u;
-@else alias V = u32;
+@if(vec4 && add) alias V = vec4f;
+@if(vec4 && !add) alias V = vec4u;
+@if(!vec4 && add) alias V = f32;
+@if(!vec4 && !add) alias V = u32;
 
 @group(0) @binding(0) var<storage, read> src: array<V>;
 @group(0) @binding(1) var<storage, read_write> dst: array<V>;
@@ -35,6 +38,7 @@ fn columns(
   let source = row * params.src_cols + params.src_first;
   let place = row * params.dst_cols + params.dst_first;
   for (var c = i % params.parts; c < params.width; c += params.parts) {
-    dst[place + c] = src[source + c];
+    @if(add) dst[place + c] += src[source + c];
+    @else dst[place + c] = src[source + c];
   }
 }

@@ -1,12 +1,12 @@
-import { attention } from "../ops/attention.ts";
 import { cache_read, cache_write, decode_attention } from "../ops/decode_attention.ts";
-import { type Division, SOLO } from "./division.ts";
 import { linear } from "./product.ts";
 import { enter, rowLinear } from "./tensor_parallel.ts";
 import type { Device } from "../tensor/device.ts";
 import { UsageError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
+import { attendOverRanks, checkWholeRows } from "./context_parallel.ts";
+import { type Division, SOLO } from "./division.ts";
 import type { Weight, Weights } from "./weights.ts";
 
 /** Heads are those of a rank: the layer's over `Division.tp`, and at least one key head. */
@@ -63,9 +63,10 @@ export class Attention {
 
   /**
    * @param scales for keys and values in FP8; null: f32
-   * @throws UsageError for codes that do not fill whole words
+   * @throws UsageError for codes that do not fill whole words, and where ranks share the positions of a row
    */
   createCache(device: Device, batch: number, capacity: number, scales: KVScales | null = null): KVCache {
+    checkWholeRows(this.division);
     const { num_key_value_heads: Hkv, head_dim: Dh } = this.sizes;
     if (scales && Dh % 4 !== 0) {
       throw new UsageError(
@@ -106,7 +107,7 @@ export class Attention {
         k = cache_read(cache.key, step.length + L, kScale);
         v = cache_read(cache.value, step.length + L, vScale);
       }
-      out = attention(q, k, v, { scale, seq_idx: context.seq_idx });
+      out = attendOverRanks(q, k, v, { scale, seq_idx: context.seq_idx }, this.division);
     }
     return rowLinear(out.reshape([B, L, Hq * Dh]), this.o_proj, biases && biases.o, residual, this.division);
   }

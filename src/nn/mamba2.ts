@@ -1,7 +1,6 @@
 import { causal_conv1d, causal_conv1d_update } from "../ops/causal_conv1d.ts";
 import { split_columns } from "../ops/elementwise.ts";
 import { gated_rms_norm } from "../ops/gated_rms_norm.ts";
-import { type Division, SOLO } from "./division.ts";
 import { linear } from "./product.ts";
 import { enter, rowLinear } from "./tensor_parallel.ts";
 import { selective_state_update } from "../ops/selective_state_update.ts";
@@ -9,7 +8,9 @@ import { ssd_scan } from "../ops/ssd_scan.ts";
 import type { Device } from "../tensor/device.ts";
 import { promote } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import type { ForwardContext } from "./context.ts";
+import type { ForwardContext, Step } from "./context.ts";
+import { checkWholeRows, type ScanInputs, scanOverRanks, type ScanSizes } from "./context_parallel.ts";
+import { type Division, SOLO } from "./division.ts";
 import type { Weight, Weights } from "./weights.ts";
 
 /** Heads and groups are those of a rank: the layer's over `Division.tp`. */
@@ -76,7 +77,9 @@ export class Mamba2 {
     this.out_proj_bias = sizes.proj_bias ? w.take("out_proj.bias", [hidden]) : null;
   }
 
+  /** @throws UsageError where ranks share the positions of a row */
   createCache(device: Device, batch: number): Mamba2Cache {
+    checkWholeRows(this.division);
     const { nheads: H, headdim: P, dstate: N, ngroups: G, conv_kernel: W } = this.sizes;
     return {
       kind: "mamba2",
@@ -89,6 +92,11 @@ export class Mamba2 {
   get #convWeight(): Tensor {
     const [channels, , window] = this.conv1d.shape as [number, number, number];
     return this.conv1d.reshape([channels, window]);
+  }
+
+  get #perHead(): { A_log: Tensor; D: Tensor; dt_bias: Tensor } {
+    const { A_log, D, dt_bias } = this;
+    return { A_log, D, dt_bias };
   }
 
   /**
@@ -107,7 +115,10 @@ export class Mamba2 {
     const [z, xBC, dt] = split_columns(proj, [d_inner, conv_dim, H]) as [Tensor, Tensor, Tensor];
     const y = cache && context.step?.decode
       ? this.#decode(xBC.reshape([B, conv_dim]), dt.reshape([B, H]), cache)
-      : this.#scan(xBC, dt, context, cache);
+      : scanOverRanks({
+        xBC, dt, seq_idx: context.seq_idx, conv_weight: this.#convWeight, conv_bias: this.conv_bias,
+        ...this.#perHead,
+      }, this.sizes, this.division, (inputs, sizes) => this.#scan(inputs, sizes, context.step, cache));
     const normed = gated_rms_norm(y.reshape([B, L, d_inner]), z, this.norm, G, this.sizes.eps);
     return rowLinear(normed, this.out_proj, this.out_proj_bias, residual, this.division);
   }
@@ -120,23 +131,25 @@ export class Mamba2 {
     const [, conv_state] = causal_conv1d(
       first(pending.xBC), this.#convWeight, this.conv_bias, cache.conv_state, null) as [Tensor, Tensor];
     const [, ssm_state] = this.#ssd(
-      first(pending.x), first(pending.dt), first(pending.B), first(pending.C), null, cache.ssm_state);
+      first(pending.x), first(pending.B), first(pending.C),
+      { dt: first(pending.dt), seq_idx: null, ...this.#perHead }, cache.ssm_state);
     cache.conv_state.copyFrom(conv_state);
     cache.ssm_state.copyFrom(ssm_state);
   }
 
-  #scan(xBC: Tensor, dt: Tensor, context: ForwardContext, cache: Mamba2Cache | null): Tensor {
-    const { nheads: H, headdim: P, dstate: N, ngroups: G } = this.sizes;
+  #scan(inputs: ScanInputs, sizes: ScanSizes, step: Step | null, cache: Mamba2Cache | null): Tensor {
+    const { nheads: H, headdim: P, dstate: N, ngroups: G } = sizes;
+    const { xBC, dt, seq_idx, conv_weight, conv_bias } = inputs;
     const [B, L] = xBC.shape as [number, number, number];
     const [conv, conv_state] = causal_conv1d(
-      xBC, this.#convWeight, this.conv_bias, cache && cache.conv_state, context.seq_idx, cache !== null,
+      xBC, conv_weight, conv_bias, cache && cache.conv_state, seq_idx, cache !== null,
     ) as [Tensor, Tensor | undefined];
     const [x, Bmat, C] = split_columns(conv, [H * P, G * N, G * N]) as [Tensor, Tensor, Tensor];
     const x_BLHP = x.reshape([B, L, H, P]);
     const B_BLGN = Bmat.reshape([B, L, G, N]);
     const C_BLGN = C.reshape([B, L, G, N]);
-    const [y, ssm_state] = this.#ssd(x_BLHP, dt, B_BLGN, C_BLGN, context.seq_idx, cache && cache.ssm_state);
-    if (cache && context.step?.verify) {
+    const [y, ssm_state] = this.#ssd(x_BLHP, B_BLGN, C_BLGN, inputs, cache && cache.ssm_state);
+    if (cache && step?.verify) {
       cache.pending = promote({ xBC, x: x_BLHP, dt, B: B_BLGN, C: C_BLGN });
     } else if (cache) {
       cache.conv_state.copyFrom(conv_state!);
@@ -146,12 +159,12 @@ export class Mamba2 {
   }
 
   #ssd(
-    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | null, initial_state: Tensor | null,
+    x: Tensor, B: Tensor, C: Tensor,
+    { dt, A_log, D, dt_bias, seq_idx }: Pick<ScanInputs, "dt" | "A_log" | "D" | "dt_bias" | "seq_idx">,
+    initial_state: Tensor | null,
   ): readonly [Tensor, Tensor] {
     const { chunk_size, dt_limit } = this.sizes;
-    return ssd_scan(x, dt, this.A_log, B, C, this.D, this.dt_bias, {
-      chunk_size, dt_limit, initial_state, seq_idx,
-    });
+    return ssd_scan(x, dt, A_log, B, C, D, dt_bias, { chunk_size, dt_limit, initial_state, seq_idx });
   }
 
   #decode(xBC: Tensor, dt: Tensor, cache: Mamba2Cache): Tensor {

@@ -53,7 +53,8 @@ export interface Communication {
 /** Called for every collective that is recorded. */
 export const communicationObservers = new Set<(communication: Communication) => void>();
 
-interface Call {
+/** Whom the tensors of a call belong to. */
+export interface Call {
   readonly group: string;
   readonly algorithm: Algorithm;
   readonly ranks: readonly number[];
@@ -81,7 +82,8 @@ export function bytesSent(kind: CollectiveKind, algorithm: Algorithm, g: number,
   }
 }
 
-function report(
+/** Tells the observers of a collective before which every rank holds `bytes`. */
+export function report(
   kind: CollectiveKind, { group, algorithm, ranks }: Call, bytes: number, backward = false,
 ): void {
   for (const observer of communicationObservers) {
@@ -100,7 +102,7 @@ function withExtent(shape: readonly number[], dim: number, extent: number): numb
   return shape.map((n, i) => (i === dim ? extent : n));
 }
 
-function checkAlike(op: string, xs: readonly Tensor[]): void {
+export function checkAlike(op: string, xs: readonly Tensor[]): void {
   const [first] = xs;
   if (!first) throw new UsageError(`${op}: expected the tensors of a group's ranks, found none.`);
   for (const x of xs) check(x.shape.join() === first.shape.join(), op, "x", `[${first.shape.join(", ")}]`, x);
@@ -185,7 +187,7 @@ function ownSlices(xs: readonly Tensor[], dim: number): Tensor[] {
 }
 
 /** A gradient for every rank: zeros where an output was not used. */
-function whole(grads: readonly (Tensor | null)[], devices: readonly Tensor["device"][]): Tensor[] {
+export function whole(grads: readonly (Tensor | null)[], devices: readonly Tensor["device"][]): Tensor[] {
   const { shape } = grads.find((grad) => grad !== null)!;
   return grads.map((grad, i) => grad ?? devices[i]!.zeros(shape));
 }
@@ -313,14 +315,21 @@ const allToAll = defineOp({
 });
 
 /** Runs a collective for every group of the ranks that hold x. A group of one changes nothing. */
-function inGroups(
-  x: Tensor, { name, algorithm, members }: Group, run: (call: Call, ...xs: Tensor[]) => Tensor[],
+function inGroups(x: Tensor, group: Group, run: (call: Call, ...xs: Tensor[]) => Tensor[]): Tensor {
+  if (group.members.every(({ length }) => length === 1)) return x;
+  return forEachGroup([x], group, (call, [xs]) => run(call, ...xs!));
+}
+
+/** Calls `run` for every group with its ranks' tensors of every value, and gathers its results by rank. */
+export function forEachGroup(
+  values: readonly Tensor[], { name, algorithm, members }: Group,
+  run: (call: Call, locals: readonly (readonly Tensor[])[]) => readonly Tensor[],
 ): Tensor {
-  if (members.every(({ length }) => length === 1)) return x;
-  const locals = localsOf(x);
+  const locals = values.map(localsOf);
   const results: Tensor[] = [];
   for (const ranks of members) {
-    const ys = run({ group: name, algorithm, ranks }, ...ranks.map((rank) => locals[rank]!));
+    const call = { group: name, algorithm, ranks };
+    const ys = run(call, locals.map((tensors) => ranks.map((rank) => tensors[rank]!)));
     ranks.forEach((rank, i) => {
       results[rank] = ys[i]!;
     });

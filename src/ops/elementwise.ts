@@ -151,8 +151,10 @@ export interface ColumnBlock {
   readonly first: number;
 }
 
-/** dst[r, dst.first + c] = src[r, src.first + c] for r < rows and c < width. */
-export function copyColumns(rows: number, width: number, src: ColumnBlock, dst: ColumnBlock): void {
+/** dst[r, dst.first + c] = src[r, src.first + c] for r < rows and c < width; or += where `add` (f32). */
+export function copyColumns(
+  rows: number, width: number, src: ColumnBlock, dst: ColumnBlock, add = false,
+): void {
   const isWide = [width, src.cols, src.first, dst.cols, dst.first].every((n) => n % 4 === 0);
   const unit = isWide ? 4 : 1;
   const parts = Math.max(1, Math.ceil(width / unit / (src.tensor.device.info.isSoftware ? 16 : 2)));
@@ -162,7 +164,7 @@ export function copyColumns(rows: number, width: number, src: ColumnBlock, dst: 
       rows, parts, width: width / unit, src_cols: src.cols / unit, src_first: src.first / unit,
       dst_cols: dst.cols / unit, dst_first: dst.first / unit,
     },
-    constants: { WG }, conditions: isWide ? ["vec4"] : [],
+    constants: { WG }, conditions: [...isWide ? ["vec4" as const] : [], ...add ? ["add" as const] : []],
     workgroups: [width === 0 ? 0 : Math.ceil((rows * parts) / WG)],
   });
 }

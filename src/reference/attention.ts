@@ -2,10 +2,14 @@ import { ndarray, type NdArray } from "../tensor/ndarray.ts";
 
 export interface AttentionOptions {
   readonly scale: number;
-  /** i32 [B, L], requires Lk = L: a query sees only keys of its own value. */
+  /** i32 [B, L]: a query sees only keys of its own value. */
   readonly seq_idx?: NdArray | null;
+  /** i32 [B, Lk]: the values of keys, by default those of queries (then Lk = L). */
+  readonly kv_seq_idx?: NdArray | null;
   /** Default true; false shows every query all keys. */
   readonly causal?: boolean;
+  /** Positions of the first query of each half, by default of the last L positions. */
+  readonly starts?: readonly [number, number];
 }
 
 interface Row {
@@ -24,6 +28,8 @@ function forEachRow(q: NdArray, k: NdArray, options: AttentionOptions, visit: (r
   const [B, L, Hq, Dh] = q.shape as [number, number, number, number];
   const [, Lk, Hkv] = k.shape as [number, number, number];
   const seq = options.seq_idx?.data;
+  const kvSeq = (options.kv_seq_idx ?? options.seq_idx)?.data;
+  const [first, second] = options.starts ?? [Lk - L, Lk - L + L / 2];
   const causal = options.causal ?? true;
   for (let b = 0; b < B; b++) {
     for (let t = 0; t < L; t++) {
@@ -32,8 +38,9 @@ function forEachRow(q: NdArray, k: NdArray, options: AttentionOptions, visit: (r
         const hkv = Math.floor(h / (Hq / Hkv));
         const kv = (j: number): number => ((b * Lk + j) * Hkv + hkv) * Dh;
         const keys: number[] = [];
-        const end = causal ? t + Lk - L + 1 : Lk;
-        for (let j = 0; j < end; j++) if (!seq || seq[b * L + t] === seq[b * L + j]) keys.push(j);
+        const position = t < L / 2 ? first + t : second + t - L / 2;
+        const end = causal ? position + 1 : Lk;
+        for (let j = 0; j < end; j++) if (!seq || seq[b * L + t] === kvSeq![b * Lk + j]) keys.push(j);
         const scores = keys.map((j) => {
           let dot = 0;
           for (let d = 0; d < Dh; d++) dot += q.data[row + d]! * k.data[kv(j) + d]!;
@@ -52,8 +59,8 @@ function forEachRow(q: NdArray, k: NdArray, options: AttentionOptions, visit: (r
  * O = softmax(scale * Q K^T, causal or not) V, with grouped key and value heads.
  *
  * q [B, L, Hq, Dh], k and v [B, Lk, Hkv, Dh], Hq a multiple of Hkv -> [B, L, Hq, Dh]. Query head h uses
- * key/value head floor(h / (Hq / Hkv)). Query t is at absolute position t + (Lk - L); where causal it sees
- * keys up to there and Lk >= L.
+ * key/value head floor(h / (Hq / Hkv)). Query t is at absolute position t + (Lk - L), or where `starts` says;
+ * where causal it sees keys up to there and Lk >= L.
  */
 export function attention(q: NdArray, k: NdArray, v: NdArray, options: AttentionOptions): NdArray {
   const Dh = q.shape[3]!;

@@ -61,7 +61,10 @@ const COPY = ["var sum = acc;", "var sum = mat4x4f(acc[0], acc[1], acc[2], acc[3
 const HALVES = [["unpack2x16float(word)", "vec2f(f32(word & 0xffffu), f32(word >> 16u))"]] as const;
 /** Three queries over 35 keys: two tiles of keys, of which the second holds what masks hide. */
 const TILED = {
-  params: { batch: 1, seqlen: 3, kv_seqlen: 35, nheads: 1, nkv_heads: 1, reach: 32, scale: 0.35 },
+  params: {
+    batch: 1, seqlen: 3, kv_seqlen: 35, nheads: 1, nkv_heads: 1, turn: 0, early: 0, reach: 32, limit: 35,
+    q_docs: 0, k_docs: 0, scale: 0.35,
+  },
   constants: { HEAD_VEC4: 1 }, workgroups: [1],
 } as const;
 const tiled = { q: normal(12), k: normal(140), v: normal(140), seq_idx: 35 };
@@ -71,8 +74,7 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
   "attention/attention_tile:attention_tile": {
     bind: { ...tiled, out: 12, lse: 3 }, ...TILED,
     rewrite: [
-      COPY, ["seen[r] = vec4u(min(t[r] + params.reach, params.kv_seqlen - 1u)) >= key;", ""],
-      [", seen[r])", ", vec4u(t[r] + params.reach) >= key)"],
+      COPY, ["seen[r] = vec4u(count[r]) > key;", ""], [", seen[r])", ", vec4u(count[r]) > key)"],
     ],
   },
   "attention/attention_tile_dkv:attention_tile_dkv": {

@@ -23,6 +23,15 @@ const args = (sizes: Sizes, seq_idx?: number[]) => (r: Draw) => {
     },
   ];
 };
+/** Queries in two stretches, at `starts` of the keys' positions. */
+const stretches = (sizes: Sizes, starts: [number, number], seq?: [number[], number[]]) => (r: Draw) => {
+  const [q, k, v, options] = args(sizes)(r);
+  const { B = 1, L, Lk = L } = sizes;
+  return [q, k, v, {
+    ...options as object, starts,
+    ...seq && { seq_idx: r.of([B, L], seq[0], "i32"), kv_seq_idx: r.of([B, Lk], seq[1], "i32") },
+  }];
+};
 const documents = (...lengths: number[]) => lengths.flatMap((length, i) => Array<number>(length).fill(i));
 
 export default opSamples({
@@ -88,8 +97,46 @@ export default opSamples({
       name: "all keys of the own document, heads of 76",
       args: args({ B: 2, L: 35, Hq: 2, Hkv: 1, Dh: 76, causal: false }, documents(9, 26, 33, 2)),
     },
+    {
+      name: "two stretches of queries",
+      args: stretches({ B: 2, L: 14, Lk: 56, Hq: 4, Hkv: 2, Dh: 8 }, [7, 42]),
+    },
+    {
+      name: "two stretches that cross a workgroup's rows, the last keys unseen",
+      args: stretches({ L: 38, Lk: 70, Hq: 2, Hkv: 1, Dh: 16 }, [0, 44]),
+    },
+    {
+      name: "two stretches with documents", args: stretches(
+        { B: 2, L: 6, Lk: 12, Hq: 2, Hkv: 1, Dh: 8 }, [3, 6],
+        [documents(2, 4, 1, 5), [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]]),
+    },
+    {
+      name: "workgroup tile, two stretches with documents",
+      args: (r: Draw) => {
+        const [q, k, v, options] = stretches(
+          { L: 6, Lk: 12, Hq: 2, Hkv: 1, Dh: 8 }, [3, 6],
+          [documents(2, 4), [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]])(r);
+        return [q, k, v, { ...options as object, kernel: "tile" }];
+      },
+    },
   ],
   errors: [
+    {
+      name: "stretches that overlap", args: stretches({ L: 4, Lk: 8, Hq: 1, Hkv: 1, Dh: 8 }, [3, 4]),
+      message: /attention: starts must be ascending, 2 apart and within 8 positions, found \[3, 4\]/,
+    },
+    {
+      name: "two stretches of an odd length", args: stretches({ L: 3, Lk: 8, Hq: 1, Hkv: 1, Dh: 8 }, [0, 4]),
+      message: /attention: q must be an even number of causal queries with starts, found \[1, 3, 1, 8\]/,
+    },
+    {
+      name: "documents of keys without those of queries",
+      args: (r: Draw) => {
+        const [q, k, v, options] = args({ L: 2, Hq: 1, Hkv: 1, Dh: 8 })(r);
+        return [q, k, v, { ...options as object, kv_seq_idx: r.of([1, 2], [0, 0], "i32") }];
+      },
+      message: /attention: kv_seq_idx must be \[1, 2\] beside seq_idx, found \[1, 2\]/,
+    },
     {
       name: "more queries than keys", args: args({ L: 5, Lk: 4, Hq: 2, Hkv: 1, Dh: 8 }),
       message: /attention: k must be \[1, Lk >= 5, Hkv, 8\], found \[1, 4, 1, 8\]/,
