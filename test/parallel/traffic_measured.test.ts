@@ -1,0 +1,81 @@
+/** What the ranks of a model send in a forward and a backward pass, beside what is predicted. */
+import { afterAll, expect, test } from "vitest";
+import { Tape } from "../../src/autograd/tape.ts";
+import { listParameters } from "../../src/models/checkpoint_names.ts";
+import { parseConfig } from "../../src/models/config.ts";
+import type { NemotronHConfig } from "../../src/models/config.ts";
+import { communicationObservers } from "../../src/ops/collectives.ts";
+import type { Communication } from "../../src/ops/collectives.ts";
+import { parseLayout, worldOf } from "../../src/parallel/layout.ts";
+import { predictTraffic } from "../../src/parallel/traffic.ts";
+import { openDevice } from "../../src/tensor/device.ts";
+import { sizeOf } from "../../src/tensor/ndarray.ts";
+import { scope } from "../../src/tensor/scope.ts";
+import { localsOf } from "../../src/tensor/sharded.ts";
+import { testAdapters } from "../support/adapters.ts";
+import { onRanks, shardedModel } from "../support/parallel.ts";
+
+const [B, L] = [2, 16];
+const config = (pattern: string, mtp = ""): NemotronHConfig => parseConfig({
+  vocab_size: 48, hidden_size: 32, num_attention_heads: 8, num_key_value_heads: 2, head_dim: 4,
+  mamba_num_heads: 8, mamba_head_dim: 4, ssm_state_size: 4, n_groups: 4, chunk_size: 8, conv_kernel: 4,
+  intermediate_size: 32, n_routed_experts: 8, num_experts_per_tok: 2, moe_intermediate_size: 16,
+  moe_shared_expert_intermediate_size: 16, hybrid_override_pattern: pattern,
+  ...(mtp ? { num_nextn_predict_layers: 1, mtp_hybrid_override_pattern: mtp } : {}),
+});
+
+// Bytes do not depend on the adapter.
+const device = await openDevice({ adapter: (await testAdapters())[0]! });
+afterAll(() => device.destroy());
+
+/** Everything that is sent, added up by group, collective and pass; all ranks together. */
+function measured(text: string, model: NemotronHConfig, depths: number): Map<string, number> {
+  const layout = parseLayout(text);
+  const ranks = worldOf(layout);
+  const length = L / layout.cp;
+  const ids = () => onRanks(() => device.tensor(new Int32Array(B * length), [B, length]), ranks);
+  const found: Communication[] = [];
+  const observer = (communication: Communication) => void found.push(communication);
+  communicationObservers.add(observer);
+  try {
+    scope(() => {
+      const values = new Map(listParameters(model).map(({ name, shape }) =>
+        [name, new Float32Array(sizeOf(shape)).fill(0.1)]));
+      const held = shardedModel(device, model, layout, values);
+      const tape = new Tape();
+      const batch = {
+        input_ids: ids(), targets: ids(), seq_idx: null,
+        mtp: Array.from({ length: depths }, () => ({ input_ids: ids(), targets: ids() })),
+      };
+      const { total } = tape.run(() => held.loss(batch, { mtp_scale: 0.3 }));
+      tape.backward(localsOf(total), localsOf(total).map(() => device.tensor([1], [])));
+      held.dispose();
+      return [];
+    });
+  } finally {
+    communicationObservers.delete(observer);
+  }
+  return added(found.map(({ group, kind, backward, bytes }) =>
+    [`${kind} over ${group}, ${backward ? "backward" : "forward"}`, bytes]));
+}
+
+function predicted(text: string, model: NemotronHConfig, depths: number): Map<string, number> {
+  const layout = parseLayout(text);
+  const sizes = { batch: B, seqlen: L, micro_batches: 1 };
+  const [rows] = predictTraffic(layout, model, sizes, { mtp_depths: depths });
+  return added(rows!.filter(({ pass }) => pass !== "update").map(({ group, kind, pass, bytes }) =>
+    [`${kind} over ${group}, ${pass}`, bytes * worldOf(layout)]));
+}
+
+function added(entries: readonly [string, number][]): Map<string, number> {
+  const sums = new Map<string, number>();
+  for (const [key, bytes] of entries) sums.set(key, (sums.get(key) ?? 0) + bytes);
+  return new Map([...sums].sort(([a], [b]) => (a < b ? -1 : 1)));
+}
+
+test.each([
+  ["tp=2", config("M*E-", "*E"), 2], ["tp=4,algorithm=ring", config("M*-"), 0],
+  ["tp=2,sp=off", config("M*-", "*"), 1],
+])("%s sends what is predicted", (text, model, depths) => {
+  expect(measured(text, model, depths)).toEqual(predicted(text, model, depths));
+});
