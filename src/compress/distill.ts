@@ -73,7 +73,7 @@ export async function distill(
   const shapes = learning.map(({ parameter }) => parameter.shape);
   const [masters, originals] = unscoped(
     () => [named(together(device, shapes)), named(together(device, shapes))]);
-  const optimizer = unscoped(() => new AdamW(device, masters, {
+  const optimizer = unscoped(() => new AdamW(masters, {
     betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0, clip: 1,
   }));
   const teacher = new NemotronH(model.config, new Map([...model.parameters, ...originals]));

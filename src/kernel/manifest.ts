@@ -521,6 +521,25 @@ export const manifest = {
       gather: ["dweight","dy","head","mask","next","params"],
     },
   },
+  "elementwise/multiply": {
+    bindings: {
+      a: { binding: 0, access: "read" },
+      b: { binding: 1, access: "read" },
+      y: { binding: 2, access: "read_write" },
+    },
+    params: {
+      count: "u32",
+    },
+    overrides: {
+      WG: "u32",
+      EACH: "u32",
+      APART: "u32",
+    },
+    conditions: ["vec4"],
+    entries: {
+      multiply: ["a","b","params","y"],
+    },
+  },
   "elementwise/parts": {
     bindings: {
       src: { binding: 0, access: "read" },

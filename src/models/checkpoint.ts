@@ -215,12 +215,20 @@ export function tensorEntry(name: string, tensor: Tensor): TensorEntry {
   return { name, dtype, shape: tensor.shape, bytes: () => bytesOf(tensor) };
 }
 
-async function bytesOf(tensor: Tensor): Promise<Uint8Array> {
+/** The elements of a tensor as they are stored. */
+export async function bytesOf(tensor: Tensor): Promise<Uint8Array> {
   return new Uint8Array(await tensor.device.readBytes(tensor)).subarray(
     0, tensor.size * bytesPerElement(FILE_DTYPE[tensor.dtype]));
 }
 
-const FILE_DTYPE = { f32: "F32", bf16: "BF16", f16: "F16", i32: "I32", u32: "U32" } as const;
+/** Names of dtypes in files. */
+export const FILE_DTYPE = { f32: "F32", bf16: "BF16", f16: "F16", i32: "I32", u32: "U32" } as const;
+
+/** A parameter as it is stored. */
+export interface StoredParameter {
+  readonly dtype: keyof typeof FILE_DTYPE;
+  bytes(): Promise<Uint8Array>;
+}
 
 /**
  * The model's parameters under their published names, one tensor per expert.
@@ -231,16 +239,25 @@ export function parameterEntries(model: NemotronH): TensorEntry[] {
   if (quantised) {
     throw new UsageError(`A checkpoint holds f32 weights, but ${quantised[0]} is ${quantised[1].format}.`);
   }
-  return listParameters(model.config).flatMap((parameter) => {
-    const tensor = model.parameters.get(parameter.name)!;
-    if (parameter.kind !== "expert") return [tensorEntry(parameter.name, tensor)];
+  return entriesOf(model.config, ({ name }) => {
+    const tensor = model.parameters.get(name)!;
+    return { dtype: tensor.dtype, bytes: () => bytesOf(tensor) };
+  });
+}
+
+function entriesOf(
+  config: NemotronHConfig, stored: (parameter: Parameter) => StoredParameter,
+): TensorEntry[] {
+  return listParameters(config).flatMap((parameter) => {
+    const { dtype: held, bytes } = stored(parameter);
+    const dtype = FILE_DTYPE[held];
+    if (parameter.kind !== "expert") return [{ name: parameter.name, dtype, shape: parameter.shape, bytes }];
     // The experts of one parameter come in order, and are read back once.
     let stacked: Promise<Uint8Array> | null = null;
-    const dtype = FILE_DTYPE[tensor.dtype];
     return tensorsOf(parameter).map(({ name, shape, expert }): TensorEntry => ({
       name, dtype, shape,
       bytes: async () => {
-        stacked ??= bytesOf(tensor);
+        stacked ??= bytes();
         const size = sizeOf(shape) * bytesPerElement(dtype);
         return (await stacked).subarray(expert! * size, (expert! + 1) * size);
       },
@@ -250,9 +267,22 @@ export function parameterEntries(model: NemotronH): TensorEntry[] {
 
 /** config.json and model.safetensors. */
 export function modelFiles(model: NemotronH): Record<string, string | AsyncIterable<Uint8Array>> {
+  return filesOf(model.config, parameterEntries(model));
+}
+
+/** The same from parameters that lie elsewhere. */
+export function storedFiles(
+  config: NemotronHConfig, stored: (parameter: Parameter) => StoredParameter,
+): Record<string, string | AsyncIterable<Uint8Array>> {
+  return filesOf(config, entriesOf(config, stored));
+}
+
+function filesOf(
+  config: NemotronHConfig, entries: readonly TensorEntry[],
+): Record<string, string | AsyncIterable<Uint8Array>> {
   return {
-    "config.json": serialiseConfig(model.config),
-    "model.safetensors": safetensorsPieces(parameterEntries(model), { format: "pt" }),
+    "config.json": serialiseConfig(config),
+    "model.safetensors": safetensorsPieces([...entries], { format: "pt" }),
   };
 }
 

@@ -201,6 +201,11 @@ function converted(tensor: Tensor, format: WeightFormat): Tensor | BlockTensor {
   });
 }
 
+/** The format in which a parameter that is trained is stored. */
+export function trainedFormatOf(parameter: Parameter, weights: TrainedFormat): TrainedFormat {
+  return parameter.trainable ? formatOf(parameter, weights) as TrainedFormat : "f32";
+}
+
 /** The format in which a parameter is stored. */
 function formatOf({ kind, shape }: Parameter, weights: WeightFormat): WeightFormat {
   if (!MATRICES.has(kind)) return "f32";
@@ -219,7 +224,8 @@ const MATRICES: ReadonlySet<ParameterKind> = new Set([
   "mtp_linear",
 ]);
 
-function initialValues(
+/** What a parameter is at first. */
+export function initialValues(
   config: NemotronHConfig, { name, kind, shape }: Parameter, key: RandomKey,
 ): Float32Array {
   const values = new Float32Array(sizeOf(shape));

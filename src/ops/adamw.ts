@@ -21,18 +21,25 @@ export interface Stretch {
 /** What one workgroup of `adamw` takes, in units of 4 elements; whole blocks. */
 const slabOf = (device: Device): number => device.info.isSoftware ? 512 : 128;
 
-/**
- * Stretches cut into what one workgroup of `adamw` takes, on the device.
- * @returns u32 [slabs, 3]: first and end in units of 4 elements, and 1 for decay. A stretch whose size is no
- *   multiple of 4 counts up to the next: what lies there must be nobody's.
- */
-export function stretchTable(device: Device, stretches: readonly Stretch[]): Tensor {
+/** Stretches cut into what one workgroup of `adamw` takes: first and end in units of 4, and decay. */
+export function slabsOf(device: Device, stretches: readonly Stretch[]): number[][] {
   const slab = slabOf(device);
-  const rows = stretches.flatMap(({ first, size, decays }) => {
+  return stretches.flatMap(({ first, size, decays }) => {
     const end = Math.ceil((first + size) / 4);
     return Array.from({ length: Math.ceil(Math.ceil(size / 4) / slab) }, (_, i) =>
       [first / 4 + i * slab, Math.min(first / 4 + (i + 1) * slab, end), decays ? 1 : 0]);
   });
+}
+
+/**
+ * The slabs of stretches on the device.
+ * @param least  rows of the table at least; those beyond the slabs name no elements
+ * @returns u32 [slabs, 3]: first and end in units of 4 elements, and 1 for decay. A stretch whose size is no
+ *   multiple of 4 counts up to the next: what lies there must be nobody's.
+ */
+export function stretchTable(device: Device, stretches: readonly Stretch[], least = 0): Tensor {
+  const rows = slabsOf(device, stretches);
+  while (rows.length < least) rows.push([0, 0, 0]);
   return device.tensor(Uint32Array.from(rows.flat()), [rows.length, 3]);
 }
 

@@ -8,6 +8,7 @@
  *   gather           all slices               backward: the own slice, or the sum over the group of it
  *   reduce_scatter   the own slice of the sum backward: all slices
  *   all_to_all       slice j goes to rank j   backward: the way back
+ *   send             x on another rank        backward: the way back
  *
  * Sums add f32 in the order of the ranks, whoever sends what to whom. Spec: Megatron Core's mappings.
  */
@@ -15,8 +16,9 @@ import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import { UsageError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
-import { localsOf, shardedOf } from "../tensor/sharded.ts";
+import { localsOf, perRank, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import type { Device } from "../tensor/device.ts";
 import { copyColumns } from "./elementwise.ts";
 import { defineOp } from "./op.ts";
 
@@ -314,6 +316,27 @@ const allToAll = defineOp({
   },
 });
 
+const sendTo = defineOp({
+  name: "send",
+  forward(ctx, options: Call, x: Tensor, to: Device | null): Tensor {
+    report("send", options, x.byteLength);
+    ctx.save({ options, from: x.device });
+    return sent(x, to ?? x.device);
+  },
+  backward({ options, from }: { options: Call; from: Device }, [dy]) {
+    if (!dy) return [];
+    report("send", options, dy.byteLength, true);
+    return [null, sent(dy, from)];
+  },
+});
+
+/** A copy on another rank's device. */
+function sent(x: Tensor, to: Device): Tensor {
+  const y = to.empty(x.shape, x.dtype);
+  y.copyFrom(x);
+  return y;
+}
+
 /** Runs a collective for every group of the ranks that hold x. A group of one changes nothing. */
 function inGroups(x: Tensor, group: Group, run: (call: Call, ...xs: Tensor[]) => Tensor[]): Tensor {
   if (group.members.every(({ length }) => length === 1)) return x;
@@ -368,4 +391,10 @@ export function reduceScatterInGroup(x: Tensor, group: Group, dim: number): Tens
 /** [B, L, C]: all positions of some columns ("columns"), or all columns of some positions ("positions"). */
 export function exchangeInGroup(x: Tensor, group: Group, keep: "columns" | "positions"): Tensor {
   return inGroups(x, group, (call, ...xs) => allToAll({ ...call, cut: keep === "columns" ? 2 : 1 }, ...xs));
+}
+
+/** What every rank of a stage has, on the ranks at the same places in another stage. */
+export function sendToStage(x: Tensor, devices: readonly Device[]): Tensor {
+  const ranks = localsOf(x).map((_, rank) => ({ group: "pp", algorithm: "direct" as const, ranks: [rank] }));
+  return sendTo(perRank(ranks), x, perRank(devices));
 }

@@ -41,6 +41,24 @@ export const add = defineOp({
   backward: (_saved, [dy]) => [dy, dy],
 });
 
+/** a * b, element by element. f32, both of one shape. @throws ShapeError when the shapes differ */
+export const multiply = defineOp({
+  name: "multiply",
+  forward(ctx, a: Tensor, b: Tensor): Tensor {
+    checkSameShape("multiply", "b", b, a);
+    ctx.save({ a, b });
+    return productOf(a, b);
+  },
+  backward: ({ a, b }: { a: Tensor; b: Tensor }, [dy]) => (dy ? [productOf(b, dy), productOf(a, dy)] : []),
+});
+
+function productOf(a: Tensor, b: Tensor): Tensor {
+  const y = a.device.empty(a.shape);
+  const { count, ...how } = spread(a.device, a.size);
+  launch("elementwise/multiply", { bind: { a, b, y }, params: { count }, ...how });
+  return y;
+}
+
 /**
  * x + bias + residual, the residual last, as `linear` adds them.
  *

@@ -32,6 +32,15 @@ export function add_bias_vjp(
   return [dx, dbias, residual && dx];
 }
 
+/** a * b, equal shapes. */
+export function multiply(a: NdArray, b: NdArray): NdArray {
+  return map(a, (value, i) => value * b.data[i]!);
+}
+
+export function multiply_vjp([dy]: Grads, a: NdArray, b: NdArray): (NdArray | null)[] {
+  return dy ? [multiply(dy, b), multiply(dy, a)] : [ndarray(a.shape), ndarray(b.shape)];
+}
+
 /** x * s for a number s. */
 export function scale(x: NdArray, s: number): NdArray {
   return map(x, (value) => value * s);

@@ -11,9 +11,10 @@ const BUFFER_BYTES = 2 ** 27;
 /**
  * Tensors of any contents, side by side in as few buffers as can be, in order. A buffer is free again
  * when the last of its tensors is.
+ * @param multiple of which the elements of a buffer are one
  */
 export function together(
-  device: Device, shapes: readonly (readonly number[])[], dtype: TensorDType = "f32",
+  device: Device, shapes: readonly (readonly number[])[], dtype: TensorDType = "f32", multiple = 1,
 ): Tensor[] {
   const width = isHalf(dtype) ? 2 : 4;
   const unit = ALIGNMENT / width;
@@ -27,7 +28,7 @@ export function together(
     buffer.size += size;
   }
   return scope(() => buffers.flatMap(({ size, parts }) => {
-    const whole = device.empty([size], dtype);
+    const whole = device.empty([Math.ceil(size / multiple) * multiple], dtype);
     return parts.map(({ first, shape }) => whole.range(first, shape));
   }));
 }

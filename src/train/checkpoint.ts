@@ -1,9 +1,11 @@
 /** What a training checkpoint holds beside the model, and how a run continues from it. */
-import { openSafetensors, safetensorsPieces, type TensorEntry } from "../io/safetensors.ts";
+import { openSafetensors, safetensorsPieces } from "../io/safetensors.ts";
 import type { CheckpointContent, SavedCheckpoint } from "../io/checkpoint_files.ts";
 import type { ChoiceTable } from "../kernel/tuner.ts";
-import { modelFiles, readParameters, tensorEntry } from "../models/checkpoint.ts";
+import { readParameters, storedFiles, tensorEntry } from "../models/checkpoint.ts";
+import { formatLayout } from "../parallel/layout.ts";
 import { FormatError } from "../tensor/errors.ts";
+import { restoreState, stateEntries } from "./optimizer_state.ts";
 import type { PackingState } from "./packing.ts";
 import type { Recipe } from "./recipe.ts";
 import type { TrainingRun } from "./run.ts";
@@ -23,6 +25,8 @@ export interface SavedRun {
   readonly packing: PackingState;
   /** Hash of the tokens and of their order. */
   readonly data: string;
+  /** On what ranks, as text; any others can go on. Older runs have one rank. */
+  readonly layout?: string;
   /** Which kernels computed it, and on what adapter: to go on with the same bits. Older runs do not say. */
   readonly kernels?: { readonly adapter: string; readonly choices: ChoiceTable };
 }
@@ -31,7 +35,7 @@ export function savedRun(run: TrainingRun, recipe: Recipe): SavedRun {
   const { device } = run.model;
   return {
     format: "krait-training-state", steps: run.trainer.steps, skipped: run.trainer.skipped, recipe,
-    packing: run.packer.state, data: run.packer.fingerprint,
+    packing: run.packer.state, data: run.packer.fingerprint, layout: formatLayout(run.mesh.layout),
     kernels: { adapter: device.info.id, choices: device.choices.table() },
   };
 }
@@ -42,12 +46,10 @@ export function checkpointFiles(
 ): Record<string, CheckpointContent> {
   const precision = [...run.trainer.precision?.state ?? []].map(
     ([name, tensor]) => tensorEntry(name, tensor));
-  const entries = run.trainer.optimizer.state.map((entry): TensorEntry => ({
-    name: entry.name, dtype: entry.dtype, shape: entry.shape,
-    bytes: async () => new Uint8Array(await entry.device.readBytes(entry)),
-  }));
+  const { mesh, trainer: { optimizers } } = run;
+  const entries = stateEntries(mesh, optimizers);
   return {
-    ...modelFiles(run.model), ...modelExtras,
+    ...storedFiles(mesh.config, ({ name }) => mesh.stored(name)), ...modelExtras,
     "optimizer.safetensors": safetensorsPieces(entries),
     ...(precision.length > 0 ? { [SCALES]: safetensorsPieces(precision) } : {}),
     "state.json": `${JSON.stringify(state, null, 2)}\n`,
@@ -83,21 +85,19 @@ export async function restoreRun(run: TrainingRun, checkpoint: SavedCheckpoint):
       "cannot continue from it.");
   }
   const model = await openSafetensors(await checkpoint.open("model.safetensors"));
-  await readParameters(run.model.config, model, async (name, values) => {
-    run.model.parameters.get(name)!.write(await values());
-  });
+  await readParameters(run.mesh.config, model, async (name, values) => run.mesh.write(name, await values()));
   await model.close();
   const file = await openSafetensors(await checkpoint.open("optimizer.safetensors"));
   try {
-    for (const { name, dtype, shape, device, storage, byteOffset } of run.trainer.optimizer.state) {
+    await restoreState(run.mesh, run.trainer.optimizers, async ({ name, dtype, shape }) => {
       const found = file.info(name);
       if (found.dtype !== dtype || found.shape.join() !== shape.join()) {
         throw new FormatError(
           `${checkpoint.path}: expected ${name} as ${dtype} [${shape.join(", ")}], found ${found.dtype} ` +
           `[${found.shape.join(", ")}].`);
       }
-      device.stream.write(storage, byteOffset, await file.read(name));
-    }
+      return file.read(name);
+    });
   } finally {
     await file.close();
   }

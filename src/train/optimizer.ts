@@ -1,15 +1,21 @@
 import type { GradientMap } from "../autograd/tape.ts";
 import type { BufferView } from "../gpu/gpu.ts";
 import type { PooledBuffer } from "../gpu/pool.ts";
+import { placesIn, sizeOfGroup } from "../nn/division.ts";
 import {
-  adamw, MOMENT_BLOCK, MOMENT_DTYPES, momentElements, type MomentFormat, stretchTable,
+  adamw, MOMENT_BLOCK, MOMENT_DTYPES, momentElements, type MomentFormat, slabsOf, type Stretch, stretchTable,
 } from "../ops/adamw.ts";
+import {
+  ALONE, gatherFromGroup, type Group as RankGroup, reduceScatterInGroup, sumOverGroup,
+} from "../ops/collectives.ts";
+import { scale as scaled } from "../ops/elementwise.ts";
 import { clip_scale, global_norm } from "../ops/global_norm.ts";
-import type { Device } from "../tensor/device.ts";
 import { bytesPerElement, type DType } from "../tensor/dtype.ts";
-import { unscoped } from "../tensor/scope.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
-import { Tensor } from "../tensor/tensor.ts";
+import type { Sharing } from "../parallel/model.ts";
+import { scope, unscoped } from "../tensor/scope.ts";
+import { localsOf, shardedOf } from "../tensor/sharded.ts";
+import { Tensor, type TensorDType } from "../tensor/tensor.ts";
 
 export interface AdamWOptions {
   /** Decay rates of the two moments. */
@@ -27,14 +33,23 @@ export interface AdamWOptions {
   readonly master?: "f32" | "none";
   /** Of the random bits of roundings; default 0. */
   readonly seed?: number;
+  /** Which ranks share a parameter, by its name; parameters of one buffer are shared alike. Default: none. */
+  readonly sharing?: (name: string) => Sharing;
+  /** Whether ranks that share parameters divide their update among them; default true. */
+  readonly zero?: boolean;
 }
 
-/** A part of the state that belongs to one parameter, as files hold it. */
+/** A part of the state that belongs to one parameter of one rank, or to a stretch of it. */
 export interface StateEntry extends BufferView {
   /** `m.NAME` and `v.NAME`; `m_scale.NAME` and `v_scale.NAME` of 8 bits; `low.NAME` of masters. */
   readonly name: string;
   readonly dtype: DType;
+  /** That of the rank's parameter where the rank holds the state of all of it, else [elements]. */
   readonly shape: readonly number[];
+  /** The rank within its pipeline stage. */
+  readonly rank: number;
+  /** The first element of the rank's parameter that this is the state of. */
+  readonly first: number;
 }
 
 /** What an update found; both [1]. */
@@ -46,9 +61,12 @@ export interface UpdateOutcome {
 }
 
 /** Parameters that lie in one buffer, and what belongs to them, laid out as they are. */
-interface Group {
+interface Group extends Sharing {
+  readonly names: ReadonlySet<string>;
   readonly param: Tensor;
   readonly grad: Tensor;
+  /** The part that a rank updates; what follows is laid out like it. */
+  readonly own: Tensor;
   readonly m: Tensor;
   readonly v: Tensor;
   /** Low halves of f32 masters. */
@@ -58,11 +76,18 @@ interface Group {
 
 /** The random stream of the first group's roundings; further groups count on. */
 const ROUNDING_STREAM = 0x6f707469;
+/** Parts begin where a kernel's binding may, and where a block of 8-bit moments does. */
+const PART = 128;
+const BY_ITSELF: Sharing = { group: ALONE, copies: 1 };
 
 /**
  * AdamW over named parameters. All that changes from step to step (learning rate, bias corrections) lies in a
  * small tensor, so that a captured update can be replayed. An update takes one launch for every buffer in
  * which there are parameters: bf16 ones, which have buffers of their own, keep f32 gradients.
+ *
+ * Of parameters that several ranks hold each rank updates a contiguous part of every buffer, for which alone
+ * it keeps moments and masters (ZeRO-1; Rajbhandari et al. 2020), or without `zero` all of them. Both give
+ * the same bits.
  */
 export class AdamW {
   readonly options: AdamWOptions;
@@ -73,43 +98,76 @@ export class AdamW {
   readonly #groups: Group[] = [];
   readonly #hyper: Tensor;
 
-  constructor(device: Device, parameters: ReadonlyMap<string, Tensor>, options: AdamWOptions) {
+  constructor(parameters: ReadonlyMap<string, Tensor>, options: AdamWOptions) {
     this.options = options;
-    const decays = options.decays ?? decaysByDefault;
     const format = options.moments ?? "f32";
-    const dtype = MOMENT_DTYPES[format];
-    const state = new Map<string, StateEntry[]>();
+    const state = new Map([...parameters.keys()].map((name) => [name, [] as StateEntry[]]));
     this.#hyper = unscoped(() => {
-      const hyper = device.zeros([8]);
-      for (const members of byBuffer(parameters)) {
-        const { storage, byteOffset: start, dtype: kind } = members[0]![1];
-        const width = kind === "f32" ? 4 : 2;
-        const last = members.at(-1)![1];
-        const size = Math.ceil(((last.byteOffset - start) / width + last.size) / 4) * 4;
-        const elements = momentElements(size, dtype);
-        const [m, v] = [device.zeros([elements], dtype), device.zeros([elements], dtype)];
-        const masters = kind !== "f32" && options.master !== "none";
-        const low = masters ? device.zeros([size / 2], "u32") : null;
-        const grad = device.zeros([size]);
-        const stretches = members.map(([name, parameter]) => {
-          const { key, shape, byteOffset } = parameter;
-          const first = (byteOffset - start) / width;
-          this.gradients.set(key, grad.range(first, shape));
-          const entries = [
-            ...momentEntries(m, `m.${name}`, first, shape, format),
-            ...momentEntries(v, `v.${name}`, first, shape, format),
-          ];
-          if (low) entries.push(entryOf(low, `low.${name}`, "U16", shape, 2 * first));
-          state.set(name, entries);
-          return { first, size: parameter.size, decays: decays(name, parameter) };
-        });
-        device.pool.retain(storage);
-        const param = new Tensor(device, storage, start, [size], kind);
-        this.#groups.push({ param, grad, m, v, low, table: stretchTable(device, stretches) });
-      }
+      const [any] = parameters.values();
+      const hyper = onRanks(localsOf(any!), ({ device }) => device.zeros([8]));
+      for (const members of byBuffer(parameters)) this.#addGroup(members, format, state);
       return hyper;
     });
     this.state = [...parameters.keys()].flatMap((name) => state.get(name)!);
+  }
+
+  /** @param members parameters that lie in one buffer, in order */
+  #addGroup(
+    members: readonly (readonly [string, Tensor])[], format: MomentFormat, state: Map<string, StateEntry[]>,
+  ): void {
+    const { sharing = () => BY_ITSELF, decays = decaysByDefault, zero = true } = this.options;
+    const shared = sharing(members[0]![0]);
+    const ranks = localsOf(members[0]![1]);
+    const dtype = MOMENT_DTYPES[format];
+    const kind = ranks[0]!.dtype;
+    const width = kind === "f32" ? 4 : 2;
+    const places = members.map(([name, parameter]) => {
+      const first = (startOf(parameter) - ranks[0]!.byteOffset) / width;
+      return { name, parameter, first, size: parameter.size, decays: decays(name, parameter) };
+    });
+    const parts = sizeOfGroup(shared.group);
+    const end = places.at(-1)!.first + places.at(-1)!.size;
+    // What ranks share is cut into equal parts, whose first elements can be bound.
+    const size = parts === 1 ? Math.ceil(end / 4) * 4 : Math.ceil(end / (PART * parts)) * PART * parts;
+    const param = onRanks(ranks, ({ device, storage, byteOffset }) => {
+      device.pool.retain(storage);
+      return new Tensor(device, storage, byteOffset, [size], kind);
+    });
+    const grad = onRanks(ranks, ({ device }) => device.zeros([size]));
+    for (const { parameter, first } of places) {
+      localsOf(parameter).forEach(({ key, shape }, rank) =>
+        this.gradients.set(key, localsOf(grad)[rank]!.range(first, shape)));
+    }
+    const count = zero ? size / parts : size;
+    const starts = placesIn(shared.group).map((place) => (zero ? place * count : 0));
+    const elements = momentElements(count, dtype);
+    const zeros = (n: number, type: TensorDType) => onRanks(ranks, ({ device }) => device.zeros([n], type));
+    const [m, v] = [zeros(elements, dtype), zeros(elements, dtype)];
+    const low = kind !== "f32" && this.options.master !== "none" ? zeros(count / 2, "u32") : null;
+    const stretches = starts.map((start) => places.flatMap(({ first, size: length, decays: decay }) => {
+      const from = Math.max(first, start);
+      const to = Math.min(first + length, start + count);
+      return from < to ? [{ first: from - start, size: to - from, decays: decay }] : [];
+    }));
+    const table = stretchTables(ranks, stretches);
+    const own = onRanks(localsOf(param), (local, rank) => local.range(starts[rank]!, [count]));
+    const names = new Set(members.map(([name]) => name));
+    this.#groups.push({ ...shared, names, param, grad, own, m, v, low, table });
+    for (const { name, first: at, size: length, parameter } of places) {
+      starts.forEach((start, rank) => {
+        const [from, to] = [Math.max(at, start), Math.min(at + length, start + count)];
+        if (from > to || (from === to && length > 0)) return;
+        const shape = to - from === length ? parameter.shape : [to - from];
+        const local = (tensor: Tensor) => localsOf(tensor)[rank]!;
+        const place = { rank, first: from - at };
+        const entries = [
+          ...momentEntries(local(m), `m.${name}`, from - start, shape, format, place),
+          ...momentEntries(local(v), `v.${name}`, from - start, shape, format, place),
+        ];
+        if (low) entries.push(entryOf(local(low), `low.${name}`, "U16", shape, 2 * (from - start), place));
+        state.get(name)!.push(...entries);
+      });
+    }
   }
 
   /** Sets the learning rate of update number `step` (from 0; those that were skipped do not count). */
@@ -129,18 +187,63 @@ export class AdamW {
    * @param loss [] or [1]
    */
   update(gradients: GradientMap, loss: Tensor | null = null): UpdateOutcome {
+    const reduced = this.reduce(gradients);
+    const norm = this.norm(reduced);
+    const scale = clip_scale(norm, this.options.clip, loss);
+    this.apply(reduced, scale);
+    return { norm, scale };
+  }
+
+  /**
+   * Sums gradients over the ranks that share their parameters.
+   * @returns for every buffer the gradients of the part that a rank updates
+   */
+  reduce(gradients: GradientMap): Tensor[] {
     for (const [key, place] of this.gradients) {
       const gradient = gradients.get(key);
       if (!gradient) place.clear();
       else if (gradient.storage !== place.storage) place.copyFrom(gradient);
     }
-    const norm = global_norm(this.#groups.map(({ grad }) => grad));
-    const scale = clip_scale(norm, this.options.clip, loss);
-    this.#groups.forEach(({ param, grad, m, v, low, table }, i) => {
-      const rounding = { seed: this.options.seed ?? 0, stream: ROUNDING_STREAM + i };
-      adamw(param, grad, m, v, table, this.#hyper, scale, low, rounding);
+    const { zero = true } = this.options;
+    return this.#groups.map(({ grad, group }) =>
+      zero ? reduceScatterInGroup(grad, group, 0) : sumOverGroup(grad, group));
+  }
+
+  /** The norm of what `reduce` gave, over all ranks of the stage, each of which gets it. [1] */
+  norm(reduced: readonly Tensor[]): Tensor {
+    const ranks = localsOf(reduced[0]!).map((_, rank) => rank);
+    if (ranks.length === 1 && this.#groups.every(({ copies }) => copies === 1)) return global_norm(reduced);
+    // Every rank takes a part of what its group shares, so that each square is counted once.
+    const byCopies = new Map<number, Tensor[]>();
+    reduced.forEach((part, i) => {
+      const { group, copies, own, param } = this.#groups[i]!;
+      const isWhole = own.size === param.size;
+      const length = isWhole ? own.size / sizeOfGroup(group) : own.size;
+      const places = placesIn(group);
+      const slice = onRanks(localsOf(part), (local, rank) =>
+        local.range(isWhole ? places[rank]! * length : 0, [length]));
+      byCopies.set(copies, [...byCopies.get(copies) ?? [], slice]);
     });
-    return { norm, scale };
+    const norms = [...byCopies].map(([copies, parts]) => {
+      const norm = global_norm(parts);
+      return copies === 1 ? norm : scaled(norm, 1 / Math.sqrt(copies));
+    });
+    const everyone: RankGroup = { name: "stage", members: [ranks], algorithm: "direct" };
+    return global_norm(norms.map((norm) => gatherFromGroup(norm, everyone, 0, false)));
+  }
+
+  /** Updates what every rank has to, and hands it to those that share it. */
+  apply(reduced: readonly Tensor[], scale: Tensor): void {
+    this.#groups.forEach(({ param, own, m, v, low, table, group }, i) => {
+      const rounding = { seed: this.options.seed ?? 0, stream: ROUNDING_STREAM + i };
+      adamw(own, reduced[i]!, m, v, table, this.#hyper, scale, low, rounding);
+      if (own.size < param.size) param.copyFrom(gatherFromGroup(own, group, 0, false));
+    });
+  }
+
+  /** Number of the buffer that a parameter lies in, in what `reduce` gives. */
+  bufferOf(name: string): number {
+    return this.#groups.findIndex(({ names }) => names.has(name));
   }
 
   /** Sets every gradient to zero. */
@@ -151,39 +254,59 @@ export class AdamW {
   dispose(): void {
     this.#hyper.dispose();
     for (const tensor of this.gradients.values()) tensor.dispose();
-    for (const group of this.#groups) for (const tensor of Object.values(group)) tensor?.dispose();
+    for (const { param, grad, own, m, v, low, table } of this.#groups) {
+      for (const tensor of [param, grad, own, m, v, low, table]) tensor?.dispose();
+    }
   }
+}
+
+/** What every rank has made for itself, as one value. It alone owns what was made. */
+function onRanks(ranks: readonly Tensor[], make: (local: Tensor, rank: number) => Tensor): Tensor {
+  return scope(() => shardedOf(ranks.map(make)));
 }
 
 function entryOf(
   { device, storage }: Tensor, name: string, dtype: DType, shape: readonly number[], byteOffset: number,
+  place: Pick<StateEntry, "rank" | "first">,
 ): StateEntry {
   const byteLength = sizeOf(shape) * bytesPerElement(dtype);
-  return { device, storage, byteOffset, byteLength, name, dtype, shape };
+  return { device, storage, byteOffset, byteLength, name, dtype, shape, ...place };
+}
+
+/** Tables of the stretches of all ranks, of one shape. */
+function stretchTables(ranks: readonly Tensor[], stretches: readonly (readonly Stretch[])[]): Tensor {
+  const most = Math.max(...stretches.map((list, rank) => slabsOf(ranks[rank]!.device, list).length));
+  return onRanks(ranks, ({ device }, rank) => stretchTable(device, stretches[rank]!, most));
 }
 
 /** Where a parameter's moment lies: from element `first` on, and its scales behind all codes. */
 function momentEntries(
   tensor: Tensor, name: string, first: number, shape: readonly number[], format: MomentFormat,
+  place: Pick<StateEntry, "rank" | "first">,
 ): StateEntry[] {
-  const entry = (dtype: DType) =>
-    entryOf(tensor, name, dtype, shape, first * bytesPerElement(dtype));
+  const entry = (dtype: DType) => entryOf(tensor, name, dtype, shape, first * bytesPerElement(dtype), place);
   if (format !== "8bit") return [entry(format === "f32" ? "F32" : "BF16")];
   const blocks = tensor.size / (MOMENT_BLOCK / 4 + 1);
   const scales = Math.ceil(sizeOf(shape) / MOMENT_BLOCK);
   const at = blocks * MOMENT_BLOCK + (4 * first) / MOMENT_BLOCK;
-  return [entry("U8"), entryOf(tensor, name.replace(".", "_scale."), "F32", [scales], at)];
+  return [entry("U8"), entryOf(tensor, name.replace(".", "_scale."), "F32", [scales], at, place)];
 }
 
 /** Parameters with those of one buffer side by side, in the order in which they lie there. */
 function byBuffer(parameters: ReadonlyMap<string, Tensor>): [string, Tensor][][] {
   const groups = new Map<PooledBuffer, [string, Tensor][]>();
   for (const [name, parameter] of parameters) {
-    const group = groups.get(parameter.storage);
+    const { storage } = localsOf(parameter)[0]!;
+    const group = groups.get(storage);
     if (group) group.push([name, parameter]);
-    else groups.set(parameter.storage, [[name, parameter]]);
+    else groups.set(storage, [[name, parameter]]);
   }
-  return [...groups.values()].map((group) => group.sort(([, a], [, b]) => a.byteOffset - b.byteOffset));
+  return [...groups.values()].map((group) => group.sort(([, a], [, b]) => startOf(a) - startOf(b)));
+}
+
+/** Where a parameter begins in its buffer, the same on every rank. */
+function startOf(parameter: Tensor): number {
+  return localsOf(parameter)[0]!.byteOffset;
 }
 
 /** Matrices decay; norms, biases and the scalars of the state space (A_log, D, dt_bias) do not. */

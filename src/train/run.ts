@@ -3,6 +3,7 @@
  * The command line and the worker drive it.
  */
 import type { NemotronH } from "../models/nemotron_h.ts";
+import type { MeshModel } from "../parallel/model.ts";
 import { BatchPacker, bitsPerByte, type TokenCorpus } from "./packing.ts";
 import { precisionOf, type Recipe, scheduleOf } from "./recipe.ts";
 import { type StepMetrics, Trainer } from "./trainer.ts";
@@ -20,7 +21,6 @@ export interface Evaluation {
 }
 
 export class TrainingRun {
-  readonly model: NemotronH;
   readonly recipe: Recipe;
   readonly trainer: Trainer;
   readonly packer: BatchPacker;
@@ -28,17 +28,27 @@ export class TrainingRun {
   readonly #validationPacker: BatchPacker;
 
   /** @param train, validation token corpora of the model's vocabulary */
-  constructor(model: NemotronH, recipe: Recipe, train: TokenCorpus, validation: TokenCorpus) {
+  constructor(model: NemotronH | MeshModel, recipe: Recipe, train: TokenCorpus, validation: TokenCorpus) {
     const { batch, seqlen, seed, accumulate, beta1, beta2 } = recipe;
-    this.model = model;
     this.recipe = recipe;
     this.validation = validation;
     this.packer = new BatchPacker(train, { batch, seqlen, seed });
     this.#validationPacker = new BatchPacker(validation, { batch, seqlen, seed });
     this.trainer = new Trainer(model, {
       ...recipe, accumulate, schedule: scheduleOf(recipe), betas: [beta1, beta2],
-      mtp_depths: model.mtp ? recipe.mtp_depths : 0, precision: precisionOf(recipe),
+      mtp_depths: model.config.num_nextn_predict_layers > 0 ? recipe.mtp_depths : 0,
+      precision: precisionOf(recipe),
     });
+  }
+
+  /** The model on its ranks. */
+  get mesh(): MeshModel {
+    return this.trainer.mesh;
+  }
+
+  /** The model of the first stage: on one rank all of it. */
+  get model(): NemotronH {
+    return this.trainer.model;
   }
 
   /** One step. @throws KraitError when `max_skipped` steps in a row had a loss that is not finite. */

@@ -1,30 +1,40 @@
 /** The training step: forward, backward, clipping and update, captured once and replayed. */
-import { Tape, type GradientMap } from "../autograd/tape.ts";
+import type { GradientMap } from "../autograd/tape.ts";
 import type { GraphMemory } from "../gpu/pool.ts";
-import type { Graph } from "../gpu/stream.ts";
 import { MoE } from "../nn/moe.ts";
-import type { Loss, NemotronH, TrainingBatch } from "../models/nemotron_h.ts";
-import { accumulate, scale } from "../ops/elementwise.ts";
+import type { LossOptions, NemotronH } from "../models/nemotron_h.ts";
+import { type Group, sendToStage, sumOverGroup } from "../ops/collectives.ts";
+import { accumulate, add, multiply } from "../ops/elementwise.ts";
+import { clip_scale, global_norm } from "../ops/global_norm.ts";
 import { expert_load, update_expert_bias } from "../ops/moe.ts";
-import type { Device } from "../tensor/device.ts";
+import { parseLayout } from "../parallel/layout.ts";
+import { MeshModel } from "../parallel/model.ts";
+import { interleave, scheduleOf as pipelineSchedule } from "../parallel/schedule.ts";
+import { stageAt } from "../parallel/stages.ts";
 import { KraitError, UsageError } from "../tensor/errors.ts";
+import { onRank, localsOf, shardedOf } from "../tensor/sharded.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import type { Tensor, TensorDType } from "../tensor/tensor.ts";
 import { withRoundings } from "../precision/active.ts";
 import { FULL_PRECISION, type PrecisionChoice } from "../precision/plan.ts";
 import type { Precision } from "../precision/precision.ts";
 import { AdamW, type AdamWOptions } from "./optimizer.ts";
-import { type Batch, mtpInputs, mtpLabels } from "./packing.ts";
+import { type Batch, mtpLabels } from "./packing.ts";
+import { addGradients, Passes, type StagePass } from "./passes.ts";
+import { countScored, RankInputs, type StageInputs } from "./rank_inputs.ts";
 import { MAX_SKIPPED } from "./recipe.ts";
 import { TrainingPrecision } from "./rounding.ts";
 import type { Schedule } from "./schedule.ts";
+import { captureOn, type StepGraph } from "./step_graph.ts";
 
 export interface TrainerOptions extends AdamWOptions {
   /** Rows and positions of one micro-batch. */
   readonly batch: number;
   readonly seqlen: number;
-  /** Micro-batches whose gradients are averaged for one update. */
+  /** Micro-batches whose gradients are averaged for one update, those of all data-parallel ranks. */
   readonly accumulate: number;
+  /** Every scored position counts alike; otherwise, as by default, every micro-batch does. */
+  readonly per_token?: boolean;
   readonly schedule: Schedule;
   /** Prediction depths beyond the next token; 0 trains no MTP. */
   readonly mtp_depths: number;
@@ -76,103 +86,133 @@ export interface SkippedSteps {
   readonly in_a_row: number;
 }
 
-/** Device copies of one micro-batch, overwritten before every replay. */
-interface Inputs extends TrainingBatch {
-  readonly seq_idx: Tensor;
+interface Captured {
+  /** One micro-batch of every data-parallel rank, or with a pipeline all of a step, the update included. */
+  readonly micro: StepGraph;
+  /** The update from the summed gradients of several micro-batches. */
+  readonly update: StepGraph | null;
+  readonly sums: readonly StageSums[];
 }
 
-interface Captured {
-  readonly micro: Graph;
-  /** With several micro-batches: the update from the summed gradients. */
-  readonly update: Graph | null;
-  /** total, main, aux, gradient norm, one per prediction depth */
+/** What adds up over the micro-batches of a step, on every rank of a stage. */
+interface StageSums {
+  /** f32 [3 + depths]: loss, balancing loss, gradient norm, the losses of the prediction depths. */
   readonly scalars: Tensor;
-  /** Tokens per expert, one u32 tensor per MoE layer. */
-  readonly loads: readonly Tensor[];
-  /** Choices by their scores alone in the step so far, u32 [1, E] per layer; for `global_aux_loss`. */
+  /** Tokens per expert, u32 by the path of the layer. */
+  readonly loads: ReadonlyMap<string, Tensor>;
+  /** Choices by their scores alone in the step so far, u32 [1, E] by layer; for `global_aux_loss`. */
   readonly soFar: ReadonlyMap<string, Tensor>;
-  /** d total / d loss of one micro-batch. */
-  readonly seed: Tensor;
 }
+
+/** Place of the gradient norm among the scalars. */
+const NORM = 2;
 
 export class Trainer {
-  readonly model: NemotronH;
+  readonly mesh: MeshModel;
   readonly options: TrainerOptions;
-  readonly optimizer: AdamW;
+  /** Those of the stages. */
+  readonly optimizers: readonly AdamW[];
   /** Steps done so far, those that were skipped included. */
   steps = 0;
   skipped: SkippedSteps = { total: 0, in_a_row: 0 };
-  readonly #device: Device;
-  readonly #inputs: Inputs;
+  /** Inputs of a micro-batch; with a pipeline those of every micro-batch of a step. */
+  readonly #inputs: readonly RankInputs[];
   readonly #rounding: TrainingPrecision;
   #precision: Precision | null = null;
   #captured: Captured | null = null;
-  #evaluation: { graph: Graph; loss: Tensor } | null = null;
+  #evaluation: { graph: StepGraph; loss: Tensor } | null = null;
 
-  /** @throws UsageError for a model with quantised weights. */
-  constructor(model: NemotronH, options: TrainerOptions) {
-    const [quantised] = model.quantised;
+  /** @throws UsageError for quantised weights, and for micro-batches that the ranks cannot divide. */
+  constructor(model: NemotronH | MeshModel, options: TrainerOptions) {
+    const mesh = this.mesh = model instanceof MeshModel ? model : MeshModel.of(model, parseLayout("tp=1"));
+    const [quantised] = mesh.stages[0]!.model.quantised;
     if (quantised) {
       throw new UsageError(`Only f32 weights can be trained, but ${quantised[0]} is ${quantised[1].format}.`);
     }
-    this.model = model;
     this.options = options;
-    this.#device = model.device;
-    const { precision = FULL_PRECISION, steps = Infinity, seed = 0 } = options;
-    this.#rounding = new TrainingPrecision(model, precision, steps, seed);
-    const trainable = new Map([...model.parameters].filter(([, parameter]) => parameter.requiresGrad));
-    const shape = [options.batch, options.seqlen];
-    const ids = () => this.#device.zeros(shape, "i32");
-    [this.optimizer, this.#inputs] = unscoped(() => [new AdamW(model.device, trainable, options), {
-      input_ids: ids(), targets: ids(), seq_idx: ids(),
-      mtp: Array.from({ length: options.mtp_depths }, () => ({ input_ids: ids(), targets: ids() })),
-    }]);
+    const { precision = FULL_PRECISION, steps = Infinity, seed = 0, accumulate: micros } = options;
+    if (mesh.world > 1 && precision.recipe !== "f32") {
+      throw new UsageError(
+        `Precision ${precision.recipe} trains on one rank, but the layout has ${mesh.world} of them.`);
+    }
+    const { dp } = mesh.layout;
+    if (micros % dp !== 0) {
+      throw new UsageError(
+        `The micro-batches of an update must be a multiple of dp = ${dp}, found accumulate = ${micros}.`);
+    }
+    this.#rounding = new TrainingPrecision(mesh.stages[0]!.model, precision, steps, seed);
+    const slots = mesh.stages.length > 1 ? micros / dp : 1;
+    const sharing = (name: string) => mesh.parameters.get(name)!.sharing;
+    [this.optimizers, this.#inputs] = unscoped(() => [
+      mesh.stages.map(({ model: { parameters } }) => new AdamW(
+        new Map([...parameters].filter(([, parameter]) => parameter.requiresGrad)), { ...options, sharing })),
+      Array.from({ length: slots }, () => new RankInputs(mesh, options)),
+    ]);
+  }
+
+  /** The model of the first stage: with one rank all of it. */
+  get model(): NemotronH {
+    return this.mesh.stages[0]!.model;
   }
 
   /**
    * One update from `accumulate` micro-batches. A step whose loss or gradient norm is not finite changes
    * neither parameters, moments nor the experts' correction biases: the device sees to that by itself.
+   * @param batches those of data-parallel rank 0, 1, ... for the first pass, then for the second, ...
    * @throws KraitError when `max_skipped` steps in a row were skipped.
    */
   async step(batches: readonly Batch[]): Promise<StepMetrics> {
-    const { accumulate: micros, schedule } = this.options;
+    const { accumulate: micros, schedule, mtp_scale, mtp_depths } = this.options;
     if (batches.length !== micros) {
       throw new KraitError(`A step needs ${micros} micro-batches, found ${batches.length}.`);
     }
     const lr = schedule(this.steps);
-    this.optimizer.prepare(this.steps - this.skipped.total, lr);
+    for (const optimizer of this.optimizers) optimizer.prepare(this.steps - this.skipped.total, lr);
     this.#usePrecision();
-    const captured = (this.#captured ??= this.#capture());
-    if (captured.update) {
-      for (const tensor of sums(captured)) tensor.clear();
-      this.optimizer.clearGradients();
+    const { micro, update, sums } = this.#captured ??= this.#capture();
+    if (update) {
+      for (const tensor of sums.flatMap(sumsOf)) tensor.clear();
+      for (const optimizer of this.optimizers) optimizer.clearGradients();
     }
-    batches.forEach((batch, i) => {
+    const { dp } = this.mesh.layout;
+    const divisor = {
+      micros, mtp_scale, scored: this.options.per_token ? scoredPositions(batches, mtp_depths) : null,
+    };
+    for (let i = 0; i < micros / dp; i++) {
       this.#precision?.prepare(this.steps, this.steps * micros + i);
-      this.#write(batch);
-      this.#device.replay(captured.micro);
-    });
-    if (captured.update) this.#device.replay(captured.update);
-    const scalars = Array.from(await captured.scalars.read());
-    const [total, loss, aux_loss, grad_norm] = scalars as [number, number, number, number];
+      this.#inputs[i % this.#inputs.length]!.write(batches.slice(i * dp, (i + 1) * dp), divisor);
+      if (this.#inputs.length === 1) micro.replay();
+    }
+    if (this.#inputs.length > 1) micro.replay();
+    update?.replay();
+    const [loss, grad_norm, aux_loss, mtp_loss] = await this.#readScalars(sums);
+    const total = loss + aux_loss + mtp_loss.reduce((sum, one) => sum + one * mtp_scale / mtp_depths, 0);
     const step = this.steps++;
-    const skipped = !Number.isFinite(total) || !Number.isFinite(grad_norm);
+    const skipped = !Number.isFinite(loss) || !Number.isFinite(grad_norm);
     const { total: before, in_a_row } = this.skipped;
     this.skipped = skipped ? { total: before + 1, in_a_row: in_a_row + 1 } : { total: before, in_a_row: 0 };
-    if (skipped) this.#checkSkipped(total, grad_norm);
+    if (skipped) this.#checkSkipped(loss, grad_norm);
     return {
-      step, total, loss, aux_loss, grad_norm, lr, mtp_loss: scalars.slice(4),
-      max_violation: await this.#maxViolation(captured.loads), skipped, skipped_steps: this.skipped.total,
+      step, total, loss, aux_loss, grad_norm, lr, mtp_loss,
+      max_violation: await this.#maxViolation(sums), skipped, skipped_steps: this.skipped.total,
     };
   }
 
+  async #readScalars(sums: readonly StageSums[]): Promise<[number, number, number, number[]]> {
+    const stages: number[][] = [];
+    for (const { scalars } of sums) stages.push(Array.from(await localsOf(scalars)[0]!.read()));
+    const total = (i: number) => stages.reduce((sum, values) => sum + values[i]!, 0);
+    const depths = Array.from({ length: this.options.mtp_depths }, (_, i) => total(NORM + 1 + i));
+    return [total(0), stages.at(-1)![NORM]!, total(1), depths];
+  }
+
   /** @throws KraitError when so many steps in a row were skipped that a further one is not worth it. */
-  #checkSkipped(total: number, grad_norm: number): void {
+  #checkSkipped(loss: number, grad_norm: number): void {
     const { steps, skipped: { in_a_row } } = this;
     if (in_a_row < (this.options.max_skipped ?? MAX_SKIPPED)) return;
-    const what = Number.isFinite(total)
-      ? `gradient norm at step ${steps} is ${grad_norm} (loss ${total})`
-      : `loss at step ${steps} is ${total} (gradient norm ${grad_norm})`;
+    const what = Number.isFinite(loss)
+      ? `gradient norm at step ${steps} is ${grad_norm} (loss ${loss})`
+      : `loss at step ${steps} is ${loss} (gradient norm ${grad_norm})`;
     const last = steps - in_a_row;
     const { moments = "f32", precision = FULL_PRECISION } = this.options;
     const halves = [...this.model.parameters.values()].some(({ dtype }) => dtype === "bf16");
@@ -187,7 +227,7 @@ export class Trainer {
       `those ${last === 0 ? "of the start" : `after step ${last}`}; lower the learning rate.`);
   }
 
-  /** Memory of a micro-batch's activations; null before the first step. */
+  /** Memory of a micro-batch's activations, of all those of a pipeline; null before the first step. */
   get memory(): GraphMemory | null {
     return this.#captured?.micro.memory ?? null;
   }
@@ -212,14 +252,17 @@ export class Trainer {
     this.#usePrecision();
     this.#evaluation ??= this.#captureEvaluation();
     const { graph, loss } = this.#evaluation;
+    const { dp } = this.mesh.layout;
     let sum = 0;
     let scored = 0;
-    for (const batch of batches) {
-      if (batch.scored === 0) continue;
-      this.#write(batch);
-      this.#device.replay(graph);
-      sum += (await loss.item()) * batch.scored;
-      scored += batch.scored;
+    for (const group of inGroups(batches, dp)) {
+      const positions = group.reduce((total, batch) => total + (batch?.scored ?? 0), 0);
+      if (positions === 0) continue;
+      const divisor = { micros: dp, mtp_scale: 0, scored: [positions, ...group.map(() => 0)] };
+      this.#inputs[0]!.write(group, divisor);
+      graph.replay();
+      sum += (await localsOf(loss)[0]!.read())[0]! * positions;
+      scored += positions;
     }
     return sum / scored;
   }
@@ -228,145 +271,244 @@ export class Trainer {
   dispose(): void {
     this.#disposeGraphs();
     this.#rounding.dispose();
-    this.optimizer.dispose();
-    const { input_ids, targets, seq_idx, mtp } = this.#inputs;
-    for (const tensor of [input_ids, targets, seq_idx]) tensor.dispose();
-    for (const depth of mtp) for (const tensor of [depth.input_ids, depth.targets]) tensor.dispose();
+    for (const owner of [...this.optimizers, ...this.#inputs]) owner.dispose();
   }
 
   #disposeGraphs(): void {
-    for (const graph of [this.#captured?.micro, this.#captured?.update, this.#evaluation?.graph]) {
-      if (graph) this.#device.stream.disposeGraph(graph);
-    }
+    this.#captured?.micro.dispose();
+    this.#captured?.update?.dispose();
+    this.#evaluation?.graph.dispose();
     this.#evaluation?.loss.dispose();
-    if (this.#captured) {
-      for (const tensor of [this.#captured.seed, ...sums(this.#captured)]) tensor.dispose();
-    }
+    for (const tensor of this.#captured?.sums.flatMap(sumsOf) ?? []) tensor.dispose();
     this.#captured = this.#evaluation = null;
   }
 
   /**
-   * One micro-batch's loss and gradients, recorded for replay;
-   * with a single micro-batch the update follows at once.
+   * One micro-batch's loss and gradients, recorded for replay. With a single micro-batch, and with a
+   * pipeline, whose passes depend on each other, the update follows at once.
    */
   #capture(): Captured {
-    const { accumulate: micros, mtp_depths } = this.options;
-    const device = this.#device;
+    const { accumulate: micros } = this.options;
+    const isWhole = this.mesh.stages.length > 1 || micros === this.mesh.layout.dp;
     return unscoped(() => {
-      const scalars = device.zeros([4 + mtp_depths]);
-      const loads = this.#moeLayers().map(({ bias }) => device.zeros(bias.shape, "u32"));
-      const soFar = new Map((this.options.global_aux_loss ?? 0) > 0 ? this.#moeLayers().map(
-        ({ path, bias }) => [path, device.zeros([1, bias.size], "u32")]) : []);
-      const seed = device.tensor([1 / micros], []);
-      const held = { scalars, loads, soFar, seed };
-      const micro = device.capture(() => scope(() =>
-        withRoundings(this.#precision, () => this.#recordMicroBatch(held)))).graph;
-      if (micros === 1) return { micro, update: null, ...held };
+      const sums = this.mesh.stages.map((_, stage) => this.#createSums(stage));
+      const record = (step: () => void) => captureOn(this.mesh.devices, () => scope(() =>
+        withRoundings(this.#precision, step)));
+      const micro = record(() => this.#recordPasses(sums, isWhole));
+      if (isWhole) return { micro, update: null, sums };
       try {
-        const { gradients } = this.optimizer;
-        const update = device.capture(() => scope(() => this.#recordUpdate(gradients, scalars, loads))).graph;
-        return { micro, update, ...held };
+        return { micro, update: record(() => this.#recordUpdate(this.optimizers.map(
+          ({ gradients }) => gradients), sums)), sums };
       } catch (error) {
-        device.stream.disposeGraph(micro);
+        micro.dispose();
         throw error;
       }
     });
   }
 
-  #recordMicroBatch(held: Omit<Captured, "micro" | "update">): void {
-    const { scalars, loads, soFar, seed } = held;
-    const { accumulate: micros, mtp_depths, aux_coeff, aux_loss = 0, global_aux_loss = 0, z_loss = 0 } =
-      this.options;
-    if (micros === 1) for (const tensor of sums(held)) tensor.clear();
-    const balance = { seq_aux: aux_coeff, aux: aux_loss, global_aux: global_aux_loss, z: z_loss, soFar };
-    const tape = new Tape();
-    let gradients: GradientMap = new Map();
+  #createSums(stage: number): StageSums {
+    const zeros = (shape: readonly number[], dtype: TensorDType) => this.#onRanks(stage, shape, dtype);
+    const layers = this.#moeLayers(stage);
+    const global = (this.options.global_aux_loss ?? 0) > 0;
+    return {
+      scalars: zeros([3 + this.options.mtp_depths], "f32"),
+      loads: new Map(layers.map(({ path, bias }) => [path, zeros(bias.shape, "u32")])),
+      soFar: new Map(global ? layers.map(({ path, bias }) => [path, zeros([1, bias.size], "u32")]) : []),
+    };
+  }
+
+  #onRanks(stage: number, shape: readonly number[], dtype: TensorDType): Tensor {
+    const [any] = this.mesh.stages[stage]!.model.parameters.values();
+    return scope(() => shardedOf(localsOf(any!).map(({ device }) => device.zeros(shape, dtype))));
+  }
+
+  /** @param isWhole the update follows; the sums begin here */
+  #recordPasses(sums: readonly StageSums[], isWhole: boolean): void {
+    const { accumulate: micros } = this.options;
+    const { layout, stages } = this.mesh;
+    if (isWhole) for (const tensor of sums.flatMap(sumsOf)) tensor.clear();
+    const count = stages.length > 1 ? micros / layout.dp : 1;
+    const isOne = isWhole && count === 1;
+    if (isWhole && !isOne) for (const optimizer of this.optimizers) optimizer.clearGradients();
+    const passes = new Passes(this.mesh, this.#lossOptions(sums));
+    const found = stages.map((): GradientMap => new Map());
     try {
-      const loss = tape.run(() => this.model.loss(this.#inputs, { ...this.options, balance }));
-      const places = this.optimizer.gradients;
-      gradients = tape.backward([loss.total], [seed], micros === 1 ? places : undefined);
-      accumulate(scalars, scale(packScalars(this.#device, loss, mtp_depths), 1 / micros));
-      loss.routing.forEach(({ index, layer }) => {
-        const i = this.#moeLayers().findIndex(({ path }) => path === layer);
-        expert_load(loads[i]!, index);
-      });
-      if (micros === 1) this.#recordUpdate(gradients, scalars, loads);
-      else for (const [key, sum] of places) {
-        const gradient = gradients.get(key);
-        if (gradient) accumulate(sum, gradient.reshape(sum.shape));
+      for (const { kind, stage, micro } of this.#order(count)) {
+        if (kind === "forward") {
+          const inputs = this.#inputs[micro]!.stages[stage]!;
+          passes.forward(stage, micro, inputs, (pass) => collect(pass, inputs, sums[stage]!));
+          continue;
+        }
+        const places = this.optimizers[stage]!.gradients;
+        const gradients = passes.backward(stage, micro, isOne ? places : undefined);
+        if (isOne) found[stage] = gradients;
+        else {
+          addGradients(places, gradients);
+          for (const gradient of gradients.values()) gradient.release();
+        }
+      }
+      if (isWhole) {
+        this.#recordUpdate(isOne ? found : this.optimizers.map(({ gradients }) => gradients), sums);
       }
     } finally {
-      tape.dispose();
-      for (const gradient of gradients.values()) gradient.release();
+      passes.dispose();
+      for (const gradients of found) for (const gradient of gradients.values()) gradient.release();
     }
   }
 
-  #recordUpdate(gradients: GradientMap, scalars: Tensor, loads: readonly Tensor[]): void {
-    const { norm, scale: gate } = this.optimizer.update(gradients, scalars.prefix([1]));
-    this.#device.stream.copy(norm.storage, norm.byteOffset, scalars.storage, scalars.byteOffset + 12, 4);
-    this.#precision?.update();
-    const rate = this.options.bias_rate;
-    if (rate > 0) this.#moeLayers().forEach(({ bias }, i) => update_expert_bias(bias, loads[i]!, rate, gate));
+  /** The passes of so many micro-batches, one after the other. */
+  #order(count: number): { kind: "forward" | "backward"; stage: number; micro: number }[] {
+    const { layout, stages } = this.mesh;
+    if (stages.length === 1) {
+      return (["forward", "backward"] as const).map((kind) => ({ kind, stage: 0, micro: 0 }));
+    }
+    return interleave(pipelineSchedule(layout, count)).map(({ rank, chunk, kind, micro }) => (
+      { kind, micro, stage: stageAt(layout, rank, chunk) }));
   }
 
-  #captureEvaluation(): { graph: Graph; loss: Tensor } {
-    const { model } = this;
-    const { input_ids, targets, seq_idx } = this.#inputs;
+  #lossOptions(sums: readonly StageSums[]): LossOptions {
+    const { aux_coeff, aux_loss = 0, global_aux_loss = 0, z_loss = 0, mtp_scale, recompute } = this.options;
+    const soFar = new Map(sums.flatMap((stage) => [...stage.soFar]));
+    const balance = { seq_aux: aux_coeff, aux: aux_loss, global_aux: global_aux_loss, z: z_loss, soFar };
+    return { mtp_scale, balance, ...(recompute === undefined ? {} : { recompute }) };
+  }
+
+  /** Sums over ranks, the gradient norm over all of them, and the update. */
+  #recordUpdate(gradients: readonly GradientMap[], sums: readonly StageSums[]): void {
+    const { optimizers, mesh: { stages } } = this;
+    for (const { scalars, loads } of sums) {
+      for (const sum of [scalars, ...loads.values()]) sumInPlace(sum, everyone(scalars));
+    }
+    const reduced = optimizers.map((optimizer, stage) => optimizer.reduce(gradients[stage]!));
+    this.#tie(reduced);
+    const norms = optimizers.map((optimizer, stage) => optimizer.norm(reduced[stage]!));
+    const loss = sums.at(-1)!.scalars.prefix([1]);
+    stages.forEach((_, stage) => {
+      const { scalars, loads } = sums[stage]!;
+      const here = (x: Tensor, of: number) => (of === stage ? x : this.#sendTo(x, stage));
+      const norm = norms.length === 1 ? norms[0]! : global_norm(norms.map(here));
+      const scale = clip_scale(norm, this.options.clip, here(loss, stages.length - 1));
+      optimizers[stage]!.apply(reduced[stage]!, scale);
+      putInto(scalars, NORM, norm);
+      const rate = this.options.bias_rate;
+      if (rate > 0) for (const { path, bias } of this.#moeLayers(stage)) {
+        update_expert_bias(bias, loads.get(path)!, rate, scale);
+      }
+    });
+    this.#precision?.update();
+  }
+
+  /** Sums the gradients of a parameter that two stages hold. */
+  #tie(reduced: readonly Tensor[][]): void {
+    for (const [name, { held }] of this.mesh.parameters) {
+      const [first, second] = held;
+      if (!first || !second) continue;
+      const [i, j] = [first, second].map(({ stage }) => this.optimizers[stage]!.bufferOf(name)) as
+        [number, number];
+      const sum = add(reduced[first.stage]![i]!, this.#sendTo(reduced[second.stage]![j]!, first.stage));
+      reduced[first.stage]![i] = sum;
+      reduced[second.stage]![j] = this.#sendTo(sum, second.stage);
+    }
+  }
+
+  #sendTo(x: Tensor, stage: number): Tensor {
+    const [any] = this.mesh.stages[stage]!.model.parameters.values();
+    return sendToStage(x, localsOf(any!).map(({ device }) => device));
+  }
+
+  #captureEvaluation(): { graph: StepGraph; loss: Tensor } {
+    const inputs = this.#inputs[0]!.stages.map((stage) => ({ ...stage, mtp: [] }));
+    const last = inputs.length - 1;
+    const passes = new Passes(this.mesh, { mtp_scale: 0 });
     return unscoped(() => {
-      const loss = this.#device.zeros([]);
-      const { graph } = this.#device.capture(() => scope(() => {
-        const evaluate = () => withRoundings(this.#precision, () =>
-          model.loss({ input_ids, targets, seq_idx, mtp: [] }, { mtp_scale: 0 }));
-        const { main } = this.#precision ? this.#precision.watching(evaluate) : evaluate();
-        loss.copyFrom(main);
+      const loss = this.#onRanks(last, [3 + this.options.mtp_depths], "f32");
+      const graph = captureOn(this.mesh.devices, () => scope(() => {
+        const evaluate = () => withRoundings(this.#precision, () => passes.evaluate(inputs));
+        const pass = this.#precision ? this.#precision.watching(evaluate) : evaluate();
+        loss.clear();
+        collect(pass, inputs[last]!, { scalars: loss, loads: new Map(), soFar: new Map() });
+        sumInPlace(loss, everyone(loss));
       }));
       return { graph, loss };
     });
   }
 
-  /** Correction biases of all MoE layers, those of the MTP head included if it is trained. */
-  #moeLayers(): { path: string; bias: Tensor }[] {
-    const blocks =
-      [...this.model.blocks, ...(this.options.mtp_depths > 0 ? this.model.mtp?.blocks ?? [] : [])];
+  /** Correction biases of the MoE layers of a stage, those of the MTP head included if it is trained. */
+  #moeLayers(stage: number): { path: string; bias: Tensor }[] {
+    const { model } = this.mesh.stages[stage]!;
+    const blocks = [...model.blocks, ...(this.options.mtp_depths > 0 ? model.mtp?.blocks ?? [] : [])];
     return blocks.flatMap(({ mixer }) =>
       mixer instanceof MoE ? [{ path: mixer.path, bias: mixer.correction_bias }] : []);
   }
 
-  async #maxViolation(loads: readonly Tensor[]): Promise<number | null> {
+  async #maxViolation(sums: readonly StageSums[]): Promise<number | null> {
     let worst: number | null = null;
-    for (const load of loads) {
-      const counts = Array.from(await load.read());
+    for (const load of sums.flatMap(({ loads }) => [...loads.values()])) {
+      const counts = Array.from(await localsOf(load)[0]!.read());
       const mean = counts.reduce((a, b) => a + b, 0) / counts.length;
       worst = Math.max(worst ?? 0, Math.max(...counts) / mean - 1);
     }
     return worst;
   }
+}
 
-  #write(batch: Batch): void {
-    const { input_ids, targets, seq_idx, mtp } = this.#inputs;
-    input_ids.write(batch.input_ids);
-    targets.write(batch.labels);
-    seq_idx.write(batch.seq_idx);
-    mtp.forEach((depth, i) => {
-      depth.input_ids.write(mtpInputs(batch, i + 1));
-      depth.targets.write(mtpLabels(batch, i + 1));
-    });
+function sumsOf({ scalars, loads, soFar }: StageSums): Tensor[] {
+  return [scalars, ...loads.values(), ...soFar.values()];
+}
+
+/** Adds what a pass found to the sums of its stage. */
+function collect(pass: StagePass, { shares }: Pick<StageInputs, "shares">, sums: StageSums): void {
+  const { main, aux, mtp } = pass;
+  if (main ?? aux) {
+    const packed = shardedOf(localsOf(sums.scalars).map((like, rank) =>
+      packScalars(like, onRank([main, aux, null, ...mtp], rank))));
+    accumulate(sums.scalars, multiply(packed, shares));
+  }
+  for (const { index, layer } of pass.routing) {
+    const load = sums.loads.get(layer);
+    if (load) expert_load(load, index);
   }
 }
 
-/** What adds up over the micro-batches of a step. */
-function sums({ scalars, loads, soFar }: Pick<Captured, "scalars" | "loads" | "soFar">): Tensor[] {
-  return [scalars, ...loads, ...soFar.values()];
+function packScalars(like: Tensor, values: readonly (Tensor | null)[]): Tensor {
+  const packed = like.device.zeros(like.shape);
+  values.forEach((value, i) => value && putInto(packed, i, value));
+  return packed;
 }
 
-function packScalars(device: Device, loss: Loss, mtp_depths: number): Tensor {
-  const packed = device.zeros([4 + mtp_depths]);
-  const put = (from: Tensor | null, i: number) => {
-    if (from) device.stream.copy(from.storage, from.byteOffset, packed.storage, packed.byteOffset + 4 * i, 4);
-  };
-  put(loss.total, 0);
-  put(loss.main, 1);
-  put(loss.aux, 2);
-  loss.mtp.forEach((depth, i) => put(depth, 4 + i));
-  return packed;
+/** x[i] = value on every rank. */
+function putInto(x: Tensor, i: number, value: Tensor): void {
+  localsOf(x).forEach(({ device, storage, byteOffset }, rank) => {
+    const from = localsOf(value)[rank]!;
+    device.stream.copy(from.storage, from.byteOffset, storage, byteOffset + 4 * i, 4);
+  });
+}
+
+/** All ranks of a stage. */
+function everyone(x: Tensor): Group {
+  return { name: "stage", members: [localsOf(x).map((_, rank) => rank)], algorithm: "direct" };
+}
+
+function sumInPlace(x: Tensor, group: Group): void {
+  const sum = sumOverGroup(x, group);
+  if (sum !== x) x.copyFrom(sum);
+}
+
+/** Batches with scored positions by so many, the last ones with null for what is missing. */
+function* inGroups(batches: Iterable<Batch>, size: number): Generator<(Batch | null)[]> {
+  let group: (Batch | null)[] = [];
+  for (const batch of batches) {
+    if (batch.scored === 0) continue;
+    group.push(batch);
+    if (group.length < size) continue;
+    yield group;
+    group = [];
+  }
+  if (group.length > 0) yield [...group, ...Array<null>(size - group.length).fill(null)];
+}
+
+/** Positions with a target in all micro-batches: for the next token, and at every prediction depth. */
+function scoredPositions(batches: readonly Batch[], depths: number): number[] {
+  return Array.from({ length: 1 + depths }, (_, depth) => batches.reduce(
+    (sum, batch) => sum + countScored(depth === 0 ? batch.labels : mtpLabels(batch, depth)), 0));
 }

@@ -61,6 +61,13 @@ export default [
     errors: [uneven("reduce_scatter")],
   }),
   opSamples({
+    op: op("send"), reference: ref.send, vjp: ref.send_vjp,
+    samples: [
+      { name: "a matrix", args: (r) => [how(1), r.normal([3, 5]), null] },
+      { name: "nothing", args: (r) => [how(1), r.normal([0, 5]), null] },
+    ],
+  }),
+  opSamples({
     op: op("all_to_all"), reference: ref.all_to_all, vjp: ref.all_to_all_vjp,
     samples: ([1, 2] as const).flatMap((cut) => ([
       ["two ranks", 2, [1, 4, 6]], ["rows of a batch", 2, [3, 4, 8]], ["three ranks", 3, [2, 3, 9]],

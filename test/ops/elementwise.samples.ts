@@ -41,6 +41,14 @@ export default [
     ],
   }),
   opSamples({
+    op: ops.multiply, reference: ref.multiply, vjp: ref.multiply_vjp,
+    samples: each((r, shape) => [r.normal(shape), r.normal(shape)]),
+    errors: [{
+      name: "another shape of equal size", args: (r) => [r.normal([2, 4]), r.normal([4, 2])],
+      message: /multiply: b must be \[2, 4\], found \[4, 2\]/,
+    }],
+  }),
+  opSamples({
     op: ops.accumulate, reference: ref.accumulate,
     samples: each((r, shape) => [r.normal(shape), r.normal(shape)]),
     errors: [{

@@ -34,7 +34,7 @@ function start(formats: Partial<Recipe>) {
   };
   const state = async () => {
     const all: Uint8Array[] = [];
-    for (const view of [...model.parameters.values(), ...run.trainer.optimizer.state]) {
+    for (const view of [...model.parameters.values(), ...run.trainer.optimizers[0]!.state]) {
       all.push(new Uint8Array(await device.readBytes(view)));
     }
     return all;
@@ -58,7 +58,7 @@ describe.each(FORMATS)("%s", (_, formats) => {
     const before = device.pool.liveBytes;
     const model = new NemotronH(whole, createParameters(device, whole, 1, formats.weights));
     const trained = new Map([...model.parameters].filter(([, { requiresGrad }]) => requiresGrad));
-    const optimizer = new AdamW(device, trained, {
+    const optimizer = new AdamW(trained, {
       betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: 1, ...formats,
     });
     const found = device.pool.liveBytes - before;

@@ -67,7 +67,7 @@ async function check(make: () => Tensor[]): Promise<void> {
     betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: 1,
     decays: (name: string) => Number(name[1]) % 2 === 0,
   } as const;
-  const optimizer = new AdamW(device, new Map(names.map((name, i) => [name, tensors[i]!])), options);
+  const optimizer = new AdamW(new Map(names.map((name, i) => [name, tensors[i]!])), options);
   const entries = names.flatMap((name) => [`m.${name}`, `v.${name}`]);
   expect(optimizer.state.map(({ name }) => name)).toEqual(entries);
   const r = new Draw(3);
@@ -113,7 +113,7 @@ async function check(make: () => Tensor[]): Promise<void> {
 
 test("an update with a gradient or a loss that is no number leaves all as it was", async () => {
   const [parameter] = together(device, [[5, 3]]);
-  const optimizer = new AdamW(device, new Map([["p", parameter!]]), {
+  const optimizer = new AdamW(new Map([["p", parameter!]]), {
     betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Infinity,
   });
   parameter!.write(Float32Array.from({ length: 15 }, (_, i) => i));

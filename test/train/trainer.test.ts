@@ -250,7 +250,7 @@ describe("a small model with experts and two prediction depths", () => {
   /** Bits of all that an update changes. */
   const stateOf = async ({ model, trainer }: ReturnType<typeof start>) => {
     const state: Uint8Array[] = [];
-    for (const view of [...model.parameters.values(), ...trainer.optimizer.state]) {
+    for (const view of [...model.parameters.values(), ...trainer.optimizers[0]!.state]) {
       state.push(new Uint8Array(await device.readBytes(view)));
     }
     return state;

@@ -1,0 +1,164 @@
+/** Forward and backward passes of micro-batches through the stages of a model. */
+import { type GradientMap, Tape } from "../autograd/tape.ts";
+import { type Loss, type LossOptions, trainingContext } from "../models/nemotron_h.ts";
+import type { Routing } from "../nn/context.ts";
+import { sendToStage } from "../ops/collectives.ts";
+import { accumulate } from "../ops/elementwise.ts";
+import type { MeshModel } from "../parallel/model.ts";
+import { scope } from "../tensor/scope.ts";
+import { localsOf, shardedOf } from "../tensor/sharded.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import type { StageInputs } from "./rank_inputs.ts";
+
+/** What a forward pass of a stage found: losses where it has the head, routing of its layers. */
+export interface StagePass {
+  readonly stage: number;
+  readonly main: Tensor | null;
+  readonly mtp: readonly Tensor[];
+  readonly aux: Tensor | null;
+  readonly routing: readonly Routing[];
+}
+
+/** A micro-batch in a stage between its passes. */
+interface Alive {
+  readonly tape: Tape;
+  /** What came from the stage before. */
+  readonly entry: Tensor | null;
+  /** Whose gradients are known when the backward pass begins, and these. */
+  readonly outputs: Tensor[];
+  readonly seeds: Tensor[];
+  /** What the next stage goes on from. */
+  readonly exit: Tensor | null;
+}
+
+/**
+ * The passes of one step. Between stages activations go forth and their gradients back; what lies in between
+ * lives from a stage's forward pass to its backward pass.
+ */
+export class Passes {
+  readonly #mesh: MeshModel;
+  readonly #options: LossOptions;
+  readonly #alive = new Map<string, Alive>();
+  /** Activations and gradients that wait for the stage they were sent to. */
+  readonly #sent = new Map<string, Tensor>();
+
+  constructor(mesh: MeshModel, options: LossOptions) {
+    this.#mesh = mesh;
+    this.#options = options;
+  }
+
+  /**
+   * Runs a micro-batch forwards through a stage and sends the result on.
+   * @param visit sees what was found, while it is in memory
+   */
+  forward(stage: number, micro: number, inputs: StageInputs, visit: (pass: StagePass) => void): void {
+    const key = `${stage} ${micro}`;
+    const tape = new Tape();
+    const entry = stage > 0 ? this.#take(`forth ${key}`) : null;
+    this.#alive.set(key, { tape, entry, exit: null, outputs: [], seeds: [] });
+    scope(() => {
+      const { loss, exit } = tape.run(() => this.#run(stage, inputs, entry));
+      const { seeds } = inputs;
+      const pairs: [Tensor | null, Tensor][] =
+        [[loss.main, seeds.main], ...loss.mtp.map((one, i): [Tensor, Tensor] => [one, seeds.mtp[i]!]),
+          [loss.aux, seeds.aux]];
+      const known = pairs.filter((pair): pair is [Tensor, Tensor] => pair[0] !== null);
+      this.#alive.set(key, {
+        tape, entry, exit, outputs: known.map(([output]) => output), seeds: known.map(([, seed]) => seed),
+      });
+      if (exit) this.#send(`forth ${stage + 1} ${micro}`, exit, stage + 1);
+      visit({ stage, ...loss });
+    });
+    entry?.release(); // the tape keeps what it needs
+  }
+
+  /** @param places as for `Tape.backward` */
+  backward(stage: number, micro: number, places?: GradientMap): GradientMap {
+    const key = `${stage} ${micro}`;
+    const { tape, entry, exit, outputs, seeds } = this.#alive.get(key)!;
+    this.#alive.delete(key);
+    const after = exit ? this.#take(`back ${key}`) : null;
+    try {
+      const gradients = tape.backward(
+        [...outputs, ...exit ? [exit] : []].flatMap(localsOf),
+        [...seeds, ...after ? [after] : []].flatMap(localsOf), places);
+      if (entry) {
+        scope(() => {
+          const back = localsOf(entry).map(({ key: leaf, shape, device }) => {
+            const gradient = gradients.get(leaf);
+            gradients.delete(leaf);
+            return gradient ?? device.zeros(shape).retain();
+          });
+          this.#send(`back ${stage - 1} ${micro}`, shardedOf(back), stage - 1);
+          for (const gradient of back) gradient.release();
+        });
+      }
+      return gradients;
+    } finally {
+      tape.dispose();
+      after?.release();
+    }
+  }
+
+  /** Runs a micro-batch through all stages without gradients; the last one's losses. */
+  evaluate(inputs: readonly StageInputs[]): StagePass {
+    let found: StagePass | null = null;
+    let entry: Tensor | null = null;
+    for (let stage = 0; stage < inputs.length; stage++) {
+      const { loss, exit } = this.#run(stage, inputs[stage]!, entry);
+      found = { stage, ...loss };
+      if (exit) entry = sendToStage(exit, this.#devicesOf(stage + 1));
+    }
+    return found!;
+  }
+
+  /** Gives back what a step that failed has left. */
+  dispose(): void {
+    for (const { tape } of this.#alive.values()) tape.dispose();
+    for (const tensor of this.#sent.values()) tensor.release();
+    this.#alive.clear();
+    this.#sent.clear();
+  }
+
+  #run(
+    stage: number, inputs: StageInputs, entry: Tensor | null,
+  ): { loss: Omit<StagePass, "stage">; exit: Tensor | null } {
+    const { model } = this.#mesh.stages[stage]!;
+    const context = trainingContext(inputs, this.#options);
+    const routing = context.routing!;
+    const x = model.part.embedding ? model.embed(inputs.input_ids) : entry!;
+    const y = model.run(x, context);
+    if (model.part.head) {
+      const { main, mtp, aux }: Loss = model.lossFrom(y, inputs, this.#options, context);
+      return { loss: { main, mtp, aux, routing }, exit: null };
+    }
+    const aux = model.auxLoss(routing.map((one) => ({ ...one, share: 1 })), inputs, this.#options);
+    return { loss: { main: null, mtp: [], aux, routing }, exit: y };
+  }
+
+  #devicesOf(stage: number): Tensor["device"][] {
+    const [any] = this.#mesh.stages[stage]!.model.parameters.values();
+    return localsOf(any!).map(({ device }) => device);
+  }
+
+  #send(key: string, x: Tensor, stage: number): void {
+    const arrived = sendToStage(x, this.#devicesOf(stage)).retain();
+    for (const local of localsOf(arrived)) local.requiresGrad = key.startsWith("forth");
+    this.#sent.set(key, arrived);
+  }
+
+  #take(key: string): Tensor {
+    const tensor = this.#sent.get(key);
+    if (!tensor) throw new Error(`A pass came before what it goes on from: ${key}.`);
+    this.#sent.delete(key);
+    return tensor;
+  }
+}
+
+/** Adds gradients to sums in their places. */
+export function addGradients(places: GradientMap, gradients: GradientMap): void {
+  for (const [key, sum] of places) {
+    const gradient = gradients.get(key);
+    if (gradient) accumulate(sum, gradient.reshape(sum.shape));
+  }
+}

@@ -1,0 +1,92 @@
+import { afterAll, describe, expect, test } from "vitest";
+import { openDevice } from "../../src/tensor/device.ts";
+import { testAdapters } from "../support/adapters.ts";
+import { relativeError, smallBatches, SMALL, trainSmall, worstOf } from "../support/layouts.ts";
+
+/** The adapter's arithmetic is tested op by op; one adapter is enough for what ranks do together. */
+const device = await openDevice({ adapter: (await testAdapters())[0]! });
+afterAll(() => device.destroy());
+
+const even = smallBatches(4, false);
+const ragged = smallBatches(4, true);
+
+/** Layouts that have little to do with each other; `krait bench layouts` goes through many more. */
+const LAYOUTS = ["dp=4", "tp=2", "tp=4", "pp=3", "pp=2,vpp=2", "tp=2,dp=2,pp=2"];
+
+describe("a layout trains as one rank does", () => {
+  const one = trainSmall(device, "tp=1", even, { steps: 3, clip: 1 });
+
+  for (const layout of LAYOUTS) {
+    test(layout, async () => {
+      const expected = await one;
+      const before = device.pool.liveBytes;
+      const found = await trainSmall(device, layout, even, { steps: 3, clip: 1 });
+      const gradient = worstOf(found.gradients, expected.gradients);
+      expect(gradient.error, gradient.name).toBeLessThan(1e-5);
+      const parameter = worstOf(found.parameters, expected.parameters);
+      expect(parameter.error, parameter.name).toBeLessThan(2e-5);
+      found.steps.forEach((step, i) => {
+        const { loss, aux_loss, mtp_loss, grad_norm, max_violation } = expected.steps[i]!;
+        expect(step.loss / loss).toBeCloseTo(1, 5);
+        expect(step.aux_loss / aux_loss).toBeCloseTo(1, 5);
+        expect(step.mtp_loss[0]! / mtp_loss[0]!).toBeCloseTo(1, 5);
+        expect(step.grad_norm / grad_norm).toBeCloseTo(1, 5);
+        expect(step.max_violation).toBe(max_violation);
+      });
+      expect(device.pool.liveBytes).toBe(before);
+    });
+  }
+});
+
+describe("rows of unequal length", () => {
+  for (const per_token of [false, true]) {
+    test(`equal one rank, ${per_token ? "by position" : "by micro-batch"}`, async () => {
+      const one = await trainSmall(device, "tp=1", ragged, { per_token });
+      const two = await trainSmall(device, "tp=2,dp=2", ragged, { per_token });
+      const { name, error } = worstOf(two.gradients, one.gradients);
+      expect(error, name).toBeLessThan(1e-5);
+      expect(two.steps[0]!.loss / one.steps[0]!.loss).toBeCloseTo(1, 6);
+    });
+  }
+
+  test("are not the same by position and by micro-batch", async () => {
+    const [mean, token] = [
+      await trainSmall(device, "dp=2", ragged), await trainSmall(device, "dp=2", ragged, { per_token: true }),
+    ];
+    expect(worstOf(mean.gradients, token.gradients).error).toBeGreaterThan(1e-3);
+  });
+});
+
+describe("the update", () => {
+  test("divided among the ranks gives the bits of an undivided one", async () => {
+    const options = { steps: 2, clip: 0.5 };
+    const divided = await trainSmall(device, "dp=4", even, options);
+    const whole = await trainSmall(device, "dp=4", even, { ...options, zero: false });
+    expect(divided.steps).toEqual(whole.steps);
+    expect(worstOf(divided.parameters, whole.parameters).error).toBe(0);
+    expect(divided.optimizerBytes).toBeLessThan(0.27 * whole.optimizerBytes);
+  });
+
+  test("sums the gradients of keys and values that ranks share", async () => {
+    const config = { ...SMALL, num_key_value_heads: 2 };
+    const one = await trainSmall(device, "tp=1", even, { config });
+    const four = await trainSmall(device, "tp=4", even, { config });
+    const { name, error } = worstOf(four.gradients, one.gradients);
+    expect(error, name).toBeLessThan(1e-5);
+    const key = "m.backbone.layers.1.mixer.k_proj.weight";
+    expect(relativeError(four.gradients.get(key)!, one.gradients.get(key)!)).toBeLessThan(1e-5);
+  });
+
+  test("is the same twice", async () => {
+    const [a, b] = [await trainSmall(device, "tp=2,pp=2", even), await trainSmall(device, "tp=2,pp=2", even)];
+    expect(a.steps).toEqual(b.steps);
+    expect(worstOf(a.parameters, b.parameters).error).toBe(0);
+  });
+});
+
+test("what ranks cannot divide is refused", async () => {
+  await expect(trainSmall(device, "dp=3", even)).rejects.toThrow(
+    /must be a multiple of dp = 3, found accumulate = 4/);
+  await expect(trainSmall(device, "tp=8", even)).rejects.toThrow(/tp divides the Mamba groups/);
+  await expect(trainSmall(device, "tp=2,sp=off", even)).rejects.toThrow(/tp > 1 with experts needs sp/);
+});
