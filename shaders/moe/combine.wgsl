@@ -1,7 +1,8 @@
 // Sum over the K rows of each token, in the order of k:
 //   out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]]   (condition `weighted`)
 //   out[t] = sum_k y[token_slot[t * K + k]]                       (otherwise; the backward pass of permute)
-// added to base[t] under the condition `based`.
+// added to base[t] under the condition `based`. `spare`: choices without a slot below offsets[experts] and
+// `slots` do not count.
 //
 //   y [T * K, D], topk_weight [T, K] -> out [T, D], in elements of V: vec4f where D is a multiple of 4
 //
@@ -19,6 +20,8 @@ struct Params {
   cols: u32, // in V
   parts: u32,
   topk: u32,
+  slots: u32,
+  experts: u32,
 }
 
 @group(0) @binding(0) var<storage, read> y: array<V>;
@@ -26,6 +29,7 @@ struct Params {
 @if(weighted) @group(0) @binding(2) var<storage, read> topk_weight: array<f32>;
 @group(0) @binding(3) var<storage, read_write> out: array<V>;
 @if(based) @group(0) @binding(4) var<storage, read> base: array<V>;
+@if(spare) @group(0) @binding(5) var<storage, read> offsets: array<u32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 @compute @workgroup_size(WG)
@@ -39,6 +43,7 @@ fn combine(
     return;
   }
   let step = params.parts;
+  @if(spare) let slots = min(params.slots, offsets[params.experts]);
   for (var c = i % step; c < params.cols; c += 4u * step) {
     // Columns past the end read the last one and are not written.
     let last = params.cols - 1u;
@@ -50,6 +55,7 @@ fn combine(
     var s2 = V(0.0);
     var s3 = V(0.0);
     for (var k = token * params.topk; k < (token + 1u) * params.topk; k++) {
+      @if(spare) { if (token_slot[k] >= slots) { continue; } }
       let row = token_slot[k] * params.cols;
       @if(weighted) let w = topk_weight[k];
       @else let w = 1.0;

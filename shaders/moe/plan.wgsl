@@ -9,6 +9,8 @@
 //   scatter:       each piece places its choices in order; one invocation per piece
 //   whole:         the four after each other in one workgroup, WG pieces that need not come cleared
 //   small:         everything for S <= 128 in one workgroup, by counting who comes before
+// `part`: of the experts from number `first` on; choices of others come last, as those of one expert more.
+// `blocks`: by blocks of `first` experts, of which a token's ascending choices count the first alone.
 // Nothing that decides the order is atomic, hence the same plan every time.
 import package::lib::index::workgroup_index;
 
@@ -19,6 +21,8 @@ struct Params {
   experts: u32,
   pieces: u32,
   length: u32,
+  first: u32,
+  topk: u32, // of blocks
 }
 
 @group(0) @binding(0) var<storage, read> topk_idx: array<u32>;
@@ -35,7 +39,21 @@ var<workgroup> list: array<u32, SMALL>;
 
 // An index beyond the experts would leave its row of counters; it is treated as the last expert.
 fn expert_of(choice: u32) -> u32 {
-  return min(topk_idx[choice], params.experts - 1u);
+  let e = topk_idx[choice];
+  @if(part) let expert = e - params.first;
+  @elif(blocks) let expert = block_of(choice, e);
+  @else let expert = e;
+  return min(expert, params.experts - 1u);
+}
+
+@if(blocks) fn block_of(choice: u32, e: u32) -> u32 {
+  let own = e / params.first;
+  let place = choice % params.topk;
+  if (place > 0u) {
+    let before = topk_idx[choice - 1u] / params.first;
+    if (before == own) { return params.experts - 1u; }
+  }
+  return own;
 }
 
 @compute @workgroup_size(WG)

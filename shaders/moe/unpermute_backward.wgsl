@@ -4,6 +4,9 @@
 //   y, dy [T * K, D]; topk_weight, dweight [T, K]; dout [T, D]; f32, in elements of V: vec4f where D is a
 //   multiple of 4.
 //
+// `spare`: choices without a slot below
+// offsets[experts] and `slots` have zero gradients; rows of y that belong to none get none here.
+//
 // LANES invocations take one choice (t, k); their parts of the dot product are added in a fixed order. With
 // LANES = 1 there is no barrier, which suits software adapters.
 import package::lib::index::workgroup_index;
@@ -21,6 +24,8 @@ struct Params {
   choices: u32,
   cols: u32, // in V
   topk: u32,
+  slots: u32,
+  experts: u32,
 }
 
 @group(0) @binding(0) var<storage, read> y: array<V>;
@@ -29,6 +34,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> dout: array<V>;
 @group(0) @binding(4) var<storage, read_write> dy: array<V>;
 @group(0) @binding(5) var<storage, read_write> dweight: array<f32>;
+@if(spare) @group(0) @binding(6) var<storage, read> offsets: array<u32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 var<workgroup> parts: array<f32, WG>;
@@ -41,7 +47,11 @@ fn unpermute_backward(
   let choice = workgroup_index(wid, nwg) * (WG / LANES) + invocation / LANES;
   let lane = invocation % LANES;
   var sum = 0.0;
-  if (choice < params.choices) {
+  var counts = choice < params.choices;
+  @if(spare) {
+    if (counts) { counts = token_slot[choice] < min(params.slots, offsets[params.experts]); }
+  }
+  if (counts) {
     let w = topk_weight[choice];
     let slot_row = token_slot[choice] * params.cols;
     let token_row = choice / params.topk * params.cols;

@@ -352,6 +352,68 @@ export const manifest = {
       read_codes: ["old_codes","params","tokens"],
     },
   },
+  "comm/row_tables": {
+    bindings: {
+      all: { binding: 0, access: "read" },
+      starts: { binding: 1, access: "read_write" },
+      there: { binding: 2, access: "read_write" },
+      bases: { binding: 3, access: "read_write" },
+      offsets: { binding: 4, access: "read_write" },
+      splits: { binding: 5, access: "read_write" },
+      missing: { binding: 6, access: "read_write" },
+      from_table: { binding: 7, access: "read_write" },
+      to_table: { binding: 8, access: "read_write" },
+    },
+    params: {
+      sources: "u32",
+      width: "u32",
+      groups: "u32",
+      blocks: "u32",
+      copies: "u32",
+      own: "u32",
+      block: "u32",
+      rows: "u32",
+      sends: "u32",
+      limit: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: [],
+    entries: {
+      scan: ["all","bases","missing","offsets","params","splits","starts","there"],
+      tables: ["all","from_table","params","starts","there","to_table"],
+      limited: ["all","missing","offsets","params"],
+    },
+  },
+  "comm/rows": {
+    bindings: {
+      x0: { binding: 0, access: "read" },
+      x1: { binding: 1, access: "read" },
+      x2: { binding: 2, access: "read" },
+      x3: { binding: 3, access: "read" },
+      x4: { binding: 4, access: "read" },
+      x5: { binding: 5, access: "read" },
+      table: { binding: 6, access: "read" },
+      y: { binding: 7, access: "read_write" },
+    },
+    params: {
+      rows: "u32",
+      cols: "u32",
+      parts: "u32",
+      per: "u32",
+      stride: "u32",
+      first: "u32",
+      inputs: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: ["integers","more","vec4"],
+    entries: {
+      rows: ["params","table","x0","x1","x2","x3","x4","x5","y"],
+    },
+  },
   "comm/sum": {
     bindings: {
       x0: { binding: 0, access: "read" },
@@ -1626,6 +1688,7 @@ export const manifest = {
       token_slot: { binding: 1, access: "read" },
       out: { binding: 3, access: "read_write" },
       base: { binding: 4, access: "read" },
+      offsets: { binding: 5, access: "read" },
       topk_weight: { binding: 2, access: "read" },
     },
     params: {
@@ -1633,13 +1696,15 @@ export const manifest = {
       cols: "u32",
       parts: "u32",
       topk: "u32",
+      slots: "u32",
+      experts: "u32",
     },
     overrides: {
       WG: "u32",
     },
-    conditions: ["based","vec4","weighted"],
+    conditions: ["based","spare","vec4","weighted"],
     entries: {
-      combine: ["base","out","params","token_slot","topk_weight","y"],
+      combine: ["base","offsets","out","params","token_slot","topk_weight","y"],
     },
   },
   "moe/expert_bias": {
@@ -1683,19 +1748,21 @@ export const manifest = {
       x: { binding: 0, access: "read" },
       slot_token: { binding: 1, access: "read" },
       y: { binding: 2, access: "read_write" },
+      offsets: { binding: 3, access: "read" },
     },
     params: {
       slots: "u32",
       cols: "u32",
       parts: "u32",
       topk: "u32",
+      experts: "u32",
     },
     overrides: {
       WG: "u32",
     },
-    conditions: ["vec4"],
+    conditions: ["integers","spare","vec4"],
     entries: {
-      permute: ["params","slot_token","x","y"],
+      permute: ["offsets","params","slot_token","x","y"],
     },
   },
   "moe/plan": {
@@ -1711,11 +1778,13 @@ export const manifest = {
       experts: "u32",
       pieces: "u32",
       length: "u32",
+      first: "u32",
+      topk: "u32",
     },
     overrides: {
       WG: "u32",
     },
-    conditions: [],
+    conditions: ["blocks","part"],
     entries: {
       count: ["histogram","params","topk_idx"],
       scan_pieces: ["histogram","offsets","params"],
@@ -1944,19 +2013,22 @@ export const manifest = {
       dout: { binding: 3, access: "read" },
       dy: { binding: 4, access: "read_write" },
       dweight: { binding: 5, access: "read_write" },
+      offsets: { binding: 6, access: "read" },
     },
     params: {
       choices: "u32",
       cols: "u32",
       topk: "u32",
+      slots: "u32",
+      experts: "u32",
     },
     overrides: {
       WG: "u32",
       LANES: "u32",
     },
-    conditions: ["vec4"],
+    conditions: ["spare","vec4"],
     entries: {
-      unpermute_backward: ["dout","dweight","dy","params","token_slot","topk_weight","y"],
+      unpermute_backward: ["dout","dweight","dy","offsets","params","token_slot","topk_weight","y"],
     },
   },
   "norm/rms_norm": {

@@ -50,6 +50,18 @@ export interface Communication {
   /** Bytes that all ranks of the group together send. */
   readonly bytes: number;
   readonly backward: boolean;
+  /**
+   * Where only the GPU knows how many rows there are: `bytes` is then the most there can be. Whoever wants
+   * the real number keeps the counts (`retain`) and reads them after the step.
+   */
+  readonly counted?: Counted;
+}
+
+export interface Counted {
+  /** A tensor per rank of the group. */
+  readonly counts: readonly Tensor[];
+  /** Bytes sent, from the values of the counts. */
+  bytes(counts: readonly ArrayLike<number>[]): number;
 }
 
 /** Called for every collective that is recorded. */
@@ -85,14 +97,17 @@ export function bytesSent(kind: CollectiveKind, algorithm: Algorithm, g: number,
 }
 
 /** Tells the observers of a collective before which every rank holds `bytes`. */
-export function report(
-  kind: CollectiveKind, { group, algorithm, ranks }: Call, bytes: number, backward = false,
+export function report(kind: CollectiveKind, call: Call, bytes: number, backward = false): void {
+  announce(kind, call, bytesSent(kind, call.algorithm, call.ranks.length, bytes), backward);
+}
+
+/** Shows a collective to the observers. */
+export function announce(
+  kind: CollectiveKind, { group, algorithm, ranks }: Call, bytes: number, backward: boolean,
+  counted?: Counted,
 ): void {
-  for (const observer of communicationObservers) {
-    observer({
-      kind, group, algorithm, ranks, backward, bytes: bytesSent(kind, algorithm, ranks.length, bytes),
-    });
-  }
+  const communication = { kind, group, algorithm, ranks, backward, bytes, ...(counted && { counted }) };
+  for (const observer of communicationObservers) observer(communication);
 }
 
 /** A matrix of rows whose columns are cut: everything before the dimension, and from it on. */

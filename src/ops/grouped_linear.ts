@@ -22,6 +22,11 @@ export interface GroupedLinearOptions {
    * moe_permute came before, without its copy. From moe_plan, with the number of experts per token.
    */
   readonly permute?: { readonly slot_token: Tensor; readonly token_slot: Tensor; readonly topk: number };
+  /**
+   * The offsets may end before the last row (of `permute`: the last slot, and choices may have none): the
+   * rows from there on are zero, those of x are not read, and their gradient is zero.
+   */
+  readonly spare?: boolean;
   /** From `expert_tiles` for the same offsets; otherwise every product works them out. */
   readonly tiles?: Tensor | null;
   /** Rounds the factors of the product and of its gradients; default: they stay as they are. */
@@ -51,15 +56,19 @@ const dense: Op<
   relu2: [0],
   forward(ctx, x: Tensor, weight: Tensor, offsets: Tensor, options: GroupedLinearOptions = {}): Tensor {
     check(x.shape.length === 2, name, "x", "[S, K]", x);
-    const { permute, activation } = options;
+    const { permute, activation, spare = false } = options;
     const K = x.shape[1]!;
-    const S = x.shape[0]! * (permute?.topk ?? 1);
-    if (permute) check(permute.slot_token.size === S, name, "permute", `made for ${S} choices`,
-      permute.slot_token);
+    const choices = x.shape[0]! * (permute?.topk ?? 1);
+    const S = permute && spare ? permute.slot_token.size : choices;
+    if (permute) {
+      const table = spare ? permute.token_slot : permute.slot_token;
+      check(table.size === choices, name, "permute", `made for ${choices} choices`, table);
+    }
     check(weight.shape.length === 3 && weight.shape[2] === K, name, "weight", `[E, N, ${K}]`, weight);
     const [E, N] = weight.shape as [number, number, number];
     check(offsets.shape.length === 1 && offsets.size === E + 1, name, "offsets", `[${E + 1}]`, offsets);
-    const y = x.device.empty([S, N], productDType(x, weight, options.out));
+    const dtype = productDType(x, weight, options.out);
+    const y = spare ? x.device.zeros([S, N], dtype) : x.device.empty([S, N], dtype);
     if (activation) y.relu2Key = nextKey();
     const { rounding } = options;
     const rounded = rounding?.input(x, ctx.needs(1), { offsets, permute });
@@ -70,7 +79,7 @@ const dense: Op<
     });
     groupedProduct({
       pass: "forward", left, right, out: y, offsets, permute, kernel: options.kernel,
-      tiles: options.tiles, relu2: activation === "relu2",
+      tiles: options.tiles, relu2: activation === "relu2", spare,
     });
     return y;
   },
@@ -79,7 +88,7 @@ const dense: Op<
   ) {
     const dh = squared ? relu2Gradients(dy, dsquare, squared) : dy;
     if (!dh) return [];
-    const { permute, rounding, kernel } = options;
+    const { permute, rounding, kernel, spare = false } = options;
     const { device } = dh;
     const K = weight.shape[2]!;
     const S = dh.shape[0]!;
@@ -89,13 +98,15 @@ const dense: Op<
       const [left, right] = rounded ? [rounded.backward!, rounding!.backward()] : [dh, weight];
       const rows = permute ? device.empty([S, K]) : dx;
       const before = x && converted(x, "f32");
-      const soFar = before ? null : into.soFar(0);
+      // Rows of nobody would not get what they have so far.
+      const soFar = before || (spare && !permute) ? null : into.soFar(0);
+      if (spare && !permute) dx.clear();
       groupedProduct({
         pass: "inputs", left, right, out: rows, offsets, kernel, tiles: options.tiles,
         ...(permute ? {} : { relu2_of: before, residual: soFar }),
       });
       if (permute) {
-        combine(rows, permute.token_slot, null, soFar, dx, permute.topk);
+        combine(rows, { ...permute, offsets, spare }, null, soFar, dx, permute.topk);
         if (before) dx = relu2Gradients(dx, null, before);
       }
     }
@@ -119,14 +130,14 @@ const dense: Op<
  *
  * @param x        [S, K], rows sorted by expert; with `permute` [S / topk, K] in the order of tokens
  * @param weight   [E, N, K], or block-quantised (`quantize`): then without a gradient
- * @param offsets  u32 [E + 1], ascending from 0 to S
+ * @param offsets  u32 [E + 1], ascending from 0 to S, with `spare` to S at most
  * @returns [S, N]
  * @throws ShapeError when the widths or the number of experts differ, or for a plan of another size
  */
 export const grouped_linear = orBlocks(dense, (x, weight, offsets, options = {}) => {
   const { codes, scales, format, global } = weight;
-  const { permute, activation } = options;
-  const rows = permute ? moe_permute(x, { offsets, ...permute }, permute.topk) : x;
+  const { permute, activation, spare = false } = options;
+  const rows = permute ? moe_permute(x, { offsets, ...permute, spare }, permute.topk) : x;
   const h = grouped_linear_blocks(rows, codes, scales, offsets, { format, global });
   return activation ? relu2(h) : h;
 });

@@ -36,6 +36,8 @@ export interface GroupedProduct {
   readonly permute?: Permutation | undefined;
   /** From `expert_tiles` for the same offsets. */
   readonly tiles?: Tensor | null | undefined;
+  /** The offsets may end before the last row, and `permute` may have choices without a row. */
+  readonly spare?: boolean;
   readonly relu2?: boolean;
   /** As in `Product`; of `inputs`. */
   readonly relu2_of?: Tensor | null;
@@ -121,7 +123,8 @@ export function groupedProduct(p: GroupedProduct): void {
     pass, rows, experts: offsets.size - 1, n, k, dtypes: dtypesText(dtypes),
   });
   if (isVectorKernel(chosen) && pass === "forward" && readsInVectors(left, right)) {
-    const x = permute ? moe_permute(left, { offsets, ...permute }, permute.topk) : left;
+    const plan = permute && { offsets, ...permute, spare: p.spare ?? false };
+    const x = plan ? moe_permute(left, plan, plan.topk) : left;
     return vectorProduct(chosen, x, right, out, { relu2 }, offsets);
   }
   const kernel = productKernel(device, chosen, dtypes);

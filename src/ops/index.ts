@@ -12,6 +12,7 @@ export * from "./decode_attention.ts";
 export * from "./elements.ts";
 export * from "./elementwise.ts";
 export * from "./embedding.ts";
+export * from "./exchange.ts";
 export * from "./fake_quantize.ts";
 export * from "./gated_rms_norm.ts";
 export * from "./global_norm.ts";

@@ -27,49 +27,79 @@ export function update_expert_bias(
 interface Plan {
   /** [E + 1]: expert e owns the sorted slots offsets[e] .. offsets[e + 1]. */
   readonly offsets: NdArray;
-  /** [T * K]: sorted slot to choice t * K + k. */
+  /** [T * K], or some more or less of them with `spare`: sorted slot to choice t * K + k. */
   readonly slot_token: NdArray;
   /** [T * K]: choice to sorted slot. */
   readonly token_slot: NdArray;
+  /** Whether choices from offsets[E] on, or without a slot, belong to no expert. */
+  readonly spare?: boolean;
 }
 
-/** Stable sort of the choices topk_idx [T, K] by expert. */
-export function moe_plan(topk_idx: NdArray, E: number): Plan {
+/** The experts first .. first + E - 1; or blocks of so many experts, each once per token. */
+interface Part {
+  readonly first?: number;
+  readonly block?: number;
+  readonly slots: number;
+}
+
+/**
+ * Stable sort of the choices topk_idx [T, K] by expert; with `part` of some of them, and the others, in their
+ * order, after all experts.
+ */
+export function moe_plan(topk_idx: NdArray, E: number, part?: Part): Plan {
+  const K = topk_idx.shape[1]!;
+  const { first = 0, block } = part ?? {};
+  const blockOf = (choice: number): number => Math.floor(topk_idx.data[choice]! / block!);
+  const groupOf = (choice: number): number => {
+    if (block === undefined) return topk_idx.data[choice]! - first;
+    return choice % K > 0 && blockOf(choice - 1) === blockOf(choice) ? E : blockOf(choice);
+  };
+  const groups = Array.from(topk_idx.data, (_, choice) => {
+    const group = groupOf(choice);
+    return part && (group < 0 || group > E) ? E : group;
+  });
   const offsets = ndarray([E + 1]);
   const slot_token = ndarray([topk_idx.data.length]);
   const token_slot = ndarray([topk_idx.data.length]);
   let slot = 0;
-  for (let e = 0; e < E; e++) {
+  for (let e = 0; e <= E; e++) {
     offsets.data[e] = slot;
-    topk_idx.data.forEach((expert, choice) => {
-      if (expert !== e) return;
+    groups.forEach((group, choice) => {
+      if (group !== e) return;
       slot_token.data[slot] = choice;
       token_slot.data[choice] = slot++;
     });
   }
-  offsets.data[E] = slot;
-  return { offsets, slot_token, token_slot };
+  if (!part) return { offsets, slot_token, token_slot };
+  const slots = Math.min(part.slots, slot_token.data.length);
+  return { offsets, slot_token: ndarray([slots], slot_token.data.slice(0, slots)), token_slot, spare: true };
 }
 
-/** Rows of x [T, D] in sorted order: y [T * K, D], y[slot] = x[floor(slot_token[slot] / K)]. */
-export function moe_permute(x: NdArray, { slot_token }: Plan, K: number): NdArray {
+/** Calls `visit` for every slot that holds a choice. */
+function forEachSlot(
+  { offsets, slot_token, spare }: Plan, visit: (slot: number, choice: number) => void,
+): void {
+  const used = spare ? Math.min(offsets.data.at(-1)!, slot_token.data.length) : slot_token.data.length;
+  for (let slot = 0; slot < used; slot++) visit(slot, slot_token.data[slot]!);
+}
+
+/** Rows of x [T, D] in sorted order: y [slots, D], y[slot] = x[floor(slot_token[slot] / K)]. */
+export function moe_permute(x: NdArray, plan: Plan, K: number): NdArray {
   const D = x.shape[1]!;
-  const y = ndarray([slot_token.data.length, D]);
-  slot_token.data.forEach((choice, slot) => {
+  const y = ndarray([plan.slot_token.data.length, D]);
+  forEachSlot(plan, (slot, choice) => {
     const t = Math.floor(choice / K);
     for (let d = 0; d < D; d++) y.data[slot * D + d] = x.data[t * D + d]!;
   });
   return y;
 }
 
-/** dx[t] = sum over the K slots of token t of dy[slot]. */
-export function moe_permute_vjp(
-  [dy]: Grads, x: NdArray, { slot_token }: Plan, K: number,
-): (NdArray | null)[] {
+/** dx[t] = sum over the slots of token t of dy[slot]. */
+export function moe_permute_vjp([dy]: Grads, x: NdArray, plan: Plan, K: number): (NdArray | null)[] {
   const D = x.shape[1]!;
   const dx = ndarray(x.shape);
   if (dy) {
-    slot_token.data.forEach((choice, slot) => {
+    forEachSlot(plan, (slot, choice) => {
       const t = Math.floor(choice / K);
       for (let d = 0; d < D; d++) dx.data[t * D + d]! += dy.data[slot * D + d]!;
     });
@@ -77,34 +107,43 @@ export function moe_permute_vjp(
   return [dx, null, null];
 }
 
-/** out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]]; y [T * K, D], topk_weight [T, K]; [T, D]. */
+/** Experts per token, and the weight of a choice. */
+function weightsOf(weight: NdArray | number): { K: number; weightOf: (choice: number) => number } {
+  if (typeof weight === "number") return { K: weight, weightOf: () => 1 };
+  return { K: weight.shape[1]!, weightOf: (choice) => weight.data[choice]! };
+}
+
+/**
+ * out[t] = sum_k topk_weight[t, k] * y[token_slot[t * K + k]]; y [slots, D], topk_weight [T, K] or the number
+ * K, for weights of 1; [T, D].
+ */
 export function moe_unpermute(
-  y: NdArray, topk_weight: NdArray, { token_slot }: Plan, base: NdArray | null = null,
+  y: NdArray, topk_weight: NdArray | number, plan: Plan, base: NdArray | null = null,
 ): NdArray {
-  const [T, K] = topk_weight.shape as [number, number];
+  const { K, weightOf } = weightsOf(topk_weight);
   const D = y.shape[1]!;
-  const out = ndarray([T, D], base?.data.slice());
-  token_slot.data.forEach((slot, choice) => {
+  const out = ndarray([plan.token_slot.data.length / K, D], base?.data.slice());
+  forEachSlot(plan, (slot, choice) => {
     const t = Math.floor(choice / K);
-    for (let d = 0; d < D; d++) out.data[t * D + d]! += topk_weight.data[choice]! * y.data[slot * D + d]!;
+    for (let d = 0; d < D; d++) out.data[t * D + d]! += weightOf(choice) * y.data[slot * D + d]!;
   });
   return out;
 }
 
 /** dy[slot] = topk_weight * dout[t]; dtopk_weight[t, k] = dot(dout[t], y[slot]). */
 export function moe_unpermute_vjp(
-  [dout]: Grads, y: NdArray, topk_weight: NdArray, { token_slot }: Plan, base: NdArray | null = null,
+  [dout]: Grads, y: NdArray, topk_weight: NdArray | number, plan: Plan, base: NdArray | null = null,
 ): (NdArray | null)[] {
-  const K = topk_weight.shape[1]!;
+  const { K, weightOf } = weightsOf(topk_weight);
   const D = y.shape[1]!;
   const dy = ndarray(y.shape);
-  const dweight = ndarray(topk_weight.shape);
+  const dweight = typeof topk_weight === "number" ? null : ndarray(topk_weight.shape);
   if (dout) {
-    token_slot.data.forEach((slot, choice) => {
+    forEachSlot(plan, (slot, choice) => {
       const t = Math.floor(choice / K);
       for (let d = 0; d < D; d++) {
-        dy.data[slot * D + d] = topk_weight.data[choice]! * dout.data[t * D + d]!;
-        dweight.data[choice]! += dout.data[t * D + d]! * y.data[slot * D + d]!;
+        dy.data[slot * D + d] = weightOf(choice) * dout.data[t * D + d]!;
+        if (dweight) dweight.data[choice]! += dout.data[t * D + d]! * y.data[slot * D + d]!;
       }
     });
   }

@@ -135,24 +135,37 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     bind: { x: normal(40), weight: normal(120), y: 12, bias: normal(6), offsets: 1, residual: 1 },
     params: { m: 2, n: 6, k: 20, experts: 0, parts: 1, steps: 5 }, constants: { WG: 16 }, workgroups: [4],
   },
+  "comm/row_tables:scan": {
+    bind: {
+      all: u32(0, 2, 3, 3, 5, 0, 0, 4, 6, 7), starts: 5, there: 4, bases: 2, offsets: 3, splits: 4,
+      missing: 1,
+    },
+    params: {
+      sources: 2, width: 5, groups: 4, blocks: 2, copies: 1, own: 1, block: 1, rows: 6, sends: 8, limit: 6,
+    },
+    constants: { WG: 16 }, workgroups: [1],
+  },
   "moe/expert_bias:expert_bias": {
     bind: { bias: 11, counts: Uint32Array.from(integers(11, 9)), gate: 1 },
     params: { experts: 11, rate: 0.01 }, constants: { WG: 16 }, workgroups: [1],
   },
   "moe/plan:scan_experts": {
     bind: { offsets: Uint32Array.from(integers(14, 5)) },
-    params: { choices: 12, experts: 13, pieces: 1, length: 12 }, constants: { WG: 16 }, workgroups: [1],
+    params: { choices: 12, experts: 13, pieces: 1, length: 12, first: 0, topk: 1 },
+    constants: { WG: 16 }, workgroups: [1],
   },
   "moe/plan:small": {
     bind: { topk_idx: Uint32Array.from(integers(20, 5)), offsets: 6, slot_token: 20, token_slot: 20 },
-    params: { choices: 20, experts: 5, pieces: 1, length: 20 }, constants: { WG: 16 }, workgroups: [1],
+    params: { choices: 20, experts: 5, pieces: 1, length: 20, first: 0, topk: 1 },
+    constants: { WG: 16 }, workgroups: [1],
   },
   "moe/plan:whole": {
     bind: {
       topk_idx: Uint32Array.from(integers(50, 5)), histogram: 16 * 5, offsets: 6, slot_token: 50,
       token_slot: 50,
     },
-    params: { choices: 50, experts: 5, pieces: 16, length: 4 }, constants: { WG: 16 }, workgroups: [1],
+    params: { choices: 50, experts: 5, pieces: 16, length: 4, first: 0, topk: 1 },
+    constants: { WG: 16 }, workgroups: [1],
   },
   "moe/router:router": {
     bind: { logits: normal(3 * 12), bias: normal(12), keys: 4 * 12, topk_weight: 9, topk_idx: 9 },
@@ -185,7 +198,8 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
       y: normal(6 * 10), topk_weight: normal(6), token_slot: u32(3, 1, 0, 5, 4, 2), dout: normal(3 * 10),
       dy: 60, dweight: 6,
     },
-    params: { choices: 6, cols: 10, topk: 2 }, constants: { WG: 16, LANES: 4 }, workgroups: [2],
+    params: { choices: 6, cols: 10, topk: 2, slots: 6, experts: 3 },
+    constants: { WG: 16, LANES: 4 }, workgroups: [2],
   },
   "norm/rms_norm:rms_norm_row": {
     bind: { x: normal(40), z: normal(40), weight: normal(20), out: 40, rstd: 4 },
@@ -353,6 +367,10 @@ test("the interpreter follows the kernels: their results are right", () => {
     const sorted = choices.sort((a, b) => a.expert - b.expert); // stable, as the plan is
     expect([...plan.slot_token!]).toEqual(sorted.map(({ choice }) => choice));
   }
+
+  const tables = run("comm/row_tables:scan", linked("comm/row_tables:scan")).buffers;
+  expect([...tables.starts!]).toEqual([0, 0, 2, 4, 5]);
+  expect([...tables.there!]).toEqual([2, 3, 0, 4]);
 
   const given = LAUNCHES["moe/router:router"]!.bind as Record<string, Float32Array>;
   const [, expected] = router(ndarray([3, 12], given.logits), ndarray([12], given.bias), {

@@ -39,6 +39,39 @@ function permuted(name: string, counts: number[], widths: [number, number], topk
   };
 }
 
+/** The same with rows after the last expert's; with `topk` as slots that no choice has. */
+function spare(sample: Sample, [rows, width]: [number, number], topk = 0): Sample {
+  return {
+    ...sample, name: `${sample.name}, with spare rows`,
+    args: (r) => {
+      const [x, weight, offsets, options = {}] =
+        sample.args(r) as [HostTensor, unknown, unknown, { permute?: { slot_token: HostTensor } }?];
+      if (topk === 0) {
+        const more = r.normal([rows, width]);
+        const shape = [x.shape[0]! + rows, width];
+        return [
+          r.of(shape, [...x.data, ...more.data]), weight, offsets, { ...options, spare: true },
+        ];
+      }
+      // Tokens more, of which no choice has a slot.
+      const { slot_token } = options.permute!;
+      const used = slot_token.data.length;
+      const tokens = x.shape[0]! + rows;
+      const order = [...slot_token.data];
+      const choices = Array.from({ length: tokens * topk }, (_, choice) => choice);
+      const others = choices.filter((choice) => !order.includes(choice));
+      const inverse = choices.map((choice) => [...order, ...others].indexOf(choice));
+      return [
+        r.normal([tokens, width]), weight, offsets,
+        { ...options, spare: true, permute: {
+          slot_token: r.of([used + 3], [...order, ...others.slice(0, 3)], "u32"),
+          token_slot: r.of([choices.length], inverse, "u32"), topk,
+        } },
+      ];
+    },
+  };
+}
+
 /** The same with some arguments stored in a half. */
 function halves(sample: Sample, positions: number[], dtype: "f16" | "bf16"): Sample {
   return {
@@ -81,6 +114,14 @@ export default opSamples({
     permuted("in the order of tokens, few rows", [1, 0, 2, 1], [18, 20], 2, { activation: "relu2" }),
     permuted("in the order of tokens, workgroup tile", [5, 0, 70, 1], [70, 12], 2, { kernel: "tile" }),
     grouped("no rows", [0, 0, 0], [8, 12]),
+    spare(grouped("plain", uneven, [20, 16]), [9, 16]),
+    spare(grouped("relu2", uneven, [19, 13], { activation: "relu2" }), [40, 13]),
+    spare(grouped("few rows", [1, 0, 2], [18, 20]), [4, 20]),
+    spare(grouped("workgroup tile", [5, 0, 70, 1], [9, 19], { kernel: "tile" }), [70, 19]),
+    spare(permuted("in the order of tokens", [5, 0, 17, 2], [20, 16], 3), [7, 16], 3),
+    spare(permuted("in the order of tokens, relu2", [5, 0, 17, 2], [19, 13], 2, { activation: "relu2" }),
+      [7, 13], 2),
+    spare(permuted("in the order of tokens, few rows", [1, 0, 1], [18, 20], 2), [2, 20], 2),
   ],
   errors: [
     {

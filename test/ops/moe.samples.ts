@@ -1,4 +1,6 @@
-import { expert_load, moe_permute, moe_plan, moe_unpermute, update_expert_bias } from "../../src/ops/moe.ts";
+import {
+  expert_load, moe_permute, moe_plan, moe_unpermute, type PlanPart, update_expert_bias,
+} from "../../src/ops/moe.ts";
 import * as ref from "../../src/reference/moe.ts";
 import { type Draw, type HostTensor, opSamples } from "./suite.ts";
 
@@ -16,14 +18,18 @@ function choices(r: Draw, T: number, K: number, E: number): HostTensor {
   return r.of([T, K], chosen, "u32");
 }
 
-function plan(r: Draw, T: number, K: number, E: number) {
-  const { offsets, slot_token, token_slot } = ref.moe_plan(choices(r, T, K, E), E);
+function plan(r: Draw, T: number, K: number, E: number, part?: PlanPart, groups = E) {
+  const { offsets, slot_token, token_slot } = ref.moe_plan(choices(r, T, K, E), groups, part);
   return {
     offsets: r.of(offsets.shape, [...offsets.data], "u32"),
     slot_token: r.of(slot_token.shape, [...slot_token.data], "u32"),
     token_slot: r.of(token_slot.shape, [...token_slot.data], "u32"),
+    ...(part ? { spare: true } : {}),
   };
 }
+
+/** Plans of experts 3 to 5 of eight, with more slots than choices of them, and too few. */
+const few = (r: Draw, T: number, slots = 3 * T) => plan(r, T, 3, 8, { first: 3, slots }, 3);
 
 export default [
   opSamples({
@@ -98,6 +104,18 @@ export default [
       { name: "experts without tokens", args: (r) => [r.integers([777, 1], 3, 5, "u32"), 40] },
       { name: "odd sizes", args: (r) => [choices(r, 701, 3, 37), 37] },
       { name: "512 experts", args: (r) => [choices(r, 300, 22, 512), 512] },
+      { name: "some experts", args: (r) => [choices(r, 29, 3, 16), 4, { first: 8, slots: 87 }] },
+      {
+        name: "the last experts, few slots",
+        args: (r) => [choices(r, 64, 3, 16), 4, { first: 12, slots: 9 }],
+      },
+      {
+        name: "the first experts of many",
+        args: (r) => [choices(r, 2000, 3, 48), 7, { first: 0, slots: 6000 }],
+      },
+      { name: "no such expert", args: (r) => [r.integers([9, 2], 0, 3, "u32"), 2, { first: 4, slots: 18 }] },
+      { name: "blocks of experts", args: (r) => [choices(r, 29, 4, 12), 3, { block: 4, slots: 87 }] },
+      { name: "blocks of many", args: (r) => [choices(r, 2000, 3, 48), 6, { block: 8, slots: 6000 }] },
     ],
     errors: [
       {
@@ -115,6 +133,11 @@ export default [
       { name: "odd width", args: (r) => [r.normal([37, 77]), plan(r, 37, 3, 7), 3] },
       { name: "wide rows", args: (r) => [r.normal([19, 300]), plan(r, 19, 2, 8), 2] },
       { name: "one choice each", args: (r) => [r.normal([33, 20]), plan(r, 33, 1, 4), 1] },
+      { name: "whole numbers", args: (r) => [r.integers([19, 8], 0, 99, "u32"), plan(r, 19, 2, 8), 2] },
+      { name: "odd whole numbers", args: (r) => [r.integers([19, 3], 0, 99, "u32"), few(r, 19), 3] },
+      { name: "some experts", args: (r) => [r.normal([19, 20]), few(r, 19), 3] },
+      { name: "some experts, odd width", args: (r) => [r.normal([19, 13]), few(r, 19), 3] },
+      { name: "some experts, few slots", args: (r) => [r.normal([19, 20]), few(r, 19, 7), 3] },
     ],
     errors: [
       {
@@ -145,6 +168,14 @@ export default [
       {
         name: "added to a base, odd width",
         args: (r) => [r.normal([38, 77]), r.normal([19, 2]), plan(r, 19, 2, 8), r.normal([19, 77])],
+      },
+      { name: "without weights", args: (r) => [r.normal([38, 20]), 2, plan(r, 19, 2, 8)] },
+      { name: "some experts", args: (r) => [r.normal([57, 20]), r.normal([19, 3]), few(r, 19)] },
+      { name: "some experts, odd width", args: (r) => [r.normal([57, 13]), r.normal([19, 3]), few(r, 19)] },
+      { name: "some experts, few slots", args: (r) => [r.normal([7, 20]), r.normal([19, 3]), few(r, 19, 7)] },
+      {
+        name: "some experts, without weights, added to a base",
+        args: (r) => [r.normal([57, 20]), 3, few(r, 19), r.normal([19, 20])],
       },
     ],
     errors: [

@@ -165,11 +165,11 @@ export function compare(
 }
 
 const asList = <T>(value: T | T[]): T[] => (Array.isArray(value) ? value : [value]);
-/** Plain-object results (such as a plan of several index tensors) count as lists in key order. */
+/** Plain-object results (such as a plan of several index tensors) count as lists of their tensors. */
 const flatten = (value: unknown): unknown[] =>
   typeof value === "object" && value !== null && !Array.isArray(value) &&
   !(value instanceof Tensor) && !("data" in value)
-    ? Object.values(value)
+    ? Object.values(value).filter((item) => typeof item === "object")
     : asList(value);
 
 function seedOf(text: string): number {
