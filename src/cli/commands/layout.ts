@@ -2,8 +2,12 @@ import type { NemotronHConfig } from "../../models/config.ts";
 import { holdingsOf } from "../../parallel/holdings.ts";
 import { checkLayout, formatLayout, parseLayout, worldOf } from "../../parallel/layout.ts";
 import type { Layout, StepSizes } from "../../parallel/layout.ts";
+import { F32_TRAINING, rankMemory } from "../../parallel/memory.ts";
+import type { Chunk } from "../../parallel/memory.ts";
 import { coordinatesOf, GROUP_KINDS, groupsOf, ranksPerStage, stageRanks } from "../../parallel/mesh.ts";
 import type { GroupKind } from "../../parallel/mesh.ts";
+import { shapeOf } from "../../parallel/model_shape.ts";
+import type { ShapeLayer } from "../../parallel/model_shape.ts";
 import { bubbleFraction, liveMicroBatches, scheduleOf } from "../../parallel/schedule.ts";
 import { placeOfStage, stagesOf } from "../../parallel/stages.ts";
 import { predictTraffic, PURPOSES, totalBytes } from "../../parallel/traffic.ts";
@@ -93,15 +97,33 @@ function examine(parsed: Layout, config: NemotronHConfig | null, sizes: StepSize
 /** What each rank of every pipeline rank holds and sends in a step. */
 function predict(parsed: Layout, config: NemotronHConfig, sizes: StepSizes, training: Training) {
   const traffic = predictTraffic(parsed, config, sizes, training);
+  const shape = { ...shapeOf(config, ""), mtpDepths: config.num_nextn_predict_layers * training.mtp_depths };
+  const stages = chunksByRank(parsed, config, shape.layers);
+  const memory = { widths: KEPT, recompute: "none", sharding: "none", stages } as const;
   return holdingsOf(parsed, config).map(({ dense, experts, untrained }, rank) => {
     const share = training.distributed_optimizer
       ? dense / (parsed.dp * parsed.cp) + experts / parsed.edp : dense + experts;
     return {
       parameters: dense + experts + untrained, experts,
       parameter_bytes: 4 * (dense + experts + untrained), gradient_bytes: 4 * (dense + experts),
-      optimizer_bytes: 8 * share, sent_bytes: totalBytes(traffic[rank]!), traffic: traffic[rank]!,
+      optimizer_bytes: 8 * share,
+      activation_bytes: Object.values(rankMemory(shape, parsed, sizes, memory, rank).activations)
+        .reduce((sum, bytes) => sum + bytes, 0),
+      sent_bytes: totalBytes(traffic[rank]!), traffic: traffic[rank]!,
     };
   });
+}
+
+/** Logits are never kept. */
+const KEPT = { ...F32_TRAINING, logit: 0 };
+
+function chunksByRank(
+  parsed: Layout, config: NemotronHConfig, layers: readonly ShapeLayer[],
+): Chunk[][] {
+  const chunks = Array.from({ length: parsed.pp }, (): Chunk[] => []);
+  stagesOf(parsed, config).forEach(({ from, to, embedding, head }, i) =>
+    chunks[placeOfStage(parsed, i).rank]!.push({ layers: layers.slice(from, to), embedding, head }));
+  return chunks;
 }
 
 const plural = (count: number, thing: string) => `${count} ${thing}${count === 1 ? "" : "s"}`;
@@ -175,6 +197,7 @@ function renderBytes(
       each("weights", ({ parameter_bytes: bytes }) => formatBytes(bytes)),
       each("gradients", ({ gradient_bytes: bytes }) => formatBytes(bytes)),
       each("moments", ({ optimizer_bytes: bytes }) => formatBytes(bytes)),
+      each("activations, about", ({ activation_bytes: bytes }) => formatBytes(bytes)),
       each("sends", ({ sent_bytes: bytes }) => formatBytes(bytes)),
       ...rows.map((row) => [` ${row}`, ...ranks.map(({ traffic }) => formatBytes(sent(row, traffic)))]),
     ]),
