@@ -1,6 +1,7 @@
 import { afterAll, describe, expect, test } from "vitest";
 import { recompute } from "../../src/autograd/recompute.ts";
 import { Tape } from "../../src/autograd/tape.ts";
+import { listParameters } from "../../src/models/checkpoint_names.ts";
 import { parseConfig, type NemotronHConfig } from "../../src/models/config.ts";
 import { Attention } from "../../src/nn/attention.ts";
 import type { ForwardContext } from "../../src/nn/context.ts";
@@ -14,6 +15,7 @@ import { add } from "../../src/ops/elementwise.ts";
 import { embedding } from "../../src/ops/embedding.ts";
 import { linear_cross_entropy } from "../../src/ops/linear_cross_entropy.ts";
 import { parseLayout } from "../../src/parallel/layout.ts";
+import { coordinatesOf, ranksPerStage } from "../../src/parallel/mesh.ts";
 import { predictTraffic } from "../../src/parallel/traffic.ts";
 import { type Device, openDevice } from "../../src/tensor/device.ts";
 import { scope } from "../../src/tensor/scope.ts";
@@ -21,6 +23,7 @@ import { localsOf, Sharded, shardedOf } from "../../src/tensor/sharded.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
 import { Draw, type HostTensor } from "../ops/suite.ts";
 import { testAdapters } from "../support/adapters.ts";
+import { onRanks, shardedModel, wholeGradients } from "../support/parallel.ts";
 
 const groupOf = (...members: number[][]): Group => ({ name: "cp", members, algorithm: "direct" });
 const oneGroup = (ranks: number): Group => groupOf(Array.from({ length: ranks }, (_, rank) => rank));
@@ -128,6 +131,12 @@ const DOCUMENTS = [[13, 9, 18], [1, 30, 9]].flatMap((row) =>
   row.flatMap((length, i) => Array<number>(length).fill(i)));
 const r = new Draw(5);
 const packed = r.of([2, S], DOCUMENTS, "i32");
+
+/** The same result for every call. */
+function once<T>(make: () => T): () => T {
+  let made: { value: T } | null = null;
+  return () => (made ??= { value: make() }).value;
+}
 
 async function observed<T>(body: () => T | Promise<T>): Promise<Communication[]> {
   const seen: Communication[] = [];
@@ -381,10 +390,8 @@ for (const handle of await testAdapters()) {
         return { loss: values.reduce((sum, [value], rank) => sum + value! * shares[rank]!, 0), sums };
       }
 
-      const alone = (() => {
-        let result: ReturnType<typeof train> | null = null;
-        return () => (result ??= train(1, "ring"));
-      })();
+      const alone = once(() => train(1, "ring"));
+      const wholeAlone = once(() => whole("tp=1"));
 
       test.each([...CONTEXT_KINDS.map((kind) => [4, kind] as const), [2, "ring"] as const])(
         "loss and gradients do not depend on the ranks: %i, %s", async (ranks, kind) => {
@@ -395,9 +402,58 @@ for (const handle of await testAdapters()) {
         });
 
       test("a second run of a block communicates again and gives the same bits", async () => {
-        const [once, twice] = [await train(2, "ring"), await train(2, "ring", true)];
-        expect(twice).toEqual(once);
+        const [first, second] = [await train(2, "ring"), await train(2, "ring", true)];
+        expect(second).toEqual(first);
       });
+
+      test.each(["tp=2,cp=2", "tp=2,cp=2,sp=off,cp_kind=alltoall", "cp=4,cp_kind=allgather"])(
+        "a whole model with a prediction block under %s", async (text) => {
+          const [expected, found] = [await wholeAlone(), await whole(text)];
+          expect(Math.abs(found.loss / expected.loss - 1)).toBeLessThan(1e-6);
+          expect([...found.gradients.keys()]).toEqual([...expected.gradients.keys()]);
+          for (const [name, gradient] of found.gradients) {
+            expect(errorOf(gradient, expected.gradients.get(name)!), name).toBeLessThan(1e-5);
+          }
+        });
+
+      const model = parseConfig({
+        hybrid_override_pattern: "M*-", mtp_hybrid_override_pattern: "*", num_nextn_predict_layers: 1,
+        vocab_size: vocab, hidden_size: hidden, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8,
+        mamba_num_heads: 8, mamba_head_dim: 4, ssm_state_size: 16, n_groups: 2, chunk_size: 8,
+        intermediate_size: 24,
+      });
+      const values = new Map(listParameters(model).map(({ name, shape }) =>
+        [name, Float32Array.from(r.normal([...shape], shape.length > 1 ? 0.25 : 0.5).data)]));
+      /** Tokens, and those that follow one and two positions later: every position counts. */
+      const row = Array.from({ length: 2 }, () => r.integers([S + 3], 0, vocab).data);
+      const later = (n: number) => r.of([2, S], row.flatMap((x) => Array.from(x.slice(n, n + S))), "i32");
+
+      async function whole(text: string) {
+        const before = device.pool.liveBytes;
+        const layout = parseLayout(text);
+        const sharded = shardedModel(device, model, layout, values);
+        const tape = new Tape();
+        const { losses, gradients } = scope(() => {
+          const on = (host: HostTensor) => onRanks((rank) =>
+            upload(device, cut(host, layout.cp)[coordinatesOf(layout, rank).cp]!), ranksPerStage(layout));
+          const made = [on(later(0)), on(later(1)), on(later(2)), on(packed)] as const;
+          const [input_ids, targets, afterwards, seq_idx] = made;
+          const mtp = [{ input_ids: targets, targets: afterwards }];
+          const loss = tape.run(() =>
+            sharded.loss({ input_ids, targets, mtp, seq_idx }, { mtp_scale: 0.3 }));
+          const totals = [...localsOf(loss.total)];
+          const seeds = totals.map(() => device.tensor([1 / layout.cp], []));
+          const result = { losses: totals, gradients: tape.backward(totals, seeds) };
+          for (const tensor of made) tensor.release();
+          return result;
+        });
+        const totals = await Promise.all(losses.map((loss) => loss.item()));
+        const joint = await wholeGradients(sharded, layout, gradients);
+        for (const tensor of [...losses, ...gradients.values()]) tensor.release();
+        sharded.dispose();
+        expect(device.pool.liveBytes).toBe(before);
+        return { loss: totals.reduce((sum, total) => sum + total, 0) / totals.length, gradients: joint };
+      }
 
       test("refuses caches, and heads and groups that it cannot share out", () => {
         scope(() => {
