@@ -10,7 +10,7 @@ import { zigzag_order } from "../ops/zigzag_order.ts";
 import { ShapeError, UsageError } from "../tensor/errors.ts";
 import { perRank } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { type ContextKind, type Division, placesIn, sizeOfGroup } from "./division.ts";
+import { type ContextKind, type Division, neighboursOf, placesIn, sizeOfGroup } from "./division.ts";
 
 /**
  * The positions that every one of `ranks` holds of a row, ascending. Whatever belongs to a position is cut by
@@ -60,7 +60,37 @@ const allgather: Attend = (q, k, v, { scale, seq_idx }, cp) => {
 };
 
 /** All positions of some heads, instead of some positions of all heads. */
-const alltoall: Attend = (q, k, v, { scale, seq_idx }, cp) => {
+const alltoall: Attend = (q, k, v, scores, cp) => overHeads(q, k, v, scores, cp, attention);
+
+/**
+ * Positions for heads among neighbours, which then are one rank of a ring: stretches of the neighbours i * n
+ * to i * n + n - 1 are, in order, one from each end of the row again.
+ */
+const hierarchical: Attend = (q, k, v, scores, cp) => {
+  const size = neighboursOf(sizeOfGroup(cp), k.shape[2]!);
+  const [near, far] = [nearGroup(cp, size), farGroup(cp, size)];
+  if (size === 1) return ring(q, k, v, scores, far);
+  if (size === sizeOfGroup(cp)) return alltoall(q, k, v, scores, near);
+  return overHeads(q, k, v, scores, near, (...all) => ring(...all, far));
+};
+
+/** Neighbours of a group, `size` together. */
+function nearGroup({ members, ...rest }: Group, size: number): Group {
+  return { ...rest, members: members.flatMap((ranks) => Array.from(
+    { length: ranks.length / size }, (_, i) => ranks.slice(i * size, (i + 1) * size))) };
+}
+
+/** Of every `size` neighbours of a group those at the same place. */
+function farGroup({ members, ...rest }: Group, size: number): Group {
+  return { ...rest, members: members.flatMap((ranks) => Array.from(
+    { length: size }, (_, i) => ranks.filter((_rank, place) => place % size === i))) };
+}
+
+/** `attend` with all positions of some heads. */
+function overHeads(
+  q: Tensor, k: Tensor, v: Tensor, { scale, seq_idx }: Scores, cp: Group,
+  attend: (q: Tensor, k: Tensor, v: Tensor, scores: Scores) => Tensor,
+): Tensor {
   const ranks = sizeOfGroup(cp);
   const [B, L, Hq, Dh] = q.shape as [number, number, number, number];
   const Hkv = k.shape[2]!;
@@ -73,13 +103,13 @@ const alltoall: Attend = (q, k, v, { scale, seq_idx }, cp) => {
     const columns = copies.map((head): Range => [head * Dh, Dh]);
     return toHeads(take_ranges(x.reshape([B, L, Hkv * Dh]), 2, columns), copies.length);
   };
-  const out = attention(toHeads(q, Hq), keyHeads(k), keyHeads(v), {
+  const out = attend(toHeads(q, Hq), keyHeads(k), keyHeads(v), {
     scale, seq_idx: seq_idx && gatheredRows(seq_idx, cp),
   });
   return toOwnPositions(out.reshape([B, ranks * L, (Hq / ranks) * Dh]), cp).reshape([B, L, Hq, Dh]);
-};
+}
 
-const ATTEND: Readonly<Record<ContextKind, Attend>> = { ring, allgather, alltoall };
+const ATTEND: Readonly<Record<ContextKind, Attend>> = { ring, allgather, alltoall, hierarchical };
 
 /**
  * Causal attention of rows whose positions the ranks of `division.cp` share.

@@ -1,12 +1,20 @@
 import { ALONE, type Group } from "../ops/collectives.ts";
 
 /** How attention sees keys of positions that other ranks hold. */
-export const CONTEXT_KINDS = ["ring", "allgather", "alltoall"] as const;
+export const CONTEXT_KINDS = ["ring", "allgather", "alltoall", "hierarchical"] as const;
 export type ContextKind = (typeof CONTEXT_KINDS)[number];
 
 /** How tokens reach their experts. */
 export const DISPATCHERS = ["alltoall", "allgather", "flex"] as const;
 export type DispatcherKind = (typeof DISPATCHERS)[number];
+
+/**
+ * Ranks that exchange positions for heads under "hierarchical": as many neighbours of `cp` as share out the
+ * key heads without a copy. Keys go round among the rest.
+ */
+export function neighboursOf(cp: number, keyHeads: number): number {
+  return keyHeads === 0 ? cp : neighboursOf(keyHeads, cp % keyHeads);
+}
 
 /**
  * How the work of a layer is divided among the ranks of a pipeline stage. Layers hold their rank's share of

@@ -5,6 +5,7 @@
  */
 import { layerSpecs, mtpSpecs } from "../models/config.ts";
 import type { LayerSpec, NemotronHConfig } from "../models/config.ts";
+import { neighboursOf } from "../nn/division.ts";
 import { bytesSent } from "../ops/collectives.ts";
 import type { CollectiveKind } from "../ops/collectives.ts";
 import { holdingsOf } from "./holdings.ts";
@@ -143,11 +144,12 @@ class Ledger {
     return groupsOf(this.#layout, group)[0]!.length;
   }
 
-  /** A collective of each micro-batch, before which a rank holds `bytes`. */
+  /** A collective of each micro-batch, before which a rank holds `bytes`, among `size` ranks of the group. */
   pass(
     purpose: Purpose, group: GroupKind, kind: CollectiveKind, pass: "forward" | "backward", bytes: number,
+    size = this.sizeOf(group),
   ): void {
-    this.#add({ purpose, group, kind, pass }, bytes, this.sizeOf(group), this.#micros);
+    this.#add({ purpose, group, kind, pass }, bytes, size, this.#micros);
   }
 
   /** A collective of the update, among `size` ranks. */
@@ -216,31 +218,39 @@ function addLayer(ledger: Ledger, shape: Shape, spec: LayerSpec): void {
 function addAttention(ledger: Ledger, { layout, config, whole, width }: Shape): void {
   const { tp, cp, cp_kind: kind } = layout;
   if (cp === 1) return;
-  const { num_attention_heads: heads, num_key_value_heads: kv, head_dim: dim } = config;
-  const keys = whole * 2 * Math.max(1, kv / tp) * dim * width;
+  const { num_attention_heads: heads, head_dim: dim } = config;
+  const keyHeads = Math.max(1, config.num_key_value_heads / tp);
+  const keys = whole * 2 * keyHeads * dim * width;
   const what = "attention context";
+  const goRound = (ranks: number) => {
+    if (ranks === 1) return;
+    ledger.send(what, "cp", "forward", keys, ranks - 1);
+    // Back from where they came, with their gradients.
+    ledger.send(what, "cp", "backward", 2 * keys, ranks - 1);
+  };
+  const exchange = (ranks: number) => {
+    const queries = whole * (heads / tp) * dim * width;
+    // Fewer key heads than ranks are repeated, so that each rank gets those that its queries need.
+    const repeated = keys * Math.max(1, ranks / keyHeads);
+    for (const pass of ["forward", "backward"] as const) {
+      for (const bytes of [queries, repeated / 2, repeated / 2, queries]) {
+        ledger.pass(what, "cp", "all_to_all", pass, bytes, ranks);
+      }
+    }
+  };
   switch (kind) {
-    case "ring":
-      ledger.send(what, "cp", "forward", keys, cp - 1);
-      // Back from where they came, with their gradients.
-      ledger.send(what, "cp", "backward", 2 * keys, cp - 1);
-      return;
+    case "ring": return goRound(cp);
+    case "alltoall": return exchange(cp);
+    case "hierarchical": {
+      const neighbours = neighboursOf(cp, keyHeads);
+      exchange(neighbours);
+      return goRound(cp / neighbours);
+    }
     case "allgather":
       for (let i = 0; i < 2; i++) {
         ledger.pass(what, "cp", "all_gather", "forward", keys / 2);
         ledger.pass(what, "cp", "reduce_scatter", "backward", (cp * keys) / 2);
       }
-      return;
-    case "alltoall": {
-      const queries = whole * (heads / tp) * dim * width;
-      // Fewer key heads than ranks are repeated, so that each rank gets those that its queries need.
-      const repeated = keys * Math.max(1, cp / Math.max(1, kv / tp));
-      for (const pass of ["forward", "backward"] as const) {
-        for (const bytes of [queries, repeated / 2, repeated / 2, queries]) {
-          ledger.pass(what, "cp", "all_to_all", pass, bytes);
-        }
-      }
-    }
   }
 }
 

@@ -253,10 +253,12 @@ for (const handle of await testAdapters()) {
             attendOverRanks(a!, b!, c!, { scale, seq_idx: numbers }, divided(ranks, kind)))));
         const predicted = predictedBytes(`cp=${ranks},cp_kind=${kind}`, config("*"));
         expect(await sent(null)).toEqual(predicted);
-        // Every rank's numbers go to every other rank; a ring sends them along on the way back, too.
-        const numbers = (ranks - 1) * 4 * packed.data.length;
-        expect(await sent(packed)).toEqual(
-          [predicted[0]! + numbers, predicted[1]! + (kind === "ring" ? numbers : 0)]);
+        // Every rank's numbers go to every other rank; rings send them along on the way back, too: here among
+        // four, or, after two neighbours have gathered theirs, among two.
+        const numbers = 4 * packed.data.length;
+        const back = { ring: 3, allgather: 0, alltoall: 0, hierarchical: 2 }[kind];
+        const there = kind === "hierarchical" ? 1 + back : ranks - 1;
+        expect(await sent(packed)).toEqual([predicted[0]! + there * numbers, predicted[1]! + back * numbers]);
       });
 
       test("a captured ring runs again on new values", async () => {
@@ -406,7 +408,10 @@ for (const handle of await testAdapters()) {
         expect(second).toEqual(first);
       });
 
-      test.each(["tp=2,cp=2", "tp=2,cp=2,sp=off,cp_kind=alltoall", "cp=4,cp_kind=allgather"])(
+      test.each([
+        "tp=2,cp=2", "tp=2,cp=2,sp=off,cp_kind=alltoall", "cp=4,cp_kind=allgather",
+        "tp=2,cp=2,cp_kind=hierarchical",
+      ])(
         "a whole model with a prediction block under %s", async (text) => {
           const [expected, found] = [await wholeAlone(), await whole(text)];
           expect(Math.abs(found.loss / expected.loss - 1)).toBeLessThan(1e-6);

@@ -62,7 +62,7 @@ describe("a layout's text", () => {
     ["edp=2", "edp is tp * cp * dp / (etp * ep): expected no edp, found one."],
     ["tp=2,tp=2", "The layout's tp must stand once, found it twice."],
     ["sp=yes", "sp must be one of on, off, found \"yes\"."],
-    ["cp_kind=p2p", "cp_kind must be one of ring, allgather, alltoall, found \"p2p\"."],
+    ["cp_kind=p2p", "cp_kind must be one of ring, allgather, alltoall, hierarchical, found \"p2p\"."],
     ["dispatch=deepep", "dispatch must be one of alltoall, allgather, flex, found \"deepep\"."],
     ["algorithm=tree", "algorithm must be one of direct, ring, found \"tree\"."],
     ["tp=2,ep=4",
