@@ -7,8 +7,8 @@ import { join } from "node:path";
 import { localFileLayer } from "../io/files.node.ts";
 import { openCheckpoint, saveCheckpoint } from "../io/checkpoint_files.ts";
 import type { NemotronHConfig } from "../models/config.ts";
-import { createParameters } from "../models/parameters.ts";
-import { NemotronH } from "../models/nemotron_h.ts";
+import type { Layout } from "../parallel/layout.ts";
+import { MeshModel } from "../parallel/model.ts";
 import type { Device } from "../tensor/device.ts";
 import { FormatError, KraitError } from "../tensor/errors.ts";
 import type { Tokenizer } from "../text/tokenizer.ts";
@@ -22,7 +22,9 @@ import type { Recipe } from "../train/recipe.ts";
 import { type Evaluation, type RunStep, TrainingRun } from "../train/run.ts";
 
 export interface TrainingOptions {
-  readonly device: Device;
+  /** That of every rank of the layout. */
+  readonly devices: readonly Device[];
+  readonly layout: Layout;
   readonly config: NemotronHConfig;
   readonly recipe: Recipe;
   readonly split: DataSplit;
@@ -30,6 +32,8 @@ export interface TrainingOptions {
   /** Kept beside the weights. */
   readonly tokenizerFiles: Readonly<Record<string, string>>;
   readonly out: string;
+  /** Whether ranks that share parameters divide their update; default true. */
+  readonly zero?: boolean;
   /** Continue from the newest checkpoint in `out`. */
   readonly resume: boolean;
   /** Steps between checkpoints, and how many of them to keep. */
@@ -55,7 +59,7 @@ export interface TrainingResult {
  * Trains to the end of the recipe or until interrupted; either way the newest state is on disk afterwards.
  */
 export async function runTraining(options: TrainingOptions): Promise<TrainingResult> {
-  const { device, recipe, split, tokenizer, out, signal } = options;
+  const { devices, layout, recipe, split, tokenizer, out, signal } = options;
   const corpus = tokenizeDocuments(split.train, tokenizer);
   const validation = tokenizeDocuments(split.validation, tokenizer);
   const baselines = ngramBaselines(corpus, validation, options.config.vocab_size);
@@ -69,8 +73,9 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
   }
   checkCorpusSize(corpus.tokens.length, recipe);
   const { config } = options;
-  const model = new NemotronH(config, createParameters(device, config, recipe.seed, recipe.weights));
-  const run = new TrainingRun(model, recipe, corpus, validation);
+  const mesh = MeshModel.on(devices, layout, config, recipe.weights);
+  if (!previous) mesh.initialise(recipe.seed);
+  const run = new TrainingRun(mesh, recipe, corpus, validation, options.zero);
   let saved: SavedRun | null = null;
   if (previous) saved = await restoreRun(run, previous);
   mkdirSync(out, { recursive: true });
@@ -101,7 +106,7 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
       metrics.write({
         step: index + 1, ...rest,
         ...Object.fromEntries(mtp_loss.map((loss, i) => [`mtp_loss_${i + 1}`, loss])),
-        max_violation, live_bytes: device.pool.liveBytes, peak_bytes: device.pool.peakBytes,
+        max_violation, live_bytes: bytesOf(mesh, "liveBytes"), peak_bytes: bytesOf(mesh, "peakBytes"),
       });
       options.onStep?.(step);
       const done = run.trainer.steps;
@@ -116,6 +121,11 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
   writeCurve(
     join(out, "loss.svg"), join(out, "metrics.jsonl"), baselines, (loss) => bitsPerByte(loss, validation));
   return { run, baselines, evaluation, checkpoint, interrupted: signal.aborted };
+}
+
+/** Bytes on all devices of a model. */
+export function bytesOf(mesh: MeshModel, which: "liveBytes" | "peakBytes"): number {
+  return mesh.devices.reduce((sum, { pool }) => sum + pool[which], 0);
 }
 
 function writeCurve(

@@ -7,7 +7,7 @@ import { bytesOf, FILE_DTYPE, type StoredParameter } from "../models/checkpoint.
 import { listParameters, type Parameter } from "../models/checkpoint_names.ts";
 import type { NemotronHConfig } from "../models/config.ts";
 import { NemotronH } from "../models/nemotron_h.ts";
-import { initialValues, type TrainedFormat, trainedFormatOf } from "../models/parameters.ts";
+import { checkFits, initialValues, type TrainedFormat, trainedFormatOf } from "../models/parameters.ts";
 import { parametersOf, type Part } from "../models/part.ts";
 import type { Division } from "../nn/division.ts";
 import { ALONE, type Group } from "../ops/collectives.ts";
@@ -81,12 +81,14 @@ export class MeshModel {
   /**
    * A model of any contents.
    * @param devices that of every rank
-   * @throws UsageError where the layout does not fit the model
+   * @throws UsageError where the layout does not fit the model; OutOfMemoryError where the model does not
+   *   fit a device
    */
   static on(
     devices: readonly Device[], layout: Layout, config: NemotronHConfig, weights: TrainedFormat = "f32",
   ): MeshModel {
     checkModel(layout, config);
+    if (worldOf(layout) === 1) checkFits(devices[0]!, config, weights);
     const groups = groupsBy(layout);
     const division = divisionOf(layout, groups);
     const perStage = ranksPerStage(layout);

@@ -1,6 +1,6 @@
 /** What the ranks of a model read of a micro-batch, and what their losses count for. */
 import type { TrainingBatch } from "../models/nemotron_h.ts";
-import { zigzag } from "../nn/zigzag.ts";
+import { zigzag } from "../nn/context_parallel.ts";
 import { coordinatesOf, ranksPerStage } from "../parallel/mesh.ts";
 import type { MeshModel } from "../parallel/model.ts";
 import type { Device } from "../tensor/device.ts";

@@ -13,6 +13,8 @@ export interface Recipe {
   readonly batch: number;
   readonly seqlen: number;
   readonly accumulate: number;
+  /** Whether every scored token counts alike, instead of every micro-batch. */
+  readonly per_token: boolean;
   /** Peak learning rate, and its share that is left at the end. */
   readonly lr: number;
   readonly min_lr: number;
@@ -59,7 +61,7 @@ export const MAX_SKIPPED = 5;
  * clip 1, MTP 0.3).
  */
 export const RECIPE: Recipe = {
-  steps: 300, seed: 0, batch: 8, seqlen: 128, accumulate: 1,
+  steps: 300, seed: 0, batch: 8, seqlen: 128, accumulate: 1, per_token: false,
   lr: 4e-3, min_lr: 4e-5, schedule: "wsd", warmup: 20, decay: 100,
   beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1,
   mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, aux_loss: 0, global_aux_loss: 0, z_loss: 0,

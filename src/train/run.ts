@@ -27,15 +27,20 @@ export class TrainingRun {
   readonly validation: TokenCorpus;
   readonly #validationPacker: BatchPacker;
 
-  /** @param train, validation token corpora of the model's vocabulary */
-  constructor(model: NemotronH | MeshModel, recipe: Recipe, train: TokenCorpus, validation: TokenCorpus) {
+  /**
+   * @param train, validation token corpora of the model's vocabulary
+   * @param zero whether ranks that share parameters divide their update
+   */
+  constructor(
+    model: NemotronH | MeshModel, recipe: Recipe, train: TokenCorpus, validation: TokenCorpus, zero = true,
+  ) {
     const { batch, seqlen, seed, accumulate, beta1, beta2 } = recipe;
     this.recipe = recipe;
     this.validation = validation;
     this.packer = new BatchPacker(train, { batch, seqlen, seed });
     this.#validationPacker = new BatchPacker(validation, { batch, seqlen, seed });
     this.trainer = new Trainer(model, {
-      ...recipe, accumulate, schedule: scheduleOf(recipe), betas: [beta1, beta2],
+      ...recipe, zero, accumulate, schedule: scheduleOf(recipe), betas: [beta1, beta2],
       mtp_depths: model.config.num_nextn_predict_layers > 0 ? recipe.mtp_depths : 0,
       precision: precisionOf(recipe),
     });

@@ -6,6 +6,7 @@ import { generateText } from "../../infer/text.ts";
 import type { NemotronH } from "../../models/nemotron_h.ts";
 import { countParameters, layerStrip } from "../../models/accounting.ts";
 import { preset } from "../../models/presets.ts";
+import { parseLayout } from "../../parallel/layout.ts";
 import { openDevice } from "../../tensor/device.ts";
 import type { Tokenizer } from "../../text/tokenizer.ts";
 import { byteTokenizer } from "../../text/byte_tokenizer.ts";
@@ -63,7 +64,8 @@ export const quickstart = defineCommand({
         `\n${layerStrip(config)}\n\n${formatCount(total)} parameters, ${formatCount(active)} active per ` +
         `token; byte level, seed ${recipe.seed}\n`);
       const { run, baselines, evaluation, checkpoint, interrupted } = await runTraining({
-        device, config, recipe, split, tokenizer, tokenizerFiles: {}, out: options.out, resume: false,
+        devices: [device], layout: parseLayout("tp=1"), config, recipe, split, tokenizer,
+        tokenizerFiles: {}, out: options.out, resume: false,
         saveEvery: 0, keep: 1, signal,
         onStep(step) {
           progress.update({ step: step.step + 1, loss: step.loss, tokensPerSecond: step.tokens_per_s });

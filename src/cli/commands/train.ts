@@ -4,7 +4,8 @@ import { openCheckpoint } from "../../io/checkpoint_files.ts";
 import { localFileLayer } from "../../io/files.node.ts";
 import { parseConfig, type NemotronHConfig } from "../../models/config.ts";
 import { countParameters, memoryToTrain, trainingBytes } from "../../models/accounting.ts";
-import { openDevice } from "../../tensor/device.ts";
+import { checkLayout, formatLayout, type Layout, parseLayout, worldOf } from "../../parallel/layout.ts";
+import { type Device, openDevice } from "../../tensor/device.ts";
 import { RECIPE_NAMES, RECIPES } from "../../precision/recipes.ts";
 import { KraitError, UsageError } from "../../tensor/errors.ts";
 import { readSavedRun } from "../../train/checkpoint.ts";
@@ -42,7 +43,21 @@ export const train = defineCommand({
     seed: { type: "integer", min: 0, help: "Decides the initial weights and the order of the data (0)." },
     batch: { type: "integer", min: 1, help: "Rows per micro-batch (8)." },
     seqlen: { type: "integer", min: 2, help: "Tokens per row (128)." },
-    accumulate: { type: "integer", min: 1, help: "Micro-batches per update (1)." },
+    accumulate: {
+      type: "integer", min: 1,
+      help: "Micro-batches per update, those of all replicas (1; dp * pp of a layout).",
+    },
+    perToken: {
+      type: "boolean", help: "Every scored token counts alike; otherwise every micro-batch does.",
+    },
+    layout: {
+      type: "string", value: "TEXT",
+      help: "Ranks to train on, such as tp=2,dp=2 (see krait layout). A resumed run may go on under another.",
+    },
+    distributedOptimizer: {
+      type: "string", choices: ["on", "off"], default: "on",
+      help: "Whether replicas divide the optimiser's state among them; the results are the same.",
+    },
     lr: { type: "number", min: 0, help: "Peak learning rate." },
     minLr: { type: "number", min: 0, help: "Learning rate at the end (lr / 100)." },
     schedule: {
@@ -118,7 +133,8 @@ export const train = defineCommand({
       throw new UsageError("No training data was given: name at least one --data PATH.");
     }
     const c = colours(wantsColour(stderr, env));
-    const { config, recipe, tokenizerFolder, doneBefore } = await plan(options);
+    const { config, recipe, layout, tokenizerFolder, doneBefore } = await plan(options);
+    checkLayout(layout, config, { ...recipe, micro_batches: recipe.accumulate / layout.dp });
     const { tokenizer, files } = findTokenizer(options.tokenizer ?? tokenizerFolder, config.vocab_size);
     const split = splitDocuments(readDocuments(options.data), { seed: recipe.seed });
     const device = await openDevice(options.adapter ? { adapter: options.adapter } : {});
@@ -134,14 +150,16 @@ export const train = defineCommand({
     };
     try {
       const result = await runTraining({
-        device, config, recipe, split, tokenizer, out: options.out, resume: options.resume,
+        devices: Array<Device>(worldOf(layout)).fill(device), layout, config, recipe, split, tokenizer,
+        out: options.out, resume: options.resume, zero: options.distributedOptimizer === "on",
         saveEvery: options.saveEvery, keep: options.keep, signal,
         tokenizerFiles: files,
         onStart(run, { unigram, bigram, trigram }) {
           const { total, active } = countParameters(config);
           say(
             `${c.bold("Krait")} trains ${formatCount(total)} parameters (${formatCount(active)} active) on ` +
-            `${device.info.name}`);
+            `${device.info.name}${worldOf(layout) > 1
+              ? `, on ${worldOf(layout)} ranks: ${formatLayout(layout)}` : ""}`);
           const { weights, gradients, optimizer } = memoryToTrain(config, 0, recipe);
           const masters = recipe.master === "f32" ? " with f32 masters" : " without masters";
           say(
@@ -196,6 +214,7 @@ type GivenRecipe = { readonly [key in keyof Recipe]?: Recipe[key] | undefined };
 interface Plan {
   readonly config: NemotronHConfig;
   readonly recipe: Recipe;
+  readonly layout: Layout;
   /** Where the resumed checkpoint's tokenizer lies. */
   readonly tokenizerFolder: string | null;
   /** Updates that the resumed run has behind it. */
@@ -219,10 +238,13 @@ async function plan(options: {
   readonly recompute: boolean; readonly maxSkipped: number | undefined;
   readonly precision: string | undefined; readonly without: string | undefined;
   readonly evalEvery: number; readonly evalRows: number | undefined;
+  readonly layout: string | undefined; readonly perToken: boolean;
 }): Promise<Plan> {
+  const layoutOf = (text: string | undefined) => parseLayout(text ?? "tp=1");
   const given: GivenRecipe = {
     steps: options.steps, seed: options.seed, batch: options.batch, seqlen: options.seqlen,
-    accumulate: options.accumulate, lr: options.lr, min_lr: options.minLr,
+    accumulate: options.accumulate, per_token: options.perToken || undefined,
+    lr: options.lr, min_lr: options.minLr,
     schedule: options.schedule, warmup: options.warmup, decay: options.decay,
     weight_decay: options.weightDecay, clip: options.clip,
     mtp_depths: options.mtpDepths, mtp_scale: options.mtpScale,
@@ -233,8 +255,10 @@ async function plan(options: {
     max_skipped: options.maxSkipped, eval_rows: options.evalRows, eval_every: options.evalEvery,
   };
   if (!options.resume) {
+    const layout = layoutOf(options.layout);
     return {
-      config: findConfig(options.config), recipe: makeRecipe(given), tokenizerFolder: null, doneBefore: 0,
+      config: findConfig(options.config), layout, tokenizerFolder: null, doneBefore: 0,
+      recipe: makeRecipe({ ...given, accumulate: options.accumulate ?? layout.dp * layout.pp }),
     };
   }
   const checkpoint = await openCheckpoint(localFileLayer(), options.out);
@@ -260,6 +284,6 @@ async function plan(options: {
       ...rest, steps, eval_every: options.evalEvery, eval_rows: options.evalRows ?? recipe.eval_rows,
       recompute: options.recompute || recipe.recompute, max_skipped: options.maxSkipped ?? rest.max_skipped,
     }),
-    tokenizerFolder: checkpoint.path, doneBefore,
+    layout: layoutOf(options.layout ?? saved.layout), tokenizerFolder: checkpoint.path, doneBefore,
   };
 }
