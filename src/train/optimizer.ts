@@ -15,7 +15,7 @@ import { sizeOf } from "../tensor/ndarray.ts";
 import type { Sharing } from "../parallel/model.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
 import { localsOf, shardedOf } from "../tensor/sharded.ts";
-import { Tensor, type TensorDType } from "../tensor/tensor.ts";
+import { isHalf, Tensor, type TensorDType } from "../tensor/tensor.ts";
 
 export interface AdamWOptions {
   /** Decay rates of the two moments. */
@@ -237,7 +237,7 @@ export class AdamW {
     this.#groups.forEach(({ param, own, m, v, low, table, group }, i) => {
       const rounding = { seed: this.options.seed ?? 0, stream: ROUNDING_STREAM + i };
       adamw(own, reduced[i]!, m, v, table, this.#hyper, scale, low, rounding);
-      if (own.size < param.size) param.copyFrom(gatherFromGroup(own, group, 0, false));
+      if (own.size < param.size) wordsOf(param).copyFrom(gatherFromGroup(wordsOf(own), group, 0, false));
     });
   }
 
@@ -263,6 +263,15 @@ export class AdamW {
 /** What every rank has made for itself, as one value. It alone owns what was made. */
 function onRanks(ranks: readonly Tensor[], make: (local: Tensor, rank: number) => Tensor): Tensor {
   return scope(() => shardedOf(ranks.map(make)));
+}
+
+/** The same memory in whole words: halves move in pairs. */
+function wordsOf(x: Tensor): Tensor {
+  if (!isHalf(x.dtype)) return x;
+  return onRanks(localsOf(x), ({ device, storage, byteOffset, size }) => {
+    device.pool.retain(storage);
+    return new Tensor(device, storage, byteOffset, [size / 2], "u32");
+  });
 }
 
 function entryOf(

@@ -11,7 +11,9 @@ const even = smallBatches(4, false);
 const ragged = smallBatches(4, true);
 
 /** Layouts that have little to do with each other; `krait bench layouts` goes through many more. */
-const LAYOUTS = ["dp=4", "tp=2", "tp=4", "pp=3", "pp=2,vpp=2", "tp=2,dp=2,pp=2"];
+const LAYOUTS = [
+  "dp=4", "tp=4", "cp=2", "pp=3", "pp=2,vpp=2", "tp=2,dp=2,pp=2", "tp=2,cp=2,pp=2,cp_kind=alltoall",
+];
 
 describe("a layout trains as one rank does", () => {
   const one = trainSmall(device, "tp=1", even, { steps: 3, clip: 1 });

@@ -1,0 +1,78 @@
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { afterAll, describe, expect, test } from "vitest";
+import { openCheckpoint, saveCheckpoint } from "../../src/io/checkpoint_files.ts";
+import { localFileLayer } from "../../src/io/files.node.ts";
+import { parseLayout, worldOf } from "../../src/parallel/layout.ts";
+import { MeshModel } from "../../src/parallel/model.ts";
+import { type Device, openDevice } from "../../src/tensor/device.ts";
+import { checkpointFiles, restoreRun, savedRun } from "../../src/train/checkpoint.ts";
+import { makeRecipe, type Recipe } from "../../src/train/recipe.ts";
+import { TrainingRun } from "../../src/train/run.ts";
+import { withFolder } from "../cli/krait.ts";
+import { Draw } from "../ops/suite.ts";
+import { testAdapters } from "../support/adapters.ts";
+import { SMALL } from "../support/layouts.ts";
+
+const device = await openDevice({ adapter: (await testAdapters())[0]! });
+afterAll(() => device.destroy());
+
+const tokens = Int32Array.from(new Draw(5).integers([900], 0, SMALL.vocab_size).data);
+const corpus = { tokens, starts: Int32Array.from([0, 300]), bytes: 900, scored: 898, eosId: 2 };
+const plain = makeRecipe({ steps: 8, batch: 1, seqlen: 32, accumulate: 4, warmup: 1 });
+
+function start(text: string, recipe: Recipe) {
+  const layout = parseLayout(text);
+  const mesh = MeshModel.on(Array<Device>(worldOf(layout)).fill(device), layout, SMALL, recipe.weights);
+  mesh.initialise(recipe.seed);
+  const run = new TrainingRun(mesh, recipe, corpus, corpus);
+  return {
+    run, dispose: () => {
+      run.dispose();
+      mesh.dispose();
+    },
+  };
+}
+
+describe("a run goes on under any layout", () => {
+  for (const [name, recipe, layouts] of [
+    ["f32", plain, ["tp=1", "dp=2", "tp=2,cp=2", "tp=2,dp=2,pp=2", "pp=2,vpp=2"]],
+    ["bf16 weights with masters", makeRecipe({ ...plain, weights: "bf16", moments: "bf16" }),
+      ["dp=4", "tp=4", "pp=3"]],
+  ] as const) {
+    test(name, () => withFolder(async (folder) => {
+      const layer = localFileLayer();
+      const save = async ({ run }: ReturnType<typeof start>, to: string) => {
+        const files = checkpointFiles(run, {}, savedRun(run, recipe));
+        return join(folder, to, await saveCheckpoint(layer, join(folder, to), run.trainer.steps, files));
+      };
+      const weightsOf = (path: string) => Promise.all(
+        ["model.safetensors", "optimizer.safetensors"].map((file) => readFile(join(path, file))));
+      let from = await (async () => {
+        const first = start(layouts.at(-1)!, recipe);
+        for (let i = 0; i < 2; i++) await first.run.step();
+        const path = await save(first, "first");
+        first.dispose();
+        return { path, to: "first" };
+      })();
+      const expected = await weightsOf(from.path);
+      const losses: number[][] = [];
+      for (const layout of layouts) {
+        const later = start(layout, recipe);
+        const saved = await restoreRun(later.run, (await openCheckpoint(layer, join(folder, from.to)))!);
+        expect(saved.steps).toBe(2);
+        const again = { path: await save(later, layout), to: layout };
+        const files = await weightsOf(again.path);
+        files.forEach((file, i) => expect(file.equals(expected[i]!), layout).toBe(true));
+        const two = [];
+        for (let i = 0; i < 2; i++) two.push((await later.run.step()).loss);
+        losses.push(two);
+        later.dispose();
+        from = again;
+      }
+      const bf16 = recipe.weights === "bf16";
+      for (const two of losses) two.forEach((loss, i) =>
+        expect(Math.abs(loss / losses[0]![i]! - 1)).toBeLessThan(bf16 ? 2e-3 : 1e-5));
+    }));
+  }
+});
