@@ -251,15 +251,19 @@ export class NemotronH {
   /**
    * The same from hidden states after the final norm, which another part may have computed.
    * @param context that of the layers so far; its routing is that of this part's layers
+   * @param states those of the deeper predictions, where another part has the prediction layers
    */
-  lossFrom(h_BLD: Tensor, batch: TrainingBatch, options: LossOptions, context: ForwardContext): Loss {
+  lossFrom(
+    h_BLD: Tensor, batch: TrainingBatch, options: LossOptions, context: ForwardContext,
+    states?: readonly Tensor[],
+  ): Loss {
     const routing = context.routing ?? [];
     const backbone = routing.length;
     let h = h_BLD;
     const { label_smoothing } = options;
     const main = this.crossEntropy(h, batch.targets, label_smoothing);
-    const mtp = batch.mtp.map(({ input_ids, targets }) => {
-      h = this.mtpHidden(h, input_ids, context);
+    const mtp = batch.mtp.map(({ input_ids, targets }, i) => {
+      h = states ? states[i]! : this.mtpHidden(h, input_ids, context);
       return this.crossEntropy(h, targets, label_smoothing);
     });
     let total = main;

@@ -213,7 +213,8 @@ function groupsBy(layout: Layout): Groups {
     [name, { name, members: stageGroups(layout, name), algorithm: layout.algorithm }])) as Groups;
 }
 
-function divisionOf(layout: Layout, groups: Groups): Division {
+/** How the ranks of a stage divide its layers. */
+export function divisionOf(layout: Layout, groups: Groups = groupsBy(layout)): Division {
   return {
     tp: groups.tp, sp: layout.sp, cp: groups.cp, cp_kind: layout.cp_kind, ep: groups.ep, etp: groups.etp,
     dispatcher: layout.dispatcher,

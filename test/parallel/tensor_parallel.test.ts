@@ -1,16 +1,27 @@
 /** Tensor and sequence parallel layers: the same model on several ranks of one device. */
-import { afterAll, describe, expect, test } from "vitest";
+import { afterAll, describe, expect, test, vi } from "vitest";
 import { Tape } from "../../src/autograd/tape.ts";
 import { listParameters } from "../../src/models/checkpoint_names.ts";
 import { type NemotronHConfig, parseConfig } from "../../src/models/config.ts";
-import type { TrainingBatch } from "../../src/models/nemotron_h.ts";
-import { parseLayout } from "../../src/parallel/layout.ts";
+import {
+  type Loss, type LossOptions, NemotronH, trainingContext, type TrainingBatch,
+} from "../../src/models/nemotron_h.ts";
+import { parametersOf, type Part } from "../../src/models/part.ts";
+import { vocabularyCrossEntropy } from "../../src/nn/tensor_parallel.ts";
+import { add } from "../../src/ops/elementwise.ts";
+import { watchOps } from "../../src/ops/op.ts";
+import { type Layout, parseLayout } from "../../src/parallel/layout.ts";
+import { divisionOf } from "../../src/parallel/model.ts";
 import { openDevice } from "../../src/tensor/device.ts";
+import { sizeOf } from "../../src/tensor/ndarray.ts";
 import { scope } from "../../src/tensor/scope.ts";
 import { localsOf } from "../../src/tensor/sharded.ts";
+import type { Tensor } from "../../src/tensor/tensor.ts";
 import { Draw } from "../ops/suite.ts";
 import { testAdapters } from "../support/adapters.ts";
-import { differenceNorm, norm, shardedModel, wholeGradients } from "../support/parallel.ts";
+import {
+  differenceNorm, norm, onRanks, shardedModel, wholeGradients,
+} from "../support/parallel.ts";
 
 const COMMON = {
   vocab_size: 48, hidden_size: 32, num_attention_heads: 8, num_key_value_heads: 2, head_dim: 4,
@@ -29,6 +40,7 @@ const CONFIGS: Readonly<Record<string, NemotronHConfig>> = {
     ...COMMON, hybrid_override_pattern: "M*-", num_nextn_predict_layers: 1, mtp_hybrid_override_pattern: "*",
     use_bias: true, attention_bias: true, mlp_bias: true,
   }),
+  "one key head": parseConfig({ ...COMMON, hybrid_override_pattern: "*", num_key_value_heads: 1 }),
 };
 const [B, L] = [2, 16];
 
@@ -77,19 +89,15 @@ for (const handle of await testAdapters()) {
       readonly gradients: Map<string, Float32Array>;
     }
 
-    async function outcome(
-      config: NemotronHConfig, text: string, more: { recompute?: boolean; label_smoothing?: number } = {},
+    /** What a run must agree on; `compute` gives what is minimised first, then further scalars. */
+    async function outcomeOf(
+      layout: Layout, models: readonly NemotronH[], compute: () => Tensor[],
     ): Promise<Outcome> {
-      const before = device.pool.liveBytes;
-      const layout = parseLayout(text);
-      const model = shardedModel(device, config, layout, valuesOf(config));
       const tape = new Tape();
       const [scalars, gradients] = scope(() => {
-        const loss = tape.run(() => model.loss(batchOf(config), { ...options(config), ...more }));
-        const totals = localsOf(loss.total);
-        const ones = totals.map(() => device.tensor([1], []));
-        const found = tape.backward(totals, ones);
-        return [[loss.total, loss.main, ...loss.mtp, ...loss.aux ? [loss.aux] : []], found] as const;
+        const all = tape.run(compute);
+        const totals = localsOf(all[0]!);
+        return [all, tape.backward(totals, totals.map(() => device.tensor([1], [])))] as const;
       });
       const numbers: number[] = [];
       for (const scalar of scalars) {
@@ -97,20 +105,40 @@ for (const handle of await testAdapters()) {
         for (const local of localsOf(scalar)) all.push(await local.item());
         expect(new Set(all).size, "ranks agree").toBe(1);
         numbers.push(all[0]!);
-        scalar.release();
       }
-      const whole = await wholeGradients(model, layout, gradients);
+      for (const scalar of new Set(scalars)) scalar.release();
+      const whole = new Map<string, Float32Array>();
+      for (const model of models) {
+        for (const [name, gradient] of await wholeGradients(model, layout, gradients)) {
+          const copy = whole.get(name); // two parts may have the embedding table
+          whole.set(name, copy ? gradient.map((value, i) => value + copy[i]!) : gradient);
+        }
+        model.dispose();
+      }
       for (const gradient of gradients.values()) gradient.release();
-      model.dispose();
-      expect(device.pool.liveBytes).toBe(before);
       return { scalars: numbers, gradients: whole };
     }
 
+    const scalarsOf = ({ total, main, mtp, aux }: Loss) => [total, main, ...mtp, ...aux ? [aux] : []];
+
+    async function outcome(
+      config: NemotronHConfig, text: string, more: Partial<LossOptions> = {},
+    ): Promise<Outcome> {
+      const before = device.pool.liveBytes;
+      const layout = parseLayout(text);
+      const model = shardedModel(device, config, layout, valuesOf(config));
+      const result = await outcomeOf(layout, [model], () =>
+        scalarsOf(model.loss(batchOf(config), { ...options(config), ...more })));
+      expect(device.pool.liveBytes).toBe(before);
+      return result;
+    }
+
     function expectSame(found: Outcome, expected: Outcome): void {
+      expect(found.scalars.length).toBe(expected.scalars.length);
       found.scalars.forEach((value, i) => {
         expect(Math.abs(value / expected.scalars[i]! - 1), `scalar ${i}`).toBeLessThan(1e-6);
       });
-      expect([...found.gradients.keys()]).toEqual([...expected.gradients.keys()]);
+      expect([...found.gradients.keys()].sort()).toEqual([...expected.gradients.keys()].sort());
       for (const [name, gradient] of found.gradients) {
         // Scores do not change when all keys are shifted alike: that gradient is nothing but rounding.
         const unit = expected.gradients.get(name.replace("k_proj.bias", "v_proj.bias"))!;
@@ -120,16 +148,127 @@ for (const handle of await testAdapters()) {
     }
 
     const alone = new Map<string, Promise<Outcome>>();
-    const expected = (name: string) => {
-      if (!alone.has(name)) alone.set(name, outcome(CONFIGS[name]!, "tp=1"));
-      return alone.get(name)!;
+    const expected = (name: string, more: Partial<LossOptions> = {}) => {
+      const key = name + JSON.stringify(more);
+      if (!alone.has(key)) alone.set(key, outcome(CONFIGS[name]!, "tp=1", more));
+      return alone.get(key)!;
     };
 
-    test.each([
-      ["attention", "tp=2"], ["attention", "tp=4"], ["hybrid", "tp=2"], ["hybrid", "tp=4"],
-      ["dense", "tp=2,sp=off"], ["dense", "tp=4,sp=off"],
-    ])("%s under %s has the loss and the gradients of one rank", async (name, text) => {
-      expectSame(await outcome(CONFIGS[name]!, text), await expected(name));
+    test.each<[string, string, Partial<LossOptions>?]>([
+      ["attention", "tp=2"], ["attention", "tp=4"], ["hybrid", "tp=2"], ["hybrid", "tp=4,algorithm=ring"],
+      ["dense", "tp=2,sp=off"], ["dense", "tp=4,sp=off"], ["one key head", "tp=2"],
+      ["hybrid", "tp=2", { label_smoothing: 0.1 }],
+    ])("%s under %s has the loss and the gradients of one rank", async (name, text, more) => {
+      expectSame(await outcome(CONFIGS[name]!, text, more), await expected(name, more));
+    });
+
+    test("blocks that are run again for the backward pass give the same gradients", async () => {
+      expectSame(await outcome(CONFIGS["hybrid"]!, "tp=2", { recompute: true }), await expected("hybrid"));
+    });
+
+    test.each<[string, string, Omit<Part, "embedding" | "head" | "mtp">[], number]>([
+      ["three parts, the last with head and prediction", "tp=1", [
+        { from: 0, to: 2 }, { from: 2, to: 3 }, { from: 3, to: 4 }], 2],
+      ["parts of prediction layers and of head alone", "tp=2", [
+        { from: 0, to: 4 }, { from: 4, to: 4 }, { from: 4, to: 4 }], 1],
+    ])("%s, under %s, make the whole", async (_name, text, ranges, mtp) => {
+      const before = device.pool.liveBytes;
+      const config = CONFIGS["hybrid"]!;
+      const layout = parseLayout(text);
+      const parts = ranges.map((range, i): Part =>
+        ({ ...range, embedding: i === 0, mtp: i === mtp, head: i === ranges.length - 1 }));
+      const models = parts.map((part) => shardedModel(device, config, layout, valuesOf(config), part));
+      const last = models.at(-1)!;
+      const found = await outcomeOf(layout, models, () => {
+        const batch = batchOf(config);
+        const settings = options(config);
+        const context = trainingContext(batch, settings);
+        let h = models[0]!.embed(batch.input_ids);
+        for (const model of models) h = model.run(h, context);
+        if (parts.at(-1)!.mtp) return scalarsOf(last.lossFrom(h, batch, settings, context));
+        let state = h;
+        const backbone = context.routing!.length;
+        const states = batch.mtp.map(({ input_ids }) =>
+          (state = models[mtp]!.mtpHidden(state, input_ids, context)));
+        const routing = context.routing!.map((one, i) =>
+          ({ ...one, share: i < backbone ? 1 : 1 / states.length }));
+        const aux = last.auxLoss(routing, batch, settings)!;
+        const loss = last.lossFrom(h, batch, settings, { ...context, routing: [] }, states);
+        return scalarsOf({ ...loss, total: add(loss.total, aux), aux });
+      });
+      expectSame(found, await expected("hybrid"));
+      expect(device.pool.liveBytes).toBe(before);
+      const names = parts.flatMap((part) => parametersOf(config, part).map(({ name }) => name));
+      const table = "backbone.embeddings.weight";
+      expect(names.sort()).toEqual([...listParameters(config).map(({ name }) => name), table].sort());
+    });
+
+    test("a part has no more than its weights", () => {
+      const config = CONFIGS["hybrid"]!;
+      const part = { from: 1, to: 3, embedding: false, head: false, mtp: false };
+      const middle = shardedModel(device, config, parseLayout("tp=1"), valuesOf(config), part);
+      for (const what of ["embeddings", "norm_f", "lm_head"] as const) {
+        expect(() => middle[what]).toThrow(/The part of layers 1 to 3 of a model has no \w+/);
+      }
+      middle.dispose();
+      expect(() => new NemotronH(config, new Map())).toThrow("needs parameters, found none");
+    });
+
+    test("under sequence parallel what is normed takes a tp-th of the bytes on every rank", async () => {
+      const normed = async (text: string) => {
+        const bytes: number[] = [];
+        await watchOps((name, args) => {
+          if (name === "rms_norm") bytes.push((args[0] as Tensor).byteLength);
+        }, () => outcome(CONFIGS["hybrid"]!, text));
+        return bytes;
+      };
+      const whole = await normed("tp=1");
+      expect(whole.length).toBe(CONFIGS["hybrid"]!.hybrid_override_pattern.length + 1 + 2 * 5);
+      expect(await normed("tp=2")).toEqual(whole.flatMap((bytes) => [bytes / 2, bytes / 2]));
+      expect(await normed("tp=2,sp=off")).toEqual(whole.flatMap((bytes) => [bytes, bytes]));
+    });
+
+    test.each([0, 0.1])("cross entropy over four parts of a vocabulary, label smoothing %d", async (rate) => {
+      const [T, D, V, tp] = [9, 6, 48, 4];
+      const r = new Draw(3);
+      const [h, weight] = [r.normal([T, D]).data, r.normal([V, D]).data];
+      const labels = Int32Array.from(r.integers([T], 0, V).data, (label, t) => (t === 4 ? -100 : label));
+      // Against the definition: the target gives its label 1 - rate and every other word its share of rate.
+      let sum = 0;
+      labels.forEach((label, t) => {
+        if (label < 0) return;
+        const z = Array.from({ length: V }, (_, v) =>
+          Array.from({ length: D }, (_, d) => h[t * D + d]! * weight[v * D + d]!).reduce((a, b) => a + b));
+        const lse = Math.log(z.reduce((total, x) => total + Math.exp(x), 0));
+        z.forEach((x, v) => {
+          sum -= (v === label ? 1 - rate : rate / (V - 1)) * (x - lse);
+        });
+      });
+      const sizes: number[] = [];
+      const make = device.empty.bind(device);
+      const empty = vi.spyOn(device, "empty").mockImplementation((shape, dtype) => {
+        sizes.push(sizeOf(shape));
+        return make(shape, dtype);
+      });
+      try {
+        const losses = scope(() => {
+          const rows = onRanks((rank) => device.tensor(
+            Float32Array.from(weight.subarray((rank * V * D) / tp, ((rank + 1) * V * D) / tp)),
+            [V / tp, D]), tp);
+          const loss = vocabularyCrossEntropy(
+            device.tensor(Float32Array.from(h), [T, D]), rows, device.tensor(labels, [T]),
+            divisionOf(parseLayout(`tp=${tp}`)), rate);
+          rows.release();
+          return localsOf(loss).map((local) => local.retain());
+        });
+        for (const loss of losses) {
+          expect(Math.abs((await loss.item()) / (sum / 8) - 1)).toBeLessThan(1e-6);
+          loss.release();
+        }
+      } finally {
+        empty.mockRestore();
+      }
+      expect(Math.max(...sizes)).toBe((T * V) / tp);
     });
   });
 }

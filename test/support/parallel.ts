@@ -2,25 +2,14 @@
 import type { NemotronHConfig } from "../../src/models/config.ts";
 import { NemotronH, type Share } from "../../src/models/nemotron_h.ts";
 import { parametersOf, wholePart } from "../../src/models/part.ts";
-import type { Division } from "../../src/nn/division.ts";
-import type { Group } from "../../src/ops/collectives.ts";
 import type { Layout } from "../../src/parallel/layout.ts";
-import { coordinatesOf, ranksPerStage, stageGroups, type StageGroupKind } from "../../src/parallel/mesh.ts";
+import { coordinatesOf, ranksPerStage } from "../../src/parallel/mesh.ts";
+import { divisionOf } from "../../src/parallel/model.ts";
 import { shardOf } from "../../src/parallel/shards.ts";
 import type { Device } from "../../src/tensor/device.ts";
 import { unscoped } from "../../src/tensor/scope.ts";
 import { localsOf, shardedOf } from "../../src/tensor/sharded.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
-
-/** The groups of a stage under a layout. */
-export function divisionOf(layout: Layout): Division {
-  const { sp, cp_kind, dispatcher, algorithm } = layout;
-  const group = (name: StageGroupKind): Group => ({ name, members: stageGroups(layout, name), algorithm });
-  return {
-    tp: group("tp"), sp, cp: group("cp"), cp_kind, ep: group("ep"), etp: group("etp"), dispatcher,
-    tokens: group(sp ? "tp-cp" : "cp"), all_tokens: group(sp ? "tp-dp-cp" : "dp-cp"),
-  };
-}
 
 /** One value per rank; the ranks' tensors belong to it. */
 export function onRanks(make: (rank: number) => Tensor, ranks: number): Tensor {
