@@ -46,10 +46,10 @@ export interface TrafficOptions {
   /** Depths of prediction in training; default 1 where the model has a prediction block. */
   readonly mtp_depths?: number;
   /**
-   * Whether ranks with the same parameters share the optimiser's state: gradients are scattered and
-   * parameters gathered then. Default: no.
+   * Whether ranks with the same parameters share the optimiser's state (ZeRO-1): gradients are scattered and
+   * parameters gathered then. Default: yes.
    */
-  readonly distributed_optimizer?: boolean;
+  readonly zero?: boolean;
 }
 
 const F32: TrafficWidths = { activation: 4, gradient: 4, parameter: 4 };
@@ -58,7 +58,7 @@ const F32: TrafficWidths = { activation: 4, gradient: 4, parameter: 4 };
 export function predictTraffic(
   layout: Layout, config: NemotronHConfig, sizes: StepSizes, options: TrafficOptions = {},
 ): TrafficRow[][] {
-  const { widths = F32, distributed_optimizer = false } = options;
+  const { widths = F32, zero = true } = options;
   const depths = config.num_nextn_predict_layers > 0 ? options.mtp_depths ?? 1 : 0;
   const ledgers = Array.from({ length: layout.pp }, () => new Ledger(layout, sizes.micro_batches));
   const stages = stagesOf(layout, config);
@@ -92,9 +92,9 @@ export function predictTraffic(
     const ledger = ledgers[rank]!;
     const g = widths.gradient;
     const reduce = (what: "" | "expert ", group: GroupKind, count: number, size = ledger.sizeOf(group)) => {
-      const kind = distributed_optimizer ? "reduce_scatter" : "all_reduce";
+      const kind = zero ? "reduce_scatter" : "all_reduce";
       ledger.update(`${what}gradients`, group, kind, count * g, size);
-      if (!distributed_optimizer) return;
+      if (!zero) return;
       ledger.update(`${what}parameters`, group, "all_gather", (count * widths.parameter) / size, size);
     };
     reduce("", "dp-cp", dense - shared - (layout.sp ? replicated : 0));
@@ -106,7 +106,7 @@ export function predictTraffic(
     reduce("expert ", "edp", experts);
     if (copy >= 0 && (rank === 0 || rank === placeOfStage(layout, copy).rank)) {
       const table = (config.vocab_size / layout.tp) * config.hidden_size * g;
-      const parts = distributed_optimizer ? layout.dp * layout.cp : 1;
+      const parts = zero ? layout.dp * layout.cp : 1;
       ledger.send("embedding copy", "embedding", "update", table / parts);
     }
   });

@@ -44,7 +44,7 @@ test("with a model: its stages, and what a rank holds and sends", () => withFold
   writeFileSync(join(folder, "model", "config.json"), serialiseConfig(preset("unit")));
   const args = [
     "layout", "tp=2,pp=2,dp=2,ep=4,stages=ME*|-M", "--model", join(folder, "model"), "--batch", "1",
-    "--seqlen", "8", "--micro-batches", "3", "--distributed-optimizer",
+    "--seqlen", "8", "--micro-batches", "3",
   ];
   const [text, json] = await Promise.all([krait(args), krait([...args, "--json"])]);
   expect(text.code, text.stderr).toBe(0);

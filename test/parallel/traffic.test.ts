@@ -60,16 +60,17 @@ describe("tensor parallel", () => {
   test("under sp norms are summed over tp too; keys among neighbours that share them", () => {
     const heads = { num_key_value_heads: 2 };
     // Two norms of H; a rank's key head of 8 rows, one for keys and one for values, which two ranks share.
-    expect(updates(rowsOf("tp=4", config("*", heads))[0]!)).toEqual([
+    expect(updates(rowsOf("tp=4", config("*", heads), { zero: false })[0]!)).toEqual([
       ["gradients", "tp-dp-cp", "all_reduce", (3 * 2 + 2 * 8) * H * 4],
     ]);
-    expect(updates(rowsOf("tp=4,sp=off", config("*", heads))[0]!)).toEqual([
+    expect(updates(rowsOf("tp=4,sp=off", config("*", heads), { zero: false })[0]!)).toEqual([
       ["gradients", "tp-dp-cp", "all_reduce", 2 * 8 * H * 4],
     ]);
-    expect(updates(rowsOf("tp=4,sp=off", config("*", { num_key_value_heads: 1 }))[0]!)).toEqual([
+    const one = config("*", { num_key_value_heads: 1 });
+    expect(updates(rowsOf("tp=4,sp=off", one, { zero: false })[0]!)).toEqual([
       ["gradients", "tp-dp-cp", "all_reduce", 3 * 2 * 8 * H * 4],
     ]);
-    expect(updates(rowsOf("tp=4,sp=off", config("*"))[0]!)).toEqual([]);
+    expect(updates(rowsOf("tp=4,sp=off", config("*"), { zero: false })[0]!)).toEqual([]);
   });
 });
 
@@ -198,7 +199,7 @@ describe("pipeline", () => {
     const found = rowsOf("pp=3,tp=2,sp=off,stages=Et|t|mL", model).map(updates);
     const copy = ["embedding copy", "embedding", "send", 24 * H * 4];
     expect(found).toEqual([[copy], [], [copy]]);
-    const shared = rowsOf("pp=3,dp=2,stages=Et|t|mL", model, { distributed_optimizer: true }).map(updates);
+    const shared = rowsOf("pp=3,dp=2,stages=Et|t|mL", model).map(updates);
     expect(shared[2]!.at(-1)).toEqual(["embedding copy", "embedding", "send", 24 * H * 4]);
   });
 });
@@ -207,11 +208,11 @@ describe("the update", () => {
   test("dense gradients are summed over dp-cp, those of experts over edp", () => {
     const model = config("E");
     const [holds] = holdingsOf(parseLayout("dp=4,cp=2,ep=4"), model);
-    expect(updates(rowsOf("dp=4,cp=2,ep=4", model)[0]!)).toEqual([
+    expect(updates(rowsOf("dp=4,cp=2,ep=4", model, { zero: false })[0]!)).toEqual([
       ["gradients", "dp-cp", "all_reduce", 7 * holds!.dense * 4],
       ["expert gradients", "edp", "all_reduce", holds!.experts * 4],
     ]);
-    const options = { distributed_optimizer: true, widths: { activation: 2, gradient: 4, parameter: 2 } };
+    const options = { widths: { activation: 2, gradient: 4, parameter: 2 } };
     expect(updates(rowsOf("dp=4,cp=2,ep=4", model, options)[0]!)).toEqual([
       ["gradients", "dp-cp", "reduce_scatter", (7 / 8) * holds!.dense * 4],
       ["parameters", "dp-cp", "all_gather", (7 / 8) * holds!.dense * 2],
@@ -223,7 +224,7 @@ describe("the update", () => {
   test("one rank sends nothing", () => {
     expect(rowsOf("", preset("unit"))).toEqual([[]]);
     expect(totalBytes([])).toBe(0);
-    expect(totalBytes(rowsOf("dp=2", config("-"))[0]!)).toBe(
+    expect(totalBytes(rowsOf("dp=2", config("-"), { zero: false })[0]!)).toBe(
       4 * countParameters(config("-")).total);
   });
 });

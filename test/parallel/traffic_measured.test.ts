@@ -1,4 +1,4 @@
-/** What the ranks of a model send in a forward and a backward pass, beside what is predicted. */
+/** What the ranks of a model send, beside what is predicted. */
 import { afterAll, expect, test } from "vitest";
 import { Tape } from "../../src/autograd/tape.ts";
 import { listParameters } from "../../src/models/checkpoint_names.ts";
@@ -7,12 +7,14 @@ import type { NemotronHConfig } from "../../src/models/config.ts";
 import { communicationObservers } from "../../src/ops/collectives.ts";
 import type { Communication } from "../../src/ops/collectives.ts";
 import { parseLayout, worldOf } from "../../src/parallel/layout.ts";
+import { ranksPerStage } from "../../src/parallel/mesh.ts";
 import { predictTraffic } from "../../src/parallel/traffic.ts";
 import { openDevice } from "../../src/tensor/device.ts";
 import { sizeOf } from "../../src/tensor/ndarray.ts";
 import { scope } from "../../src/tensor/scope.ts";
 import { localsOf } from "../../src/tensor/sharded.ts";
 import { testAdapters } from "../support/adapters.ts";
+import { SIZES, SMALL, smallBatches, trainSmall } from "../support/layouts.ts";
 import { onRanks, shardedModel } from "../support/parallel.ts";
 
 const [B, L] = [2, 16];
@@ -28,33 +30,38 @@ const config = (pattern: string, mtp = ""): NemotronHConfig => parseConfig({
 const device = await openDevice({ adapter: (await testAdapters())[0]! });
 afterAll(() => device.destroy());
 
-/** Everything that is sent, added up by group, collective and pass; all ranks together. */
-function measured(text: string, model: NemotronHConfig, depths: number): Map<string, number> {
-  const layout = parseLayout(text);
-  const ranks = worldOf(layout);
-  const length = L / layout.cp;
-  const ids = () => onRanks(() => device.tensor(new Int32Array(B * length), [B, length]), ranks);
+/** What `body` sends. */
+async function sentBy(body: () => Promise<unknown> | void): Promise<Communication[]> {
   const found: Communication[] = [];
   const observer = (communication: Communication) => void found.push(communication);
   communicationObservers.add(observer);
   try {
-    scope(() => {
-      const values = new Map(listParameters(model).map(({ name, shape }) =>
-        [name, new Float32Array(sizeOf(shape)).fill(0.1)]));
-      const held = shardedModel(device, model, layout, values);
-      const tape = new Tape();
-      const batch = {
-        input_ids: ids(), targets: ids(), seq_idx: null,
-        mtp: Array.from({ length: depths }, () => ({ input_ids: ids(), targets: ids() })),
-      };
-      const { total } = tape.run(() => held.loss(batch, { mtp_scale: 0.3 }));
-      tape.backward(localsOf(total), localsOf(total).map(() => device.tensor([1], [])));
-      held.dispose();
-      return [];
-    });
+    await body();
   } finally {
     communicationObservers.delete(observer);
   }
+  return found;
+}
+
+/** Everything that is sent, added up by group, collective and pass; all ranks together. */
+async function measured(text: string, model: NemotronHConfig, depths: number): Promise<Map<string, number>> {
+  const layout = parseLayout(text);
+  const ranks = worldOf(layout);
+  const length = L / layout.cp;
+  const ids = () => onRanks(() => device.tensor(new Int32Array(B * length), [B, length]), ranks);
+  const found = await sentBy(() => scope(() => {
+    const values = new Map(listParameters(model).map(({ name, shape }) =>
+      [name, new Float32Array(sizeOf(shape)).fill(0.1)]));
+    const held = shardedModel(device, model, layout, values);
+    const tape = new Tape();
+    const batch = {
+      input_ids: ids(), targets: ids(), seq_idx: null,
+      mtp: Array.from({ length: depths }, () => ({ input_ids: ids(), targets: ids() })),
+    };
+    const { total } = tape.run(() => held.loss(batch, { mtp_scale: 0.3 }));
+    tape.backward(localsOf(total), localsOf(total).map(() => device.tensor([1], [])));
+    held.dispose();
+  }));
   return added(found.map(({ group, kind, backward, bytes }) =>
     [`${kind} over ${group}, ${backward ? "backward" : "forward"}`, bytes]));
 }
@@ -78,6 +85,33 @@ test.each([
   ["tp=2,sp=off", config("M*-", "*"), 1], ["cp=2", config("M*-"), 0],
   ["cp=4,cp_kind=allgather", config("*M"), 0], ["cp=2,cp_kind=alltoall,tp=2,sp=off", config("*M"), 0],
   ["cp=4,cp_kind=alltoall", config("*"), 0],
-])("%s sends what is predicted", (text, model, depths) => {
-  expect(measured(text, model, depths)).toEqual(predicted(text, model, depths));
+])("%s sends what is predicted", async (text, model, depths) => {
+  expect(await measured(text, model, depths)).toEqual(predicted(text, model, depths));
 });
+
+test.each<[string, boolean]>([["tp=2,dp=2,pp=2,vpp=2", true], ["dp=2,pp=3,algorithm=ring", false]])(
+  "a training step under %s sends what is predicted, divided optimiser: %s", async (text, zero) => {
+    const layout = parseLayout(text);
+    const micro_batches = 2;
+    const batches = smallBatches(layout.dp * micro_batches, false);
+    const found = await sentBy(() => trainSmall(device, text, batches, { zero }));
+    const rows = predictTraffic(layout, SMALL, { ...SIZES, micro_batches }, { zero }).flat();
+    type Sent = Pick<Communication, "group" | "kind" | "bytes">;
+    const sum = (list: readonly Sent[], groups: readonly string[]) =>
+      added(list.filter(({ group }) => groups.includes(group)).map(({ kind, bytes }) => [kind, bytes]));
+    const all = rows.map((row) => ({ ...row, bytes: row.bytes * ranksPerStage(layout) }));
+
+    expect(sum(found, ["tp"])).toEqual(sum(all, ["tp"]));
+    // Numbers of the whole step travel too.
+    const [sent, expected] = [sum(found, ["pp"]), sum(all, ["pp", "embedding"])];
+    expect(sent.get("send")! - expected.get("send")!).toBeGreaterThanOrEqual(0);
+    expect(sent.get("send")! - expected.get("send")!).toBeLessThan(1000);
+    // Buffers are filled up; experts lie beside what else the same ranks share.
+    const replicas = ["dp-cp", "tp-dp-cp", "edp"];
+    const [reduced, gradients] = [sum(found, replicas), sum(all, replicas)];
+    expect([...reduced.keys()]).toEqual([...gradients.keys()]);
+    for (const [kind, bytes] of reduced) {
+      expect(bytes / gradients.get(kind)!, kind).toBeGreaterThanOrEqual(1);
+      expect(bytes / gradients.get(kind)!, kind).toBeLessThan(1.1);
+    }
+  });

@@ -43,7 +43,7 @@ export const layout = defineCommand({
     mtpDepths: {
       type: "integer", min: 0, default: 1, help: "Tokens beyond the next that the MTP head learns.",
     },
-    distributedOptimizer: { type: "boolean", help: "Replicas share the optimiser's state among them." },
+    zero: { type: "boolean", default: true, help: "Replicas share the optimiser's state (ZeRO-1)." },
     json: { type: "boolean", help: "Print one JSON object instead of text." },
   },
   examples: [
@@ -58,7 +58,7 @@ export const layout = defineCommand({
     };
     const config = options.model === undefined ? null : findConfig(options.model);
     const facts = examine(parsed, config, sizes, {
-      mtp_depths: options.mtpDepths, distributed_optimizer: options.distributedOptimizer,
+      mtp_depths: options.mtpDepths, zero: options.zero,
     });
     stdout.write(options.json ? `${JSON.stringify(facts, null, 2)}\n`
       : render(facts, parsed, colours(wantsColour(stdout, env))));
@@ -67,7 +67,7 @@ export const layout = defineCommand({
 
 interface Training {
   readonly mtp_depths: number;
-  readonly distributed_optimizer: boolean;
+  readonly zero: boolean;
 }
 
 function examine(parsed: Layout, config: NemotronHConfig | null, sizes: StepSizes, training: Training) {
@@ -102,7 +102,7 @@ function predict(parsed: Layout, config: NemotronHConfig, sizes: StepSizes, trai
   const stages = chunksByRank(parsed, config, shape.layers);
   const memory = { widths: KEPT, recompute: "none", sharding: "none", stages } as const;
   return holdingsOf(parsed, config).map(({ dense, experts, untrained }, rank) => {
-    const share = training.distributed_optimizer
+    const share = training.zero
       ? dense / (parsed.dp * parsed.cp) + experts / parsed.edp : dense + experts;
     return {
       parameters: dense + experts + untrained, experts,
