@@ -2,8 +2,10 @@
 //
 //   x [T, D] -> y [T * K, D], in elements of V: vec4f where D is a multiple of 4, or whole numbers with
 //   `integers`. One invocation copies every `parts`-th element of one row, so that neighbours touch
-//   neighbouring memory. `spare`: slots from offsets[experts] on hold no choice; they become zero.
+//   neighbouring memory. `spare`: slots from offsets[experts] on, and those that lib/plan
+//   calls empty, hold no choice; they become zero.
 import package::lib::index::workgroup_index;
+@if(spare) import package::lib::plan::NO_TOKEN;
 
 override WG: u32 = 64;
 
@@ -37,7 +39,7 @@ fn permute(
     return;
   }
   @if(spare) {
-    if (slot >= offsets[params.experts]) {
+    if (slot >= offsets[params.experts] || slot_token[slot] == NO_TOKEN) {
       for (var c = i % params.parts; c < params.cols; c += params.parts) {
         y[slot * params.cols + c] = V();
       }

@@ -1,7 +1,7 @@
 import { recorder, recordOps } from "../ops/op.ts";
 import { register, scope } from "../tensor/scope.ts";
 import { localsOf } from "../tensor/sharded.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { isFloat, type Tensor } from "../tensor/tensor.ts";
 import { type GradientMap, Tape } from "./tape.ts";
 
 /**
@@ -10,27 +10,31 @@ import { type GradientMap, Tape } from "./tape.ts";
  * values.
  *
  * @param inputs what `body` reads besides parameters; kept until the backward pass
- * @param body the same work at every call, without effects; returns its results
+ * @param body the same work at every call, without effects; returns its results. The first run is given null,
+ *   the second what the first returned of whole numbers, such as choices that it must make alike
  * @returns the results of the first call
  */
-export function recompute(inputs: readonly Tensor[], body: () => Tensor[]): Tensor[] {
+export function recompute(
+  inputs: readonly Tensor[], body: (made: readonly Tensor[] | null) => Tensor[],
+): Tensor[] {
   const listener = recorder();
-  if (!listener) return scope(body);
+  if (!listener) return scope(() => body(null));
   const leaves = new Set<number>();
   const made = new Set<number>();
   const results = recordOps((record) => {
     for (const { key } of record.inputs) if (!made.has(key)) leaves.add(key);
     for (const { key } of record.outputs) made.add(key);
     record.release();
-  }, () => scope(body));
+  }, () => scope(() => body(null)));
+  const choices = results.filter(({ dtype }) => !isFloat(dtype));
   for (const result of results) result.relu2Key = null; // known to the first run alone
-  for (const input of inputs) input.retain();
+  for (const kept of [...inputs, ...choices]) kept.retain();
   listener({
     name: "recompute",
     inputs: [...leaves].map((key, argument) => ({ key, argument })),
     outputs: results.flatMap(localsOf).map(({ key, shape }) => ({ key, shape })),
     backward(grads) {
-      const gradients = scope(() => runAgain(body, grads));
+      const gradients = scope(() => runAgain(() => body(choices), grads));
       register({
         release() {
           for (const gradient of gradients.values()) gradient.release();
@@ -39,7 +43,7 @@ export function recompute(inputs: readonly Tensor[], body: () => Tensor[]): Tens
       return [...leaves].map((key) => gradients.get(key));
     },
     release() {
-      for (const input of inputs) input.release();
+      for (const kept of [...inputs, ...choices]) kept.release();
     },
   });
   return results;

@@ -1682,6 +1682,35 @@ export const manifest = {
       sum_rows: ["out","params","x"],
     },
   },
+  "moe/capacity": {
+    bindings: {
+      offsets: { binding: 0, access: "read" },
+      slot_token: { binding: 1, access: "read" },
+      topk_weight: { binding: 2, access: "read" },
+      stays: { binding: 3, access: "read_write" },
+      ends: { binding: 4, access: "read_write" },
+      slots: { binding: 5, access: "read_write" },
+      token_slot: { binding: 6, access: "read_write" },
+    },
+    params: {
+      choices: "u32",
+      experts: "u32",
+      rows: "u32",
+      capacity: "u32",
+      align: "u32",
+      by_weight: "u32",
+      pad: "u32",
+    },
+    overrides: {
+      WG: "u32",
+    },
+    conditions: [],
+    entries: {
+      rank: ["offsets","params","slot_token","slots","stays","token_slot","topk_weight"],
+      extents: ["ends","offsets","params"],
+      scatter: ["ends","offsets","params","slot_token","slots","stays","token_slot"],
+    },
+  },
   "moe/combine": {
     bindings: {
       y: { binding: 0, access: "read" },
@@ -2029,6 +2058,30 @@ export const manifest = {
     conditions: ["spare","vec4"],
     entries: {
       unpermute_backward: ["dout","dweight","dy","offsets","params","token_slot","topk_weight","y"],
+    },
+  },
+  "moe/weigh": {
+    bindings: {
+      x: { binding: 0, access: "read" },
+      topk_weight: { binding: 1, access: "read" },
+      slot_token: { binding: 2, access: "read" },
+      out: { binding: 3, access: "read_write" },
+      dout: { binding: 4, access: "read" },
+      dx: { binding: 5, access: "read_write" },
+      dweight: { binding: 6, access: "read_write" },
+    },
+    params: {
+      slots: "u32",
+      cols: "u32",
+    },
+    overrides: {
+      WG: "u32",
+      LANES: "u32",
+    },
+    conditions: ["squared","vec4"],
+    entries: {
+      weigh: ["out","params","slot_token","topk_weight","x"],
+      weigh_backward: ["dout","dweight","dx","params","slot_token","topk_weight","x"],
     },
   },
   "norm/rms_norm": {

@@ -5,6 +5,7 @@
  * the model does not use (rope_theta, sliding_window, expand, hidden_dropout ...) are ignored.
  */
 import { parseJson } from "../io/json.ts";
+import type { RouterScore } from "../ops/router.ts";
 import { ConfigError, FormatError } from "../tensor/errors.ts";
 import { ConfigKeys, MAX_SIZE, asObject, show } from "./config_keys.ts";
 import { KIND_OF_NAME, readChain } from "./layer_list.ts";
@@ -76,6 +77,11 @@ export interface NemotronHConfig {
   readonly moe_shared_expert_intermediate_size: number;
   readonly n_group: number;
   readonly topk_group: number;
+  /** How many of its best experts make a group's score. */
+  readonly group_best: number;
+  readonly scoring_func: RouterScore;
+  /** Whether the correction bias is added to scores or to logits. */
+  readonly router_choice: "score" | "logits";
   readonly norm_topk_prob: boolean;
   readonly routed_scaling_factor: number;
 
@@ -105,6 +111,9 @@ export interface ConfigOptions {
   readonly dt_min_clamp?: boolean;
 }
 
+/** The model family's rule. */
+const GROUP_BEST = 2;
+const SCORES = ["sigmoid", "softmax", "softmax_chosen", "sqrtsoftplus"] as const satisfies RouterScore[];
 const DTYPES = ["float32", "float16", "bfloat16"] as const;
 /** What Python's writers put where they mean "no limit". */
 const NO_LIMIT = 1e30;
@@ -194,7 +203,7 @@ export function convSize(config: NemotronHConfig): number {
 
 /**
  * config.json text that parseConfig reads back to the same configuration and that other programs understand:
- * published keys only, except `dt_min_clamp` when it is on.
+ * published keys only, except `dt_min_clamp` and what tells of routers of another kind, where they are used.
  */
 export function serialiseConfig(config: NemotronHConfig): string {
   const { eos_token_ids: eos, time_step_limit: [low, high], ...rest } = config;
@@ -207,6 +216,9 @@ export function serialiseConfig(config: NemotronHConfig): string {
   // JSON has no Infinity; absent means no limit, and 1e308 is read as none.
   if (low > 0 || high !== Infinity) entries["time_step_limit"] = [low, high === Infinity ? 1e308 : high];
   if (!config.dt_min_clamp) delete entries["dt_min_clamp"];
+  if (config.scoring_func === "sigmoid") delete entries["scoring_func"];
+  if (config.router_choice === "score") delete entries["router_choice"];
+  if (config.group_best === GROUP_BEST) delete entries["group_best"];
   const optional = ["block_configs", "mtp_block_configs", "mtp_n_routed_experts", "moe_latent_size"] as const;
   for (const key of optional) if (config[key] === null) delete entries[key];
   if (config.mtp_hybrid_override_pattern === "") delete entries["mtp_hybrid_override_pattern"];
@@ -308,6 +320,9 @@ function readMoE(keys: ConfigKeys) {
     moe_shared_expert_intermediate_size: keys.integer("moe_shared_expert_intermediate_size", 7688, 0),
     n_group: keys.integer("n_group", 1),
     topk_group: keys.integer("topk_group", 1),
+    group_best: keys.integer("group_best", GROUP_BEST),
+    scoring_func: keys.choice("scoring_func", "sigmoid", SCORES),
+    router_choice: keys.choice("router_choice", "score", ["score", "logits"] as const),
     norm_topk_prob: keys.boolean("norm_topk_prob", true),
     routed_scaling_factor: keys.number("routed_scaling_factor", 1, -Number.MAX_VALUE),
   };
@@ -393,11 +408,14 @@ function checkMoE(keys: ConfigKeys, config: NemotronHConfig, spec: MoESpec): voi
   keys.checkInteger("moe_intermediate_size", spec.moe_intermediate_size, 1, MAX_SIZE);
   keys.divides("n_group", groups, "n_routed_experts", experts);
   keys.checkInteger("topk_group", kept, 1, groups);
-  if (groups > 1 && experts / groups < 2) {
-    // A group's score is the sum of its two best experts.
-    keys.fail("n_group", `groups of at least 2 of the ${experts} experts`, groups);
+  if (groups > 1 && experts / groups < config.group_best) {
+    const expected = `groups of at least group_best (${config.group_best}) of the ${experts} experts`;
+    keys.fail("n_group", expected, groups);
   }
   keys.checkInteger("num_experts_per_tok", chosen, 1, (experts / groups) * kept);
+  if (chosen === 1 && config.scoring_func === "softmax_chosen") {
+    keys.fail("num_experts_per_tok", "at least 2 for scoring_func softmax_chosen, whose weight is 1", chosen);
+  }
   const matrix = spec.moe_intermediate_size * (spec.moe_latent_size ?? config.hidden_size);
   if (experts > Math.floor(Number.MAX_SAFE_INTEGER / matrix)) {
     keys.fail("n_routed_experts", "at most 2^53 - 1 weights in a layer", `${experts} * ${matrix}`);

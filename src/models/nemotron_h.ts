@@ -18,7 +18,9 @@ import { type Division, sizeOfGroup, SOLO } from "../nn/division.ts";
 import { Mamba2, type Mamba2Cache } from "../nn/mamba2.ts";
 import { MLP } from "../nn/mlp.ts";
 import { MoE } from "../nn/moe.ts";
+import type { MoETraining } from "../nn/moe_training.ts";
 import { MTP } from "../nn/mtp.ts";
+import type { RouterReplay } from "../nn/replay.ts";
 import { enter, tableRows, vocabularyCrossEntropy } from "../nn/tensor_parallel.ts";
 import { type Weight, Weights } from "../nn/weights.ts";
 import { sumOverGroup } from "../ops/collectives.ts";
@@ -63,6 +65,8 @@ export interface TrainingBatch {
   readonly targets: Tensor;
   /** (batch, seqlen) i32 document of each position, or null */
   readonly seq_idx: Tensor | null;
+  /** u32 [4]: seed and number of the micro-batch, for random numbers in front of routers. */
+  readonly counter?: Tensor;
   /**
    * For every prediction depth d = 1, 2, ...: tokens at t+d and targets at t+d+1 (-100 beyond the document).
    */
@@ -74,6 +78,10 @@ export interface LossOptions {
   readonly mtp_scale: number;
   /** What the routers add to the loss; default: nothing. */
   readonly balance?: Omit<BalanceOptions, "sequences">;
+  /** What MoE layers do other than the model says; default: nothing. */
+  readonly moe?: MoETraining | null;
+  /** Records the choices of routers, or replays them. */
+  readonly replay?: RouterReplay | null;
   /** Keep the input of every block alone and compute the rest again in the backward pass. */
   readonly recompute?: boolean;
   /** Probability that targets give to all other words alike; default 0. */
@@ -317,7 +325,11 @@ export class NemotronH {
 
 /** The context of a run that is trained. */
 export function trainingContext(batch: TrainingBatch, options: LossOptions): ForwardContext {
-  return { seq_idx: batch.seq_idx, step: null, routing: [], recompute: options.recompute === true };
+  const { recompute = false, moe = null, replay = null } = options;
+  return {
+    seq_idx: batch.seq_idx, step: null, routing: [], recompute, replay,
+    moe: moe && { ...moe, counter: batch.counter },
+  };
 }
 
 const PLAIN: ForwardContext = { seq_idx: null, step: null, routing: null };
@@ -361,8 +373,9 @@ function createMixer(config: NemotronHConfig, spec: LayerSpec, w: Weights, divis
     case "moe":
       return new MoE({
         hidden, ...spec, shared_size: spec.shared_size / tp, bias: config.mlp_bias,
-        n_group: config.n_group, topk_group: config.topk_group, norm_topk_prob: config.norm_topk_prob,
-        routed_scaling_factor: config.routed_scaling_factor,
+        n_group: config.n_group, topk_group: config.topk_group, group_best: config.group_best,
+        scoring_func: config.scoring_func, router_choice: config.router_choice,
+        norm_topk_prob: config.norm_topk_prob, routed_scaling_factor: config.routed_scaling_factor,
       }, w, division);
   }
 }

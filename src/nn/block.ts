@@ -8,6 +8,7 @@ import type { ForwardContext, Routing } from "./context.ts";
 import { Mamba2, type Mamba2Cache } from "./mamba2.ts";
 import { MLP } from "./mlp.ts";
 import type { MoE } from "./moe.ts";
+import { RouterReplay } from "./replay.ts";
 import type { Weights } from "./weights.ts";
 
 /** What one layer carries from token to token; null for layers without memory. */
@@ -44,9 +45,12 @@ export class Block {
     if (!context.recompute) return this.#run(x, context, cache);
     let routing: Routing[] = [];
     const kept = context.seq_idx ? [x, context.seq_idx] : [x];
-    const [y] = recompute(kept, () => {
+    const [y] = recompute(kept, (choices) => {
       routing = [];
-      const result = this.#run(x, { ...context, routing }, cache);
+      // The second run chooses the experts of the first, and takes nothing from what others replay.
+      const replay = choices ? new RouterReplay(choices) : context.replay ?? null;
+      const result = this.#run(x, { ...context, routing, replay }, cache);
+      if (choices) replay?.dispose();
       return [result, ...routing.flatMap(({ logits, weight, index }) => [logits, weight, index])];
     });
     context.routing?.push(...routing); // that of the first run; the second one has a list of its own

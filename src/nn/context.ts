@@ -1,5 +1,7 @@
 import type { RouterScore } from "../ops/router.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import type { MoERun } from "./moe_training.ts";
+import type { RouterReplay } from "./replay.ts";
 
 /** What an MoE layer decided, for load statistics, the balancing loss and inspection. */
 export interface Routing {
@@ -24,6 +26,10 @@ export interface ForwardContext {
   readonly routing: Routing[] | null;
   /** Training: every block keeps its input alone and runs a second time in the backward pass. */
   readonly recompute?: boolean;
+  /** Training: what the run asks of MoE layers; else they take every token and route as the model says. */
+  readonly moe?: MoERun | null;
+  /** Records what routers choose, or makes them choose the same again. */
+  readonly replay?: RouterReplay | null;
 }
 
 /** Progress of an incremental run. */

@@ -1,12 +1,16 @@
 import { expert_tiles } from "../ops/grouped_linear.ts";
-import { moe_plan, moe_unpermute } from "../ops/moe.ts";
-import { router } from "../ops/router.ts";
+import { moe_permute, moe_plan, type MoePlan, moe_unpermute } from "../ops/moe.ts";
+import { expertCapacity, moe_limit } from "../ops/moe_limit.ts";
+import { moe_weigh } from "../ops/moe_weigh.ts";
+import type { RouterOptions, RouterScore } from "../ops/router.ts";
 import { promote } from "../tensor/scope.ts";
 import { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
 import { type Division, SOLO } from "./division.ts";
 import { MLP } from "./mlp.ts";
+import type { MoERun } from "./moe_training.ts";
 import { grouped_linear, linear } from "./product.ts";
+import { route } from "./route.ts";
 import type { Weight, Weights } from "./weights.ts";
 
 export interface MoESizes {
@@ -20,6 +24,11 @@ export interface MoESizes {
   readonly shared_size: number;
   readonly n_group: number;
   readonly topk_group: number;
+  /** How many of its best experts make a group's score. */
+  readonly group_best: number;
+  readonly scoring_func: RouterScore;
+  /** What the correction bias is added to. */
+  readonly router_choice: "score" | "logits";
   readonly norm_topk_prob: boolean;
   readonly routed_scaling_factor: number;
   /** Biases of the shared expert and the latent projections; routed experts have none. */
@@ -27,9 +36,9 @@ export interface MoESizes {
 }
 
 /**
- * Mixture of experts: fc2(sum_e w_e expert_e(fc1(x))) + shared(x), routed by sigmoid scores with a correction
- * bias. Without a latent width fc1 and fc2 are the identity. The router and the shared expert read the full
- * width.
+ * Mixture of experts: fc2(sum_e w_e expert_e(fc1(x))) + shared(x), routed by scores with a correction bias.
+ * Without a latent width fc1 and fc2 are the identity. The router and the shared expert read the full width.
+ * A token that a training run drops gets the shared expert alone.
  */
 export class MoE {
   readonly sizes: MoESizes;
@@ -37,6 +46,7 @@ export class MoE {
   readonly gate: Tensor;
   /** Chooses experts but does not weigh them; moved by load balancing, not by the loss. */
   readonly correction_bias: Tensor;
+  readonly options: RouterOptions;
   /** (experts, width, inner width) */
   readonly up: Weight;
   readonly down: Weight;
@@ -48,6 +58,11 @@ export class MoE {
     const X = moe_latent_size ?? hidden;
     this.sizes = sizes;
     this.path = w.path;
+    this.options = {
+      topk: sizes.num_experts_per_tok, n_group: sizes.n_group, topk_group: sizes.topk_group,
+      group_best: sizes.group_best, score: sizes.scoring_func, choice: sizes.router_choice,
+      norm_topk_prob: sizes.norm_topk_prob, scaling: sizes.routed_scaling_factor,
+    };
     this.gate = w.take("gate.weight", [E, hidden]);
     this.correction_bias = w.take("gate.e_score_correction_bias", [E]);
     this.up = w.takeWeight("experts.up_proj", [E, F, X]);
@@ -64,24 +79,48 @@ export class MoE {
 
   /** (batch, seqlen, hidden) -> (batch, seqlen, hidden), plus the residual */
   forward(x_BLD: Tensor, context: ForwardContext, residual: Tensor | null = null): Tensor {
-    const { hidden, n_routed_experts: E, num_experts_per_tok: K, n_group, topk_group, norm_topk_prob } =
-      this.sizes;
+    const { hidden, n_routed_experts: E } = this.sizes;
     const x_TD = x_BLD.reshape([-1, hidden]);
-    const logits = linear(x_TD, this.gate, null);
-    const [weight, index] = router(logits, this.correction_bias, {
-      topk: K, n_group, topk_group, norm_topk_prob, scaling: this.sizes.routed_scaling_factor,
-    }) as [Tensor, Tensor];
-    context.routing?.push(promote({ layer: this.path, score: "sigmoid" as const, logits, weight, index }));
-    const plan = moe_plan(index, E);
+    const routed = route(x_TD, this, context);
+    const { score = "sigmoid" } = this.options;
+    context.routing?.push(promote({ layer: this.path, score, ...routed }));
+    const { weight, index } = routed;
+    const plan = limited(moe_plan(index, E), weight, context.moe);
     const inner = this.latent ? linear(x_TD, this.latent.fc1, this.latent.fc1_bias) : x_TD;
-    const tiles = this.up instanceof Tensor ? expert_tiles(plan.offsets, plan.slot_token.size) : null;
-    const up = grouped_linear(inner, this.up, plan.offsets,
-      { permute: { ...plan, topk: K }, activation: "relu2", tiles });
-    const expert_out = grouped_linear(up, this.down, plan.offsets, { tiles });
+    const isWeighed = context.moe?.weighing === "activation";
+    const expert_out = this.#experts(inner, plan, isWeighed ? weight : null);
     const rest = residual && residual.reshape([-1, hidden]);
     const base = this.shared ? this.shared.forward(x_TD, rest) : rest;
-    if (!this.latent) return moe_unpermute(expert_out, weight, plan, base).reshape(x_BLD.shape);
-    const combined = moe_unpermute(expert_out, weight, plan);
+    const left = isWeighed ? this.options.topk : weight;
+    if (!this.latent) return moe_unpermute(expert_out, left, plan, base).reshape(x_BLD.shape);
+    const combined = moe_unpermute(expert_out, left, plan);
     return linear(combined, this.latent.fc2, this.latent.fc2_bias, base).reshape(x_BLD.shape);
   }
+
+  /**
+   * (tokens, inner width) -> one row for every slot of the plan, in expert order
+   * @param weight multiplied in before the down projection, or null
+   */
+  #experts(inner: Tensor, plan: MoePlan, weight: Tensor | null): Tensor {
+    const { offsets, spare = false } = plan;
+    const topk = this.options.topk;
+    const tiles = this.up instanceof Tensor ? expert_tiles(offsets, plan.slot_token.size) : null;
+    const up = spare
+      ? grouped_linear(
+        moe_permute(inner, plan, topk), this.up, offsets, { activation: "relu2", tiles, spare })
+      : grouped_linear(inner, this.up, offsets, { permute: { ...plan, topk }, activation: "relu2", tiles });
+    const weighed = weight ? moe_weigh(up, weight, plan) : up;
+    return grouped_linear(weighed, this.down, offsets, { tiles, spare });
+  }
+}
+
+/** The plan with the capacity and alignment that a training run asks for. */
+function limited(plan: MoePlan, weight: Tensor, moe: MoERun | null | undefined): MoePlan {
+  if (!moe) return plan;
+  const { capacity_factor, drop_policy: policy, pad_to_capacity: pad, align } = moe;
+  if (capacity_factor === Infinity && align === 1) return plan;
+  const [T, K] = weight.shape as [number, number];
+  const capacity = capacity_factor === Infinity
+    ? null : expertCapacity(T, K, plan.offsets.size - 1, capacity_factor);
+  return moe_limit(plan, weight, { capacity, policy, pad, align });
 }

@@ -21,6 +21,8 @@ export * from "./linear.ts";
 export * from "./linear_cross_entropy.ts";
 export * from "./matmul.ts";
 export * from "./moe.ts";
+export * from "./moe_limit.ts";
+export * from "./moe_weigh.ts";
 export * from "./op.ts";
 export * from "./packed_product.ts";
 export * from "./quantile_balance.ts";

@@ -13,7 +13,7 @@ export interface MoePlan {
   readonly token_slot: Tensor;
   /**
    * Whether some choices belong to no expert: then those alone count whose slot is below offsets[E] and S,
-   * and slots from there on are empty.
+   * and slots from there on are empty; so are, in a plan of `moe_limit`, others in between.
    */
   readonly spare?: boolean;
 }
@@ -147,7 +147,9 @@ export const moe_plan = Object.assign((topk_idx: Tensor, E: number, part?: PlanP
 }, { opName: sortChoices.opName, mutates: sortChoices.mutates, differentiable: sortChoices.differentiable });
 
 /** Rows of D values in the widest elements that fit, and how invocations share them. */
-function columns(D: number, perInvocation: number): { cols: number; parts: number; conditions: ("vec4")[] } {
+export function columns(
+  D: number, perInvocation: number,
+): { cols: number; parts: number; conditions: ("vec4")[] } {
   const isWide = D % 4 === 0;
   const cols = isWide ? D / 4 : D;
   return { cols, parts: Math.max(1, Math.ceil(cols / perInvocation)), conditions: isWide ? ["vec4"] : [] };

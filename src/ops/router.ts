@@ -6,8 +6,7 @@ import { defineOp } from "./op.ts";
 /**
  * What a router makes of the logits of a token: softmax over all experts, or over the chosen ones alone.
  */
-export const ROUTER_SCORES = ["sigmoid", "softmax", "softmax_chosen", "sqrtsoftplus"] as const;
-export type RouterScore = (typeof ROUTER_SCORES)[number];
+export type RouterScore = "sigmoid" | "softmax" | "softmax_chosen" | "sqrtsoftplus";
 /** Their numbers in shaders/lib/router_score.wgsl. */
 export const SCORES: Readonly<Record<RouterScore | "logits", number>> = {
   sigmoid: 0, softmax: 1, softmax_chosen: 1, logits: 2, sqrtsoftplus: 3,

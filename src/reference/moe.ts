@@ -23,8 +23,11 @@ export function update_expert_bias(
   return ndarray(bias.shape, bias.data.map((value, e) => value + rate * sign(e)));
 }
 
+/** In a plan with limits: a choice without a slot, or a slot without a choice. */
+const NONE = 0xffffffff;
+
 /** The T * K choices sorted by expert. */
-interface Plan {
+export interface Plan {
   /** [E + 1]: expert e owns the sorted slots offsets[e] .. offsets[e + 1]. */
   readonly offsets: NdArray;
   /** [T * K], or some more or less of them with `spare`: sorted slot to choice t * K + k. */
@@ -75,12 +78,47 @@ export function moe_plan(topk_idx: NdArray, E: number, part?: Part): Plan {
   return { offsets, slot_token: ndarray([slots], slot_token.data.slice(0, slots)), token_slot, spare: true };
 }
 
+interface LimitOptions {
+  readonly capacity: number | null;
+  readonly policy?: "probs" | "position";
+  readonly pad?: boolean;
+  readonly align?: number;
+}
+
+/** The plan with at most `capacity` rows per expert, filled up to a multiple of `align` (`pad`: capacity). */
+export function moe_limit(plan: Plan, topk_weight: NdArray, options: LimitOptions): Plan {
+  const { capacity, policy = "probs", pad = false, align = 1 } = options;
+  const E = plan.offsets.data.length - 1;
+  const S = plan.slot_token.data.length;
+  const upTo = (n: number) => Math.ceil(n / align) * align;
+  const most = E * upTo(capacity ?? S);
+  const rows = pad ? most : Math.min(most, S + E * (align - 1));
+  const offsets = ndarray([E + 1]);
+  const slot_token = ndarray([rows], Array<number>(rows).fill(NONE));
+  const token_slot = ndarray([S], Array<number>(S).fill(NONE));
+  for (let e = 0; e < E; e++) {
+    const choices = [...plan.slot_token.data.subarray(plan.offsets.data[e], plan.offsets.data[e + 1])];
+    const weight = (choice: number) => topk_weight.data[choice]!;
+    const byRank = policy === "probs" ? choices.toSorted((a, b) => weight(b) - weight(a) || a - b) : choices;
+    const kept = byRank.slice(0, capacity ?? S).toSorted((a, b) => a - b);
+    const begin = offsets.data[e]!;
+    kept.forEach((choice, i) => {
+      slot_token.data[begin + i] = choice;
+      token_slot.data[choice] = begin + i;
+    });
+    offsets.data[e + 1] = begin + upTo(pad ? capacity! : kept.length);
+  }
+  return { offsets, slot_token, token_slot, spare: true };
+}
+
 /** Calls `visit` for every slot that holds a choice. */
 function forEachSlot(
   { offsets, slot_token, spare }: Plan, visit: (slot: number, choice: number) => void,
 ): void {
   const used = spare ? Math.min(offsets.data.at(-1)!, slot_token.data.length) : slot_token.data.length;
-  for (let slot = 0; slot < used; slot++) visit(slot, slot_token.data[slot]!);
+  for (let slot = 0; slot < used; slot++) {
+    if (!spare || slot_token.data[slot] !== NONE) visit(slot, slot_token.data[slot]!);
+  }
 }
 
 /** Rows of x [T, D] in sorted order: y [slots, D], y[slot] = x[floor(slot_token[slot] / K)]. */
@@ -148,4 +186,27 @@ export function moe_unpermute_vjp(
     });
   }
   return [dy, dweight, null, (base && dout) ?? null];
+}
+
+/** out[slot] = topk_weight[slot_token[slot]] * x[slot]; x [slots, D]. */
+export function moe_weigh(x: NdArray, topk_weight: NdArray, plan: Plan): NdArray {
+  const D = x.shape[1]!;
+  const out = ndarray(x.shape);
+  forEachSlot(plan, (slot, choice) => {
+    for (let d = 0; d < D; d++) out.data[slot * D + d] = topk_weight.data[choice]! * x.data[slot * D + d]!;
+  });
+  return out;
+}
+
+/** dx[slot] = topk_weight * dout[slot]; dtopk_weight = dot(dout[slot], x[slot]). */
+export function moe_weigh_vjp(
+  [dout]: Grads, x: NdArray, topk_weight: NdArray, plan: Plan,
+): (NdArray | null)[] {
+  const D = x.shape[1]!;
+  const dweight = ndarray(topk_weight.shape);
+  if (!dout) return [ndarray(x.shape), dweight, null];
+  forEachSlot(plan, (slot, choice) => {
+    for (let d = 0; d < D; d++) dweight.data[choice]! += dout.data[slot * D + d]! * x.data[slot * D + d]!;
+  });
+  return [moe_weigh(dout, topk_weight, plan), dweight, null];
 }

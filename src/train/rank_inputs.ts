@@ -4,6 +4,7 @@ import { zigzag } from "../nn/context_parallel.ts";
 import { coordinatesOf, ranksPerStage } from "../parallel/mesh.ts";
 import type { MeshModel } from "../parallel/model.ts";
 import type { Device } from "../tensor/device.ts";
+import { seedWords } from "../tensor/philox.ts";
 import { scope } from "../tensor/scope.ts";
 import { localsOf, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor, TensorDType } from "../tensor/tensor.ts";
@@ -12,6 +13,7 @@ import { type Batch, IGNORED, mtpInputs, mtpLabels } from "./packing.ts";
 /** The inputs of a pipeline stage. */
 export interface StageInputs extends TrainingBatch {
   readonly seq_idx: Tensor;
+  readonly counter: Tensor;
   /**
    * f32 [3 + depths]: what this rank's values count for in those of the step: the loss, the balancing loss,
    * nothing, the losses of the prediction depths. What several ranks have alike counts on one of them.
@@ -25,6 +27,8 @@ export interface InputSizes {
   readonly batch: number;
   readonly seqlen: number;
   readonly mtp_depths: number;
+  /** Whether random numbers are drawn in front of routers. */
+  readonly random: boolean;
 }
 
 /** By what the losses of a step are divided. */
@@ -40,6 +44,13 @@ export interface Divisor {
   readonly scored: readonly number[] | null;
 }
 
+/** What random numbers of a micro-batch are drawn by. */
+export interface Numbering {
+  readonly seed: number;
+  /** Number in the whole run of the micro-batch of the first data-parallel rank. */
+  readonly first: number;
+}
+
 /** Tensors that ranks with the same tokens on one device share. */
 interface Tokens {
   readonly dp: number;
@@ -47,6 +58,7 @@ interface Tokens {
   readonly input_ids: Tensor;
   readonly targets: Tensor;
   readonly seq_idx: Tensor;
+  readonly counter: Tensor;
   readonly mtp: readonly { readonly input_ids: Tensor; readonly targets: Tensor }[];
 }
 
@@ -62,6 +74,8 @@ interface Weighing {
   written: string;
 }
 
+/** For evaluation, which draws nothing. */
+const NUMBERED: Numbering = { seed: 0, first: 0 };
 /** Every view of a buffer begins at a multiple of so many f32. */
 const UNIT = 64;
 
@@ -94,7 +108,7 @@ export class RankInputs {
         on(({ weighing }) => weighing.whole.range(at * UNIT, shape));
       return {
         input_ids: on(({ tokens }) => tokens.input_ids), targets: on(({ tokens }) => tokens.targets),
-        seq_idx: on(({ tokens }) => tokens.seq_idx),
+        seq_idx: on(({ tokens }) => tokens.seq_idx), counter: on(({ tokens }) => tokens.counter),
         mtp: Array.from({ length: sizes.mtp_depths }, (_, i) => ({
           input_ids: on(({ tokens }) => tokens.mtp[i]!.input_ids),
           targets: on(({ tokens }) => tokens.mtp[i]!.targets),
@@ -112,15 +126,16 @@ export class RankInputs {
    * Uploads a micro-batch.
    * @param batches that of every data-parallel rank, in order; null: nothing of its counts
    */
-  write(batches: readonly (Batch | null)[], divisor: Divisor): void {
+  write(batches: readonly (Batch | null)[], divisor: Divisor, { seed, first }: Numbering = NUMBERED): void {
     const { mtp_depths } = this.#sizes;
     const cut = batches.map((batch) => batch && new CutBatch(batch, this.#cp, mtp_depths));
-    for (const { dp, cp, input_ids, targets, seq_idx, mtp } of this.#tokens) {
+    for (const { dp, cp, input_ids, targets, seq_idx, counter, mtp } of this.#tokens) {
       const batch = cut[dp];
       if (!batch) continue;
       input_ids.write(batch.part(batch.input_ids, cp));
       targets.write(batch.part(batch.labels[0]!, cp));
       seq_idx.write(batch.part(batch.seq_idx, cp));
+      if (this.#sizes.random) counter.write(Uint32Array.from([...seedWords(seed), first + dp, 0]));
       mtp.forEach((depth, i) => {
         depth.input_ids.write(batch.part(batch.mtpInputs[i]!, cp));
         depth.targets.write(batch.part(batch.labels[i + 1]!, cp));
@@ -152,7 +167,7 @@ export class RankInputs {
     const zeros = (type: TensorDType) => this.#keep(device.zeros([batch, seqlen / this.#cp], type));
     const ids = () => zeros("i32");
     const tokens: Tokens = {
-      dp, cp, input_ids: ids(), targets: ids(), seq_idx: ids(),
+      dp, cp, input_ids: ids(), targets: ids(), seq_idx: ids(), counter: this.#keep(device.zeros([4], "u32")),
       mtp: Array.from({ length: mtp_depths }, () => ({ input_ids: ids(), targets: ids() })),
     };
     this.#tokens.push(tokens);

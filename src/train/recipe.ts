@@ -1,9 +1,14 @@
 /** The numbers of a training run, with defaults that suit the tiny presets. */
 import { choosePrecision, type PrecisionChoice } from "../precision/plan.ts";
 import type { TrainedFormat } from "../models/parameters.ts";
+import { makeMoETraining, type MoETraining } from "../nn/moe_training.ts";
 import { MOMENT_DTYPES, type MomentFormat } from "../ops/adamw.ts";
 import { UsageError } from "../tensor/errors.ts";
 import { makeSchedule, type Schedule } from "./schedule.ts";
+
+/** How correction biases move; see TrainerOptions. */
+export const BIAS_UPDATES = ["sign", "quantile"] as const;
+export type BiasUpdate = (typeof BIAS_UPDATES)[number];
 
 export interface Recipe {
   /** Optimiser updates. */
@@ -36,6 +41,15 @@ export interface Recipe {
   readonly global_aux_loss: number;
   readonly z_loss: number;
   readonly bias_rate: number;
+  readonly bias_update: BiasUpdate;
+  /** Rows of an expert over its even share, 0: as many as there are; and what of MoETraining goes with it. */
+  readonly capacity_factor: number;
+  readonly drop_policy: MoETraining["drop_policy"];
+  readonly pad_to_capacity: boolean;
+  readonly router_jitter: number;
+  readonly router_dtype: MoETraining["router_dtype"];
+  readonly routing: MoETraining["routing"];
+  readonly weighing: MoETraining["weighing"];
   /** How matrices are stored, and whether those in bf16 have f32 masters; the rest is f32. */
   readonly weights: TrainedFormat;
   readonly master: "f32" | "none";
@@ -65,7 +79,8 @@ export const RECIPE: Recipe = {
   lr: 4e-3, min_lr: 4e-5, schedule: "wsd", warmup: 20, decay: 100,
   beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1,
   mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, aux_loss: 0, global_aux_loss: 0, z_loss: 0,
-  bias_rate: 1e-3, max_skipped: MAX_SKIPPED,
+  bias_rate: 1e-3, bias_update: "sign", capacity_factor: 0, drop_policy: "probs", pad_to_capacity: false,
+  router_jitter: 0, router_dtype: "f32", routing: "topk", weighing: "output", max_skipped: MAX_SKIPPED,
   recompute: false, precision: "f32", without: "", eval_every: 0, eval_rows: 0,
   weights: "f32", master: "f32", moments: "f32",
 };
@@ -117,12 +132,23 @@ export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key]
     ...(["aux_coeff", "aux_loss", "global_aux_loss", "z_loss"] as const).map(
       (name): [keyof Recipe, boolean, string] => [name, recipe[name] >= 0, "at least 0"]),
     ["clip", recipe.clip > 0, "above 0"],
+    ["bias_update", BIAS_UPDATES.includes(recipe.bias_update), BIAS_UPDATES.join(" or ")],
   ];
   for (const [name, holds, expected] of ranges) {
     if (!holds) throw new UsageError(`The recipe's ${name} must be ${expected}, found ${recipe[name]}.`);
   }
+  moeTrainingOf(recipe);
   scheduleOf(recipe);
   return { ...recipe, without: precisionOf(recipe).without.join() };
+}
+
+/** What MoE layers do other than the model says. @throws UsageError for a value out of range */
+export function moeTrainingOf(recipe: Recipe): MoETraining {
+  const { capacity_factor, drop_policy, pad_to_capacity, router_dtype, routing, weighing } = recipe;
+  return makeMoETraining({
+    capacity_factor: capacity_factor === 0 ? Infinity : capacity_factor, drop_policy, pad_to_capacity,
+    jitter: recipe.router_jitter, router_dtype, routing, weighing,
+  });
 }
 
 /** The formats of products. @throws UsageError for a name that is not known */

@@ -5,7 +5,7 @@
 import type { NemotronH } from "../models/nemotron_h.ts";
 import type { MeshModel } from "../parallel/model.ts";
 import { BatchPacker, bitsPerByte, type TokenCorpus } from "./packing.ts";
-import { precisionOf, type Recipe, scheduleOf } from "./recipe.ts";
+import { moeTrainingOf, precisionOf, type Recipe, scheduleOf } from "./recipe.ts";
 import { type StepMetrics, Trainer } from "./trainer.ts";
 
 export interface RunStep extends StepMetrics {
@@ -42,7 +42,7 @@ export class TrainingRun {
     this.trainer = new Trainer(model, {
       ...recipe, zero, accumulate, schedule: scheduleOf(recipe), betas: [beta1, beta2],
       mtp_depths: model.config.num_nextn_predict_layers > 0 ? recipe.mtp_depths : 0,
-      precision: precisionOf(recipe),
+      precision: precisionOf(recipe), moe: moeTrainingOf(recipe),
     });
   }
 

@@ -2,11 +2,14 @@
 import type { GradientMap } from "../autograd/tape.ts";
 import type { GraphMemory } from "../gpu/pool.ts";
 import { MoE } from "../nn/moe.ts";
+import { checkMoETraining, makeMoETraining, type MoETraining } from "../nn/moe_training.ts";
 import type { LossOptions, NemotronH } from "../models/nemotron_h.ts";
 import { type Group, sendToStage, sumOverGroup } from "../ops/collectives.ts";
-import { accumulate, add, multiply } from "../ops/elementwise.ts";
+import { accumulate, add, multiply, scale } from "../ops/elementwise.ts";
 import { clip_scale, global_norm } from "../ops/global_norm.ts";
 import { expert_load, update_expert_bias } from "../ops/moe.ts";
+import { router_quantile, update_quantile_bias } from "../ops/quantile_balance.ts";
+import type { RouterOptions } from "../ops/router.ts";
 import { parseLayout } from "../parallel/layout.ts";
 import { MeshModel } from "../parallel/model.ts";
 import { interleave, scheduleOf as pipelineSchedule } from "../parallel/schedule.ts";
@@ -22,7 +25,7 @@ import { AdamW, type AdamWOptions } from "./optimizer.ts";
 import { type Batch, mtpLabels } from "./packing.ts";
 import { addGradients, Passes, type StagePass } from "./passes.ts";
 import { countScored, RankInputs, type StageInputs } from "./rank_inputs.ts";
-import { MAX_SKIPPED } from "./recipe.ts";
+import { type BiasUpdate, MAX_SKIPPED } from "./recipe.ts";
 import { TrainingPrecision } from "./rounding.ts";
 import type { Schedule } from "./schedule.ts";
 import { captureOn, type StepGraph } from "./step_graph.ts";
@@ -47,6 +50,13 @@ export interface TrainerOptions extends AdamWOptions {
   readonly z_loss?: number;
   /** Step of the correction bias of every expert towards an even load; 0 leaves it. */
   readonly bias_rate: number;
+  /**
+   * sign: each bias moves by `bias_rate` up or down; quantile: all move by that share of the way to where the
+   * logits would be chosen evenly. Default: sign.
+   */
+  readonly bias_update?: BiasUpdate;
+  /** What MoE layers do other than the model says. */
+  readonly moe?: Partial<MoETraining>;
   /** Steps in a row with a loss or a gradient norm that is not finite at which training ends; default 5. */
   readonly max_skipped?: number;
   /** Less memory for a second forward pass of every block; the gradients stay the same bit for bit. */
@@ -102,6 +112,8 @@ interface StageSums {
   readonly loads: ReadonlyMap<string, Tensor>;
   /** Choices by their scores alone in the step so far, u32 [1, E] by layer; for `global_aux_loss`. */
   readonly soFar: ReadonlyMap<string, Tensor>;
+  /** Where the biases are going by quantiles, f32 [E] by layer; none for other updates. */
+  readonly estimates: ReadonlyMap<string, Tensor>;
 }
 
 /** Place of the gradient norm among the scalars. */
@@ -118,6 +130,7 @@ export class Trainer {
   /** Inputs of a micro-batch; with a pipeline those of every micro-batch of a step. */
   readonly #inputs: readonly RankInputs[];
   readonly #rounding: TrainingPrecision;
+  readonly #moe: MoETraining;
   #precision: Precision | null = null;
   #captured: Captured | null = null;
   #evaluation: { graph: StepGraph; loss: Tensor } | null = null;
@@ -140,14 +153,37 @@ export class Trainer {
       throw new UsageError(
         `The micro-batches of an update must be a multiple of dp = ${dp}, found accumulate = ${micros}.`);
     }
+    this.#moe = makeMoETraining(options.moe ?? {});
+    this.#checkRouters();
     this.#rounding = new TrainingPrecision(mesh.stages[0]!.model, precision, steps, seed);
     const slots = mesh.stages.length > 1 ? micros / dp : 1;
     const sharing = (name: string) => mesh.parameters.get(name)!.sharing;
     [this.optimizers, this.#inputs] = unscoped(() => [
       mesh.stages.map(({ model: { parameters } }) => new AdamW(
         new Map([...parameters].filter(([, parameter]) => parameter.requiresGrad)), { ...options, sharing })),
-      Array.from({ length: slots }, () => new RankInputs(mesh, options)),
+      Array.from({ length: slots }, () => new RankInputs(mesh, { ...options, random: this.#isRandom })),
     ]);
+  }
+
+  /** Whether random numbers are drawn in front of routers. */
+  get #isRandom(): boolean {
+    return this.#moe.jitter > 0 || this.#moe.forced_balance;
+  }
+
+  /** @throws UsageError where the run asks for what the model's routers, or the ranks, cannot do. */
+  #checkRouters(): void {
+    const { aux_coeff, aux_loss = 0, global_aux_loss = 0, bias_update, bias_rate } = this.options;
+    const balancing = aux_coeff > 0 || aux_loss > 0 || global_aux_loss > 0;
+    const quantile = bias_update === "quantile" && bias_rate > 0;
+    for (const { options } of this.mesh.stages.flatMap((_, stage) => this.#moeLayers(stage))) {
+      checkMoETraining(this.#moe, options, { quantile, balancing });
+    }
+    const { cp, tp, sp } = this.mesh.layout;
+    if (this.#isRandom && (cp > 1 || (tp > 1 && sp))) {
+      throw new UsageError(
+        "Random numbers in front of routers need all tokens of a micro-batch on one rank: cp = 1 and no " +
+        `sequence parallelism, found cp = ${cp}, tp = ${tp}.`);
+    }
   }
 
   /** The model of the first stage: with one rank all of it. */
@@ -180,7 +216,8 @@ export class Trainer {
     };
     for (let i = 0; i < micros / dp; i++) {
       this.#precision?.prepare(this.steps, this.steps * micros + i);
-      this.#inputs[i % this.#inputs.length]!.write(batches.slice(i * dp, (i + 1) * dp), divisor);
+      const numbering = { seed: this.options.seed ?? 0, first: this.steps * micros + i * dp };
+      this.#inputs[i % this.#inputs.length]!.write(batches.slice(i * dp, (i + 1) * dp), divisor, numbering);
       if (this.#inputs.length === 1) micro.replay();
     }
     if (this.#inputs.length > 1) micro.replay();
@@ -314,6 +351,8 @@ export class Trainer {
       scalars: zeros([3 + this.options.mtp_depths], "f32"),
       loads: new Map(layers.map(({ path, bias }) => [path, zeros(bias.shape, "u32")])),
       soFar: new Map(global ? layers.map(({ path, bias }) => [path, zeros([1, bias.size], "u32")]) : []),
+      estimates: new Map(this.options.bias_update === "quantile"
+        ? layers.map(({ path, bias }) => [path, zeros(bias.shape, "f32")]) : []),
     };
   }
 
@@ -336,7 +375,10 @@ export class Trainer {
       for (const { kind, stage, micro } of this.#order(count)) {
         if (kind === "forward") {
           const inputs = this.#inputs[micro]!.stages[stage]!;
-          passes.forward(stage, micro, inputs, (pass) => collect(pass, inputs, sums[stage]!));
+          passes.forward(stage, micro, inputs, (pass) => {
+            collect(pass, inputs, sums[stage]!);
+            this.#collectEstimates(pass, sums[stage]!);
+          });
           continue;
         }
         const places = this.optimizers[stage]!.gradients;
@@ -356,6 +398,18 @@ export class Trainer {
     }
   }
 
+  /** Adds to the mean of the quantiles over the micro-batches of a step, and over ranks. */
+  #collectEstimates({ stage, routing }: StagePass, { scalars, estimates }: StageSums): void {
+    for (const { path, bias, options: { topk } } of this.#moeLayers(stage)) {
+      const sum = estimates.get(path);
+      const calls = routing.filter(({ layer }) => layer === path);
+      const parts = calls.length * localsOf(scalars).length * this.options.accumulate / this.mesh.layout.dp;
+      for (const { logits } of calls) {
+        if (sum) accumulate(sum, scale(router_quantile(logits, bias, { topk }), 1 / parts));
+      }
+    }
+  }
+
   /** The passes of so many micro-batches, one after the other. */
   #order(count: number): { kind: "forward" | "backward"; stage: number; micro: number }[] {
     const { layout, stages } = this.mesh;
@@ -370,29 +424,32 @@ export class Trainer {
     const { aux_coeff, aux_loss = 0, global_aux_loss = 0, z_loss = 0, mtp_scale, recompute } = this.options;
     const soFar = new Map(sums.flatMap((stage) => [...stage.soFar]));
     const balance = { seq_aux: aux_coeff, aux: aux_loss, global_aux: global_aux_loss, z: z_loss, soFar };
-    return { mtp_scale, balance, ...(recompute === undefined ? {} : { recompute }) };
+    return { mtp_scale, balance, moe: this.#moe, ...(recompute === undefined ? {} : { recompute }) };
   }
 
   /** Sums over ranks, the gradient norm over all of them, and the update. */
   #recordUpdate(gradients: readonly GradientMap[], sums: readonly StageSums[]): void {
     const { optimizers, mesh: { stages } } = this;
-    for (const { scalars, loads } of sums) {
-      for (const sum of [scalars, ...loads.values()]) sumInPlace(sum, everyone(scalars));
+    for (const { scalars, loads, estimates } of sums) {
+      const all = everyone(scalars);
+      for (const sum of [scalars, ...loads.values(), ...estimates.values()]) sumInPlace(sum, all);
     }
     const reduced = optimizers.map((optimizer, stage) => optimizer.reduce(gradients[stage]!));
     this.#tie(reduced);
     const norms = optimizers.map((optimizer, stage) => optimizer.norm(reduced[stage]!));
     const loss = sums.at(-1)!.scalars.prefix([1]);
     stages.forEach((_, stage) => {
-      const { scalars, loads } = sums[stage]!;
+      const { scalars, loads, estimates } = sums[stage]!;
       const here = (x: Tensor, of: number) => (of === stage ? x : this.#sendTo(x, stage));
       const norm = norms.length === 1 ? norms[0]! : global_norm(norms.map(here));
-      const scale = clip_scale(norm, this.options.clip, here(loss, stages.length - 1));
-      optimizers[stage]!.apply(reduced[stage]!, scale);
+      const gate = clip_scale(norm, this.options.clip, here(loss, stages.length - 1));
+      optimizers[stage]!.apply(reduced[stage]!, gate);
       putInto(scalars, NORM, norm);
       const rate = this.options.bias_rate;
       if (rate > 0) for (const { path, bias } of this.#moeLayers(stage)) {
-        update_expert_bias(bias, loads.get(path)!, rate, scale);
+        const estimate = estimates.get(path);
+        if (estimate) update_quantile_bias(bias, estimate, rate, gate);
+        else update_expert_bias(bias, loads.get(path)!, rate, gate);
       }
     });
     this.#precision?.update();
@@ -426,7 +483,9 @@ export class Trainer {
         const evaluate = () => withRoundings(this.#precision, () => passes.evaluate(inputs));
         const pass = this.#precision ? this.#precision.watching(evaluate) : evaluate();
         loss.clear();
-        collect(pass, inputs[last]!, { scalars: loss, loads: new Map(), soFar: new Map() });
+        collect(pass, inputs[last]!, {
+          scalars: loss, loads: new Map(), soFar: new Map(), estimates: new Map(),
+        });
         sumInPlace(loss, everyone(loss));
       }));
       return { graph, loss };
@@ -434,11 +493,12 @@ export class Trainer {
   }
 
   /** Correction biases of the MoE layers of a stage, those of the MTP head included if it is trained. */
-  #moeLayers(stage: number): { path: string; bias: Tensor }[] {
+  #moeLayers(stage: number): { path: string; bias: Tensor; options: RouterOptions }[] {
     const { model } = this.mesh.stages[stage]!;
     const blocks = [...model.blocks, ...(this.options.mtp_depths > 0 ? model.mtp?.blocks ?? [] : [])];
     return blocks.flatMap(({ mixer }) =>
-      mixer instanceof MoE ? [{ path: mixer.path, bias: mixer.correction_bias }] : []);
+      mixer instanceof MoE
+        ? [{ path: mixer.path, bias: mixer.correction_bias, options: mixer.options }] : []);
   }
 
   async #maxViolation(sums: readonly StageSums[]): Promise<number | null> {
@@ -452,8 +512,8 @@ export class Trainer {
   }
 }
 
-function sumsOf({ scalars, loads, soFar }: StageSums): Tensor[] {
-  return [scalars, ...loads.values(), ...soFar.values()];
+function sumsOf({ scalars, loads, soFar, estimates }: StageSums): Tensor[] {
+  return [scalars, ...loads.values(), ...soFar.values(), ...estimates.values()];
 }
 
 /** Adds what a pass found to the sums of its stage. */

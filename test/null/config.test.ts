@@ -303,7 +303,13 @@ describe("values out of range", () => {
     [{ mamba_num_heads: 2 ** 22, mamba_head_dim: 16 }, "rows of in_proj"],
     [{ num_attention_heads: 2 ** 20, head_dim: 2 ** 20 }, "num_attention_heads * head_dim: expected at most"],
     [{ n_group: 3 }, "n_routed_experts: expected a multiple of n_group (3), found 8"],
-    [{ n_group: 8 }, "n_group: expected groups of at least 2 of the 8 experts, found 8"],
+    [{ n_group: 8 }, "n_group: expected groups of at least group_best (2) of the 8 experts, found 8"],
+    [{ n_group: 4, group_best: 3 }, "n_group: expected groups of at least group_best (3) of the 8 experts"],
+    [{ scoring_func: "tanh" },
+      "scoring_func: expected one of sigmoid, softmax, softmax_chosen, sqrtsoftplus"],
+    [{ scoring_func: "softmax_chosen", num_experts_per_tok: 1 },
+      "num_experts_per_tok: expected at least 2 for scoring_func softmax_chosen, whose weight is 1, found 1"],
+    [{ router_choice: "both" }, "router_choice: expected one of score, logits"],
     [{ n_group: 2, topk_group: 3 }, "topk_group: expected an integer from 1 to 2, found 3"],
     [{ num_experts_per_tok: 9 }, "num_experts_per_tok: expected an integer from 1 to 8, found 9"],
     [{ n_group: 4, topk_group: 1 }, "num_experts_per_tok: expected an integer from 1 to 2, found 3"],
@@ -325,6 +331,18 @@ describe("values out of range", () => {
 describe("writing", () => {
   test.each(presetNames())("%s is read back as it was", (name) => {
     expect(parseConfig(serialiseConfig(preset(name)))).toEqual(preset(name));
+  });
+
+  test("routers of another kind are read back as they were", () => {
+    const groups = { n_group: 2, topk_group: 2, group_best: 1 };
+    const keys = { scoring_func: "softmax", router_choice: "logits", ...groups };
+    const config = small(keys);
+    expect(config).toMatchObject(keys);
+    expect(JSON.parse(serialiseConfig(config))).toMatchObject(keys);
+    expect(parseConfig(serialiseConfig(config))).toEqual(config);
+    for (const key of ["scoring_func", "router_choice", "group_best"]) {
+      expect(JSON.parse(serialiseConfig(small()))).not.toHaveProperty(key);
+    }
   });
 
   test("published keys, plain JSON, nothing of ours unless it is used", () => {

@@ -201,6 +201,13 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     params: { choices: 6, cols: 10, topk: 2, slots: 6, experts: 3 },
     constants: { WG: 16, LANES: 4 }, workgroups: [2],
   },
+  "moe/weigh:weigh_backward": {
+    bind: {
+      x: normal(6 * 10), topk_weight: normal(6), slot_token: u32(3, 1, 0, 5, 4, 2), dout: normal(6 * 10),
+      dx: 60, dweight: 6,
+    },
+    params: { slots: 6, cols: 10 }, constants: { WG: 16, LANES: 4 }, workgroups: [2],
+  },
   "norm/rms_norm:rms_norm_row": {
     bind: { x: normal(40), z: normal(40), weight: normal(20), out: 40, rstd: 4 },
     params: { tokens: 2, ngroups: 2, cols: 10, n: 10, eps: 1e-5 },

@@ -6,6 +6,7 @@ import { expert_tiles, grouped_linear } from "../../src/ops/grouped_linear.ts";
 import { linear } from "../../src/ops/linear.ts";
 import { linear_cross_entropy } from "../../src/ops/linear_cross_entropy.ts";
 import { moe_permute, moe_plan, type MoePlan } from "../../src/ops/moe.ts";
+import { moe_weigh } from "../../src/ops/moe_weigh.ts";
 import { rms_norm } from "../../src/ops/rms_norm.ts";
 import type { Device } from "../../src/tensor/device.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
@@ -98,6 +99,19 @@ await onEveryAdapter((device) => {
     const again = await walk(device, () => gathered(linear(x, dense, null, null, { activation: "relu2" })));
     const plain = await walk(device, () => gathered(relu2(linear(x, dense, null))));
     await same([x, dense, down], again.gradients, plain.gradients);
+  });
+
+  test("weights between two products of experts take the derivative of the squared ReLU along", async () => {
+    const plan = moe_plan(index, E);
+    const [x, up, down, weight] = [tensor([T, D]), tensor([E, 20, D]), tensor([E, D, 20]), tensor([T, K])];
+    const permute = { ...plan, topk: K };
+    const run = (activate: (h: Tensor) => Tensor, given: { activation?: "relu2" }) => walk(device, () => {
+      const inner = activate(grouped_linear(x, up, plan.offsets, { permute, ...given }));
+      return [grouped_linear(moe_weigh(inner, weight, plan), down, plan.offsets)];
+    });
+    const fused = await run((h) => h, { activation: "relu2" });
+    expect(fused.launches).not.toContain("matmul/relu2_gradient");
+    await same([x, up, down, weight], fused.gradients, (await run(relu2, {})).gradients);
   });
 
   test("a gradient is written where it is wanted, and added there the second time", async () => {

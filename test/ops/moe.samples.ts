@@ -1,6 +1,8 @@
 import {
   expert_load, moe_permute, moe_plan, moe_unpermute, type PlanPart, update_expert_bias,
 } from "../../src/ops/moe.ts";
+import { type LimitOptions, moe_limit } from "../../src/ops/moe_limit.ts";
+import { moe_weigh } from "../../src/ops/moe_weigh.ts";
 import * as ref from "../../src/reference/moe.ts";
 import { type Draw, type HostTensor, opSamples } from "./suite.ts";
 
@@ -18,15 +20,27 @@ function choices(r: Draw, T: number, K: number, E: number): HostTensor {
   return r.of([T, K], chosen, "u32");
 }
 
-function plan(r: Draw, T: number, K: number, E: number, part?: PlanPart, groups = E) {
-  const { offsets, slot_token, token_slot } = ref.moe_plan(choices(r, T, K, E), groups, part);
-  return {
-    offsets: r.of(offsets.shape, [...offsets.data], "u32"),
-    slot_token: r.of(slot_token.shape, [...slot_token.data], "u32"),
-    token_slot: r.of(token_slot.shape, [...token_slot.data], "u32"),
-    ...(part ? { spare: true } : {}),
-  };
-}
+const hosted = (r: Draw, { offsets, slot_token, token_slot, spare }: ref.Plan) => ({
+  offsets: r.of(offsets.shape, [...offsets.data], "u32"),
+  slot_token: r.of(slot_token.shape, [...slot_token.data], "u32"),
+  token_slot: r.of(token_slot.shape, [...token_slot.data], "u32"),
+  ...(spare ? { spare } : {}),
+});
+
+const plan = (r: Draw, T: number, K: number, E: number, part?: PlanPart, groups = E) =>
+  hosted(r, ref.moe_plan(choices(r, T, K, E), groups, part));
+
+/** A plan with limits, in which some slots have no choice. */
+const limited = (r: Draw, T: number, K: number, E: number, options: LimitOptions) =>
+  hosted(r, ref.moe_limit(ref.moe_plan(choices(r, T, K, E), E), r.uniform([T, K]), options));
+/** As many rows as a plan of `limited` has. */
+const rowsFor = (r: Draw, { slot_token }: { slot_token: HostTensor }, D: number) =>
+  r.normal([slot_token.shape[0]!, D]);
+/** T tokens with K of E experts. */
+const limit = (T: number, K: number, E: number, options: LimitOptions) => (r: Draw) => [
+  plan(r, T, K, E), r.uniform([T, K]), options,
+];
+const TIGHT: LimitOptions = { capacity: 5 };
 
 /** Plans of experts 3 to 5 of eight, with more slots than choices of them, and too few. */
 const few = (r: Draw, T: number, slots = 3 * T) => plan(r, T, 3, 8, { first: 3, slots }, 3);
@@ -138,6 +152,15 @@ export default [
       { name: "some experts", args: (r) => [r.normal([19, 20]), few(r, 19), 3] },
       { name: "some experts, odd width", args: (r) => [r.normal([19, 13]), few(r, 19), 3] },
       { name: "some experts, few slots", args: (r) => [r.normal([19, 20]), few(r, 19, 7), 3] },
+      { name: "dropped choices", args: (r) => [r.normal([37, 77]), limited(r, 37, 3, 7, TIGHT), 3] },
+      {
+        name: "slots without a choice",
+        args: (r) => [r.normal([19, 20]), limited(r, 19, 2, 8, { capacity: 6, pad: true, align: 4 }), 2],
+      },
+      {
+        name: "no tokens but slots",
+        args: (r) => [r.normal([0, 8]), limited(r, 0, 2, 4, { capacity: 2, pad: true }), 2],
+      },
     ],
     errors: [
       {
@@ -177,6 +200,18 @@ export default [
         name: "some experts, without weights, added to a base",
         args: (r) => [r.normal([57, 20]), 3, few(r, 19), r.normal([19, 20])],
       },
+      ...[{ D: 100, name: "" }, { D: 77, name: ", odd width" }].map(({ D, name }) => ({
+        name: `dropped choices${name}`, args: (r: Draw) => {
+          const tight = limited(r, 19, 2, 8, { capacity: 3 });
+          return [rowsFor(r, tight, D), r.normal([19, 2]), tight, r.normal([19, D])];
+        }, reduction: D,
+      })),
+      {
+        name: "slots without a choice, without weights", args: (r) => {
+          const padded = limited(r, 19, 2, 8, { capacity: null, align: 4 });
+          return [rowsFor(r, padded, 24), 2, padded, r.normal([19, 24])];
+        },
+      },
     ],
     errors: [
       {
@@ -193,6 +228,96 @@ export default [
         name: "a plan of another size",
         args: (r) => [r.normal([6, 4]), r.normal([3, 2]), plan(r, 2, 2, 4)],
         message: /moe_unpermute.*plan.*6 choices.*\[4\]/,
+      },
+    ],
+  }),
+  opSamples({
+    op: moe_limit, reference: ref.moe_limit,
+    samples: [
+      { name: "no tokens", args: limit(0, 2, 4, TIGHT) },
+      { name: "no tokens, padded", args: limit(0, 2, 4, { capacity: 3, pad: true }) },
+      { name: "one token", args: limit(1, 3, 5, TIGHT) },
+      { name: "the largest weights", args: limit(37, 3, 7, TIGHT) },
+      { name: "the first tokens", args: limit(37, 3, 7, { ...TIGHT, policy: "position" }) },
+      {
+        name: "equal weights: the first tokens",
+        args: (r) => [plan(r, 37, 3, 7), r.of([37, 3], Array(111).fill(0.25)), TIGHT],
+      },
+      { name: "padded to the capacity", args: limit(37, 3, 7, { capacity: 17, pad: true }) },
+      {
+        name: "padded to the capacity and aligned",
+        args: limit(37, 3, 7, { capacity: 17, pad: true, align: 8 }),
+      },
+      { name: "aligned", args: limit(37, 3, 7, { capacity: null, align: 16 }) },
+      { name: "limited and aligned", args: limit(37, 3, 7, { capacity: 13, align: 4 }) },
+      { name: "more than any needs", args: limit(9, 2, 6, { capacity: 9 }) },
+      { name: "512 experts", args: limit(70, 22, 512, { capacity: 2 }) },
+      {
+        name: "all to one expert",
+        args: (r) => [
+          hosted(r, ref.moe_plan(r.integers([200, 1], 3, 4, "u32"), 5)), r.uniform([200, 1]),
+          { capacity: 70 },
+        ],
+      },
+    ],
+    errors: [
+      {
+        name: "weights of other tokens", args: (r) => [plan(r, 3, 2, 4), r.normal([2, 2]), TIGHT],
+        message: /moe_limit.*topk_weight.*6 choices.*\[2, 2\]/,
+      },
+      {
+        name: "a plan with limits", args: (r) => [limited(r, 3, 2, 4, TIGHT), r.normal([3, 2]), TIGHT],
+        message: /moe_limit.*plan.*of all choices/,
+      },
+      {
+        name: "no capacity", args: limit(3, 2, 4, { capacity: 0 }),
+        message: /moe_limit.*capacity.*above 0.*0/,
+      },
+      {
+        name: "no capacity to pad to", args: limit(3, 2, 4, { capacity: null, pad: true }),
+        message: /moe_limit.*pad needs a capacity.*none/,
+      },
+      {
+        name: "multiples of a part", args: limit(3, 2, 4, { capacity: 1, align: 1.5 }),
+        message: /moe_limit.*align.*whole number.*1.5/,
+      },
+    ],
+  }),
+  opSamples({
+    op: moe_weigh, reference: ref.moe_weigh, vjp: ref.moe_weigh_vjp,
+    samples: [
+      { name: "no tokens", args: (r) => [r.normal([0, 8]), r.normal([0, 2]), plan(r, 0, 2, 4)] },
+      { name: "no columns", args: (r) => [r.normal([6, 0]), r.normal([3, 2]), plan(r, 3, 2, 4)] },
+      { name: "one token", args: (r) => [r.normal([3, 12]), r.normal([1, 3]), plan(r, 1, 3, 5)] },
+      {
+        name: "odd width",
+        args: (r) => [r.normal([111, 77]), r.normal([37, 3]), plan(r, 37, 3, 7)], reduction: 77,
+      },
+      {
+        name: "wide rows", args: (r) => [r.normal([38, 300]), r.normal([19, 2]), plan(r, 19, 2, 8)],
+        reduction: 300,
+      },
+      {
+        name: "dropped choices", args: (r) => {
+          const tight = limited(r, 19, 2, 8, { capacity: 3 });
+          return [rowsFor(r, tight, 20), r.normal([19, 2]), tight];
+        },
+      },
+      {
+        name: "slots without a choice", args: (r) => {
+          const padded = limited(r, 19, 2, 8, { capacity: 4, pad: true, align: 8 });
+          return [rowsFor(r, padded, 9), r.normal([19, 2]), padded];
+        },
+      },
+    ],
+    errors: [
+      {
+        name: "rows of another plan", args: (r) => [r.normal([5, 4]), r.normal([3, 2]), plan(r, 3, 2, 4)],
+        message: /moe_weigh.*x.*\[6, D\].*\[5, 4\]/,
+      },
+      {
+        name: "weights of other tokens", args: (r) => [r.normal([6, 4]), r.normal([2, 2]), plan(r, 3, 2, 4)],
+        message: /moe_weigh.*topk_weight.*6 choices.*\[2, 2\]/,
       },
     ],
   }),

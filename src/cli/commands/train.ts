@@ -4,6 +4,7 @@ import { openCheckpoint } from "../../io/checkpoint_files.ts";
 import { localFileLayer } from "../../io/files.node.ts";
 import { parseConfig, type NemotronHConfig } from "../../models/config.ts";
 import { countParameters, memoryToTrain, trainingBytes } from "../../models/accounting.ts";
+import { DROP_POLICIES } from "../../ops/moe_limit.ts";
 import { checkLayout, formatLayout, type Layout, parseLayout, worldOf } from "../../parallel/layout.ts";
 import { type Device, openDevice } from "../../tensor/device.ts";
 import { RECIPE_NAMES, RECIPES } from "../../precision/recipes.ts";
@@ -79,6 +80,15 @@ export const train = defineCommand({
     },
     zLoss: { type: "number", min: 0, help: "Coefficient of the loss that keeps router logits small (0)." },
     biasRate: { type: "number", min: 0, help: "Step of the experts' correction biases (1e-3)." },
+    capacityFactor: {
+      type: "number", min: 0,
+      help: "Rows of an expert over its even share; tokens beyond skip it. 0: none does (0).",
+    },
+    dropPolicy: {
+      type: "string", choices: DROP_POLICIES,
+      help: "Who keeps the expert: the largest weights (probs), or the first tokens (probs).",
+    },
+    padToCapacity: { type: "boolean", help: "Give every expert rows for its whole capacity." },
     weights: {
       type: "string", choices: ["f32", "bf16"], help: "How matrices are stored; all else is f32 (f32).",
     },
@@ -232,7 +242,8 @@ async function plan(options: {
   readonly mtpDepths: number | undefined; readonly mtpScale: number | undefined;
   readonly auxCoeff: number | undefined; readonly biasRate: number | undefined;
   readonly auxLoss: number | undefined; readonly globalAuxLoss: number | undefined;
-  readonly zLoss: number | undefined;
+  readonly zLoss: number | undefined; readonly capacityFactor: number | undefined;
+  readonly dropPolicy: Recipe["drop_policy"] | undefined; readonly padToCapacity: boolean;
   readonly weights: Recipe["weights"] | undefined; readonly master: Recipe["master"] | undefined;
   readonly moments: Recipe["moments"] | undefined;
   readonly recompute: boolean; readonly maxSkipped: number | undefined;
@@ -249,7 +260,9 @@ async function plan(options: {
     weight_decay: options.weightDecay, clip: options.clip,
     mtp_depths: options.mtpDepths, mtp_scale: options.mtpScale,
     aux_coeff: options.auxCoeff, aux_loss: options.auxLoss, global_aux_loss: options.globalAuxLoss,
-    z_loss: options.zLoss, bias_rate: options.biasRate, recompute: options.recompute || undefined,
+    z_loss: options.zLoss, capacity_factor: options.capacityFactor, drop_policy: options.dropPolicy,
+    pad_to_capacity: options.padToCapacity || undefined, bias_rate: options.biasRate,
+    recompute: options.recompute || undefined,
     precision: options.precision, without: options.without,
     weights: options.weights, master: options.master, moments: options.moments,
     max_skipped: options.maxSkipped, eval_rows: options.evalRows, eval_every: options.evalEvery,

@@ -1,0 +1,111 @@
+// Makes of a plan one in which an expert has at most `capacity` rows, and a multiple of `align` of them.
+//
+//   offsets [E + 1], slot_token [S] (sorted slot to choice), topk_weight [S] by choice
+//   -> ends [E + 1], slots [R] (new slot to choice or NO_TOKEN), token_slot [S] (choice to slot or NO_SLOT)
+//
+// rank:    stays[s] = 1 for the slots that are kept: the `capacity` largest weights of an expert, the lower
+//          token first on ties (by_weight), or its first slots; and everything else as if nothing was kept.
+//          One invocation takes one slot, old or new.
+// extents: ends; one invocation, for each expert begins where the one before it ends
+// scatter: kept slots keep their order; one invocation takes one old slot
+// Source: GShard (arXiv 2006.16668) section 2.2.
+import package::lib::index::workgroup_index;
+import package::lib::plan::NO_SLOT;
+import package::lib::plan::NO_TOKEN;
+
+override WG: u32 = 64;
+
+struct Params {
+  choices: u32,
+  experts: u32,
+  rows: u32,
+  capacity: u32,
+  align: u32,
+  by_weight: u32,
+  pad: u32, // every expert has `capacity` rows, used or not
+}
+
+@group(0) @binding(0) var<storage, read> offsets: array<u32>;
+@group(0) @binding(1) var<storage, read> slot_token: array<u32>;
+@group(0) @binding(2) var<storage, read> topk_weight: array<f32>;
+@group(0) @binding(3) var<storage, read_write> stays: array<u32>;
+@group(0) @binding(4) var<storage, read_write> ends: array<u32>;
+@group(0) @binding(5) var<storage, read_write> slots: array<u32>;
+@group(0) @binding(6) var<storage, read_write> token_slot: array<u32>;
+@group(1) @binding(0) var<uniform> params: Params;
+
+fn expert_of(slot: u32) -> u32 {
+  var low = 0u;
+  var high = params.experts - 1u;
+  while (low < high) {
+    let middle = (low + high) / 2u;
+    if (offsets[middle + 1u] <= slot) {
+      low = middle + 1u;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+@compute @workgroup_size(WG)
+fn rank(
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
+) {
+  let slot = workgroup_index(wid, nwg) * WG + lane;
+  if (slot < params.rows) {
+    slots[slot] = NO_TOKEN;
+  }
+  if (slot >= params.choices) {
+    return;
+  }
+  token_slot[slot] = NO_SLOT; // of the choice with this number
+  let e = expert_of(slot);
+  let first = offsets[e];
+  let end = offsets[e + 1u];
+  var before = slot - first;
+  if (params.by_weight != 0u && end - first > params.capacity) {
+    let mine = topk_weight[slot_token[slot]];
+    before = 0u;
+    for (var other = first; other < end; other++) {
+      let weight = topk_weight[slot_token[other]];
+      before += u32(weight > mine || (weight == mine && other < slot));
+    }
+  }
+  stays[slot] = u32(before < params.capacity);
+}
+
+@compute @workgroup_size(1)
+fn extents() {
+  var end = 0u;
+  ends[0] = 0u;
+  for (var e = 0u; e < params.experts; e++) {
+    let kept = select(min(offsets[e + 1u] - offsets[e], params.capacity), params.capacity, params.pad != 0u);
+    end += (kept + params.align - 1u) / params.align * params.align;
+    ends[e + 1u] = end;
+  }
+}
+
+@compute @workgroup_size(WG)
+fn scatter(
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
+) {
+  let slot = workgroup_index(wid, nwg) * WG + lane;
+  if (slot >= params.choices || stays[slot] == 0u) {
+    return;
+  }
+  let e = expert_of(slot);
+  let first = offsets[e];
+  var place = slot - first;
+  if (params.by_weight != 0u && offsets[e + 1u] - first > params.capacity) {
+    place = 0u;
+    for (var other = first; other < slot; other++) {
+      place += stays[other];
+    }
+  }
+  let choice = slot_token[slot];
+  slots[ends[e] + place] = choice;
+  token_slot[choice] = ends[e] + place;
+}
