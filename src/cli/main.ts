@@ -1,6 +1,7 @@
 import { runCli } from "./args.ts";
 import { bench } from "./commands/bench.ts";
 import { doctor } from "./commands/doctor.ts";
+import { exportCommand } from "./commands/export.ts";
 import { generate } from "./commands/generate.ts";
 import { info } from "./commands/info.ts";
 import { layout } from "./commands/layout.ts";
@@ -14,7 +15,8 @@ import { tune } from "./commands/tune.ts";
 import { packageVersion } from "./package.ts";
 
 process.exitCode = await runCli(
-  [doctor, info, train, generate, logits, quantize, bench, tune, numerics, layout, plan, quickstart],
+  [doctor, info, train, generate, logits, quantize, bench, tune, numerics, layout, plan, exportCommand,
+    quickstart],
   process.argv.slice(2), {
     version: packageVersion(),
     summary: "Trains and runs hybrid Mamba-2 / attention / mixture-of-experts language models on WebGPU.",

@@ -86,7 +86,7 @@ export function shardOf(parameter: Parameter, config: NemotronHConfig, layout: S
       let piece = values;
       const extents = [...parameter.shape];
       for (const cut of cuts) {
-        piece = take(piece, extents, cut, Math.floor((rank[cut.axis] * cut.pieces) / cut.ranks));
+        piece = takePiece(piece, extents, cut, Math.floor((rank[cut.axis] * cut.pieces) / cut.ranks));
         extents[cut.dim]! /= cut.pieces;
       }
       return cuts.length === 0 ? copyOf(values) : piece;
@@ -110,7 +110,7 @@ export function shardOf(parameter: Parameter, config: NemotronHConfig, layout: S
     const parts = Array.from({ length: cut.pieces }, (_, i) =>
       joinFrom(first + 1, pieces.slice(i * stride * below, (i * stride + 1) * below), local));
     const whole = emptyLike(parts[0]!, sizeOf(extents));
-    parts.forEach((part, i) => put(whole, part, extents, cut, i));
+    parts.forEach((part, i) => putPiece(whole, part, extents, cut, i));
     return whole;
   }
 }
@@ -195,14 +195,17 @@ function check({ name }: Parameter, found: number, expected: number): void {
   if (found !== expected) throw new ShapeError(`${name}: expected ${expected} values, found ${found}`);
 }
 
-/** Piece number `piece` of every section, one section after the other. */
-function take<V extends Values>(values: V, extents: readonly number[], cut: Cut, piece: number): V {
+/** Piece number `piece` of every section of a dimension, one section after the other. */
+export function takePiece<V extends Values>(
+  values: V, extents: readonly number[], cut: Cut, piece: number,
+): V {
   const local = emptyLike(values, values.length / cut.pieces);
   walk(extents, cut, piece, (at, from, length) => local.set(values.subarray(from, from + length), at));
   return local;
 }
 
-function put<V extends Values>(
+/** Puts a piece where takePiece took it from. */
+export function putPiece<V extends Values>(
   whole: V, part: V, extents: readonly number[], cut: Cut, piece: number,
 ): void {
   walk(extents, cut, piece, (at, from, length) => whole.set(part.subarray(at, at + length), from));
