@@ -4,6 +4,7 @@
  */
 import type { NemotronHConfig } from "../models/config.ts";
 import { layerSpecs, mtpSpecs } from "../models/config.ts";
+import { neighboursOf } from "../nn/division.ts";
 import type { Layout } from "./layout.ts";
 import { formatLayout, worldOf } from "./layout.ts";
 import { MEGATRON_INDEX } from "./megatron.ts";
@@ -48,7 +49,7 @@ export interface Launch {
   readonly notes: readonly string[];
 }
 
-const CP_KINDS = { ring: "p2p", allgather: "all_gather", alltoall: "a2a" } as const;
+const CP_KINDS = { ring: "p2p", allgather: "all_gather", alltoall: "a2a", hierarchical: "a2a+p2p" } as const;
 
 /** Recipes of low precision that Megatron Core has too. */
 const PRECISIONS: Readonly<Record<string, readonly LaunchArgument[]>> = {
@@ -68,7 +69,7 @@ export function launchOf(config: NemotronHConfig, layout: Layout, training: Trai
   return {
     world: worldOf(layout), layout: formatLayout(layout),
     arguments: [
-      ...parallelArguments(layout), ...modelArguments(config, layout, depthsOf(config, training)),
+      ...parallelArguments(config, layout), ...modelArguments(config, layout, depthsOf(config, training)),
       ...expertArguments(config, layout, training), ...mtpArguments(config, training),
       ...(training ? trainingArguments(layout, training) : []),
       ["--bf16"], ["--use-mcore-models"], ["--transformer-impl", "transformer_engine"],
@@ -92,7 +93,8 @@ export function launchOf(config: NemotronHConfig, layout: Layout, training: Trai
 
 const number = (value: number): string => String(value);
 
-function parallelArguments(layout: Layout): LaunchArgument[] {
+function parallelArguments(config: NemotronHConfig, layout: Layout): LaunchArgument[] {
+  const neighbours = neighboursOf(layout.cp, Math.max(1, config.num_key_value_heads / layout.tp));
   return [
     ["--tensor-model-parallel-size", number(layout.tp)],
     ["--pipeline-model-parallel-size", number(layout.pp)],
@@ -101,6 +103,9 @@ function parallelArguments(layout: Layout): LaunchArgument[] {
     ["--expert-tensor-parallel-size", number(layout.etp)],
     ...(layout.sp ? [["--sequence-parallel"] as const] : []),
     ...(layout.cp > 1 ? [["--cp-comm-type", CP_KINDS[layout.cp_kind]] as const] : []),
+    ...(layout.cp > 1 && layout.cp_kind === "hierarchical" ? [[
+      "--hierarchical-context-parallel-sizes", number(neighbours), number(layout.cp / neighbours),
+    ] as const] : []),
     ["--use-distributed-optimizer"], ["--overlap-grad-reduce"], ["--overlap-param-gather"],
   ];
 }

@@ -277,6 +277,8 @@ describe("launch arguments", () => {
     expect(valueOf(text, "--sequence-parallel")).toBe("");
     expect(valueOf("dp=2", "--sequence-parallel")).toBeUndefined();
     expect(valueOf(text, "--cp-comm-type")).toBe("p2p");
+    expect(valueOf("tp=1,cp=4,cp_kind=hierarchical", "--cp-comm-type")).toBe("a2a+p2p");
+    expect(valueOf("tp=1,cp=4,cp_kind=hierarchical", "--hierarchical-context-parallel-sizes")).toBe("2 2");
     expect(valueOf(text, "--moe-token-dispatcher-type")).toBe("flex");
     expect(valueOf(text, "--hybrid-layer-pattern", null)).toBe("ME*|-ME/*E");
     expect(launchOf(config, parseLayout(text), null).world).toBe(16);
