@@ -18,7 +18,7 @@ import { localsOf, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { together } from "../tensor/together.ts";
 import { checkModel, type Layout, worldOf } from "./layout.ts";
-import { coordinatesOf, ranksPerStage, stageGroups, type StageGroupKind } from "./mesh.ts";
+import { broken, coordinatesOf, ranksPerStage, stageGroups, type StageGroupKind } from "./mesh.ts";
 import { type Shard, shardOf } from "./shards.ts";
 import { placeOfStage, stagesOf } from "./stages.ts";
 
@@ -98,7 +98,13 @@ export class MeshModel {
       const shard = shardOf(parameter, config, layout);
       return [parameter.name, { parameter, shard, sharing: { group: ALONE, copies: 1 }, held: [] }];
     }));
-    const stages = unscoped(() => stagesOf(layout, config).map((cut, stage): ModelStage => {
+    const cuts = stagesOf(layout, config);
+    const empty = cuts.findIndex((part) => parametersOf(config, part).length === 0);
+    if (empty >= 0) {
+      const expected = "layers, the embedding, the prediction block or the head";
+      broken("a stage that is trained holds something", expected, `nothing in stage ${empty}`);
+    }
+    const stages = unscoped(() => cuts.map((cut, stage): ModelStage => {
       const { rank, chunk } = placeOfStage(layout, stage);
       const part: Part = cut;
       const ranks = devices.slice(rank * perStage, (rank + 1) * perStage);

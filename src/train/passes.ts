@@ -22,13 +22,13 @@ export interface StagePass {
 /** A micro-batch in a stage between its passes. */
 interface Alive {
   readonly tape: Tape;
-  /** What came from the stage before. */
-  readonly entry: Tensor | null;
+  /** What came from the stage before: hidden states, of deeper predictions too behind their layers. */
+  readonly entries: readonly Tensor[];
   /** Whose gradients are known when the backward pass begins, and these. */
   readonly outputs: Tensor[];
   readonly seeds: Tensor[];
   /** What the next stage goes on from. */
-  readonly exit: Tensor | null;
+  readonly exits: readonly Tensor[];
 }
 
 /**
@@ -40,7 +40,7 @@ export class Passes {
   readonly #options: LossOptions;
   readonly #alive = new Map<string, Alive>();
   /** Activations and gradients that wait for the stage they were sent to. */
-  readonly #sent = new Map<string, Tensor>();
+  readonly #sent = new Map<string, readonly Tensor[]>();
 
   constructor(mesh: MeshModel, options: LossOptions) {
     this.#mesh = mesh;
@@ -54,60 +54,59 @@ export class Passes {
   forward(stage: number, micro: number, inputs: StageInputs, visit: (pass: StagePass) => void): void {
     const key = `${stage} ${micro}`;
     const tape = new Tape();
-    const entry = stage > 0 ? this.#take(`forth ${key}`) : null;
-    this.#alive.set(key, { tape, entry, exit: null, outputs: [], seeds: [] });
+    const entries = stage > 0 ? this.#take(`forth ${key}`) : [];
+    this.#alive.set(key, { tape, entries, exits: [], outputs: [], seeds: [] });
     scope(() => {
-      const { loss, exit } = tape.run(() => this.#run(stage, inputs, entry));
+      const { loss, exits } = tape.run(() => this.#run(stage, inputs, entries));
       const { seeds } = inputs;
       const pairs: [Tensor | null, Tensor][] =
         [[loss.main, seeds.main], ...loss.mtp.map((one, i): [Tensor, Tensor] => [one, seeds.mtp[i]!]),
           [loss.aux, seeds.aux]];
       const known = pairs.filter((pair): pair is [Tensor, Tensor] => pair[0] !== null);
       this.#alive.set(key, {
-        tape, entry, exit, outputs: known.map(([output]) => output), seeds: known.map(([, seed]) => seed),
+        tape, entries, exits, outputs: known.map(([output]) => output), seeds: known.map(([, seed]) => seed),
       });
-      if (exit) this.#send(`forth ${stage + 1} ${micro}`, exit, stage + 1);
+      if (exits.length > 0) this.#send(`forth ${stage + 1} ${micro}`, exits, stage + 1);
       visit({ stage, ...loss });
     });
-    entry?.release(); // the tape keeps what it needs
+    for (const entry of entries) entry.release(); // the tape keeps what it needs
   }
 
   /** @param places as for `Tape.backward` */
   backward(stage: number, micro: number, places?: GradientMap): GradientMap {
     const key = `${stage} ${micro}`;
-    const { tape, entry, exit, outputs, seeds } = this.#alive.get(key)!;
+    const { tape, entries, exits, outputs, seeds } = this.#alive.get(key)!;
     this.#alive.delete(key);
-    const after = exit ? this.#take(`back ${key}`) : null;
+    const after = exits.length > 0 ? this.#take(`back ${key}`) : [];
     try {
       const gradients = tape.backward(
-        [...outputs, ...exit ? [exit] : []].flatMap(localsOf),
-        [...seeds, ...after ? [after] : []].flatMap(localsOf), places);
-      if (entry) {
+        [...outputs, ...exits].flatMap(localsOf), [...seeds, ...after].flatMap(localsOf), places);
+      if (entries.length > 0) {
         scope(() => {
-          const back = localsOf(entry).map(({ key: leaf, shape, device }) => {
+          const back = entries.map((entry) => localsOf(entry).map(({ key: leaf, shape, device }) => {
             const gradient = gradients.get(leaf);
             gradients.delete(leaf);
             return gradient ?? device.zeros(shape).retain();
-          });
-          this.#send(`back ${stage - 1} ${micro}`, shardedOf(back), stage - 1);
-          for (const gradient of back) gradient.release();
+          }));
+          this.#send(`back ${stage - 1} ${micro}`, back.map((locals) => shardedOf(locals)), stage - 1);
+          for (const gradient of back.flat()) gradient.release();
         });
       }
       return gradients;
     } finally {
       tape.dispose();
-      after?.release();
+      for (const gradient of after) gradient.release();
     }
   }
 
   /** Runs a micro-batch through all stages without gradients; the last one's losses. */
   evaluate(inputs: readonly StageInputs[]): StagePass {
     let found: StagePass | null = null;
-    let entry: Tensor | null = null;
+    let entries: readonly Tensor[] = [];
     for (let stage = 0; stage < inputs.length; stage++) {
-      const { loss, exit } = this.#run(stage, inputs[stage]!, entry);
+      const { loss, exits } = this.#run(stage, inputs[stage]!, entries);
       found = { stage, ...loss };
-      if (exit) entry = sendToStage(exit, this.#devicesOf(stage + 1));
+      entries = exits.map((exit) => sendToStage(exit, this.#devicesOf(stage + 1)));
     }
     return found!;
   }
@@ -115,25 +114,35 @@ export class Passes {
   /** Gives back what a step that failed has left. */
   dispose(): void {
     for (const { tape } of this.#alive.values()) tape.dispose();
-    for (const tensor of this.#sent.values()) tensor.release();
+    for (const tensor of [...this.#sent.values()].flat()) tensor.release();
     this.#alive.clear();
     this.#sent.clear();
   }
 
   #run(
-    stage: number, inputs: StageInputs, entry: Tensor | null,
-  ): { loss: Omit<StagePass, "stage">; exit: Tensor | null } {
+    stage: number, inputs: StageInputs, entries: readonly Tensor[],
+  ): { loss: Omit<StagePass, "stage">; exits: Tensor[] } {
     const { model } = this.#mesh.stages[stage]!;
     const context = trainingContext(inputs, this.#options);
     const routing = context.routing!;
+    const [entry, ...deeper] = entries;
     const x = model.part.embedding ? model.embed(inputs.input_ids) : entry!;
     const y = model.run(x, context);
     if (model.part.head) {
-      const { main, mtp, aux }: Loss = model.lossFrom(y, inputs, this.#options, context);
-      return { loss: { main, mtp, aux, routing }, exit: null };
+      const states = deeper.length > 0 ? deeper : undefined;
+      const { main, mtp, aux }: Loss = model.lossFrom(y, inputs, this.#options, context, states);
+      return { loss: { main, mtp, aux, routing }, exits: [] };
     }
-    const aux = model.auxLoss(routing.map((one) => ({ ...one, share: 1 })), inputs, this.#options);
-    return { loss: { main: null, mtp: [], aux, routing }, exit: y };
+    const backbone = routing.length;
+    const exits = [y];
+    // Prediction layers apart from the head: the states of all depths go on to it.
+    if (model.part.mtp) {
+      for (const { input_ids } of inputs.mtp) exits.push(model.mtpHidden(exits.at(-1)!, input_ids, context));
+    }
+    const share = 1 / inputs.mtp.length;
+    const weighed = routing.map((one, i) => ({ ...one, share: i < backbone ? 1 : share }));
+    const aux = model.auxLoss(weighed, inputs, this.#options);
+    return { loss: { main: null, mtp: [], aux, routing }, exits };
   }
 
   #devicesOf(stage: number): Tensor["device"][] {
@@ -141,17 +150,17 @@ export class Passes {
     return localsOf(any!).map(({ device }) => device);
   }
 
-  #send(key: string, x: Tensor, stage: number): void {
-    const arrived = sendToStage(x, this.#devicesOf(stage)).retain();
-    for (const local of localsOf(arrived)) local.requiresGrad = key.startsWith("forth");
+  #send(key: string, xs: readonly Tensor[], stage: number): void {
+    const arrived = xs.map((x) => sendToStage(x, this.#devicesOf(stage)).retain());
+    for (const local of arrived.flatMap(localsOf)) local.requiresGrad = key.startsWith("forth");
     this.#sent.set(key, arrived);
   }
 
-  #take(key: string): Tensor {
-    const tensor = this.#sent.get(key);
-    if (!tensor) throw new Error(`A pass came before what it goes on from: ${key}.`);
+  #take(key: string): readonly Tensor[] {
+    const tensors = this.#sent.get(key);
+    if (!tensors) throw new Error(`A pass came before what it goes on from: ${key}.`);
     this.#sent.delete(key);
-    return tensor;
+    return tensors;
   }
 }
 

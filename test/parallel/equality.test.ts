@@ -59,6 +59,19 @@ describe("rows of unequal length", () => {
   });
 });
 
+describe("prediction layers", () => {
+  const layouts = ["pp=3,stages=Etttttt|m|L", "tp=2,pp=3,stages=E|ttttttm|L"];
+  test.each(layouts)("apart from the head: %s", async (text) => {
+    const options = { mtp_depths: 2 };
+    const one = await trainSmall(device, "tp=1", even, options);
+    const found = await trainSmall(device, text, even, options);
+    const { name, error } = worstOf(found.gradients, one.gradients);
+    expect(error, name).toBeLessThan(1e-5);
+    found.steps[0]!.mtp_loss.forEach((loss, i) =>
+      expect(loss / one.steps[0]!.mtp_loss[i]!).toBeCloseTo(1, 5));
+  });
+});
+
 describe("the update", () => {
   test("divided among the ranks gives the bits of an undivided one", async () => {
     const options = { steps: 2, clip: 0.5 };
@@ -90,5 +103,9 @@ test("what ranks cannot divide is refused", async () => {
   await expect(trainSmall(device, "dp=3", even)).rejects.toThrow(
     /must be a multiple of dp = 3, found accumulate = 4/);
   await expect(trainSmall(device, "tp=8", even)).rejects.toThrow(/tp divides the Mamba groups/);
+  const before = device.pool.liveBytes;
+  await expect(trainSmall(device, "pp=3,stages=Ettt||tttmL", even)).rejects.toThrow(
+    /"a stage that is trained holds something": expected layers, .* found nothing in stage 1\./);
   await expect(trainSmall(device, "tp=2,sp=off", even)).rejects.toThrow(/tp > 1 with experts needs sp/);
+  expect(device.pool.liveBytes).toBe(before);
 });

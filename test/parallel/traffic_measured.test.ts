@@ -89,7 +89,9 @@ test.each([
   expect(await measured(text, model, depths)).toEqual(predicted(text, model, depths));
 });
 
-test.each<[string, boolean]>([["tp=2,dp=2,pp=2,vpp=2", true], ["dp=2,pp=3,algorithm=ring", false]])(
+test.each<[string, boolean]>([
+  ["tp=2,dp=2,pp=2,vpp=2", true], ["dp=2,pp=3,algorithm=ring,stages=Et|tttttm|L", false],
+])(
   "a training step under %s sends what is predicted, divided optimiser: %s", async (text, zero) => {
     const layout = parseLayout(text);
     const micro_batches = 2;
