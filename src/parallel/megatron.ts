@@ -102,13 +102,28 @@ export function checkMegatron(config: NemotronHConfig, layout: Layout): void {
     const kinds = new Set(specs.filter((spec) => spec.kind === kind).map((spec) => JSON.stringify(spec)));
     if (kinds.size > 1) refuse(`all ${name} layers`, "alike", `${kinds.size} kinds`);
   }
-  const routed = specs.some(({ kind }) => kind === "moe");
-  if (routed && !config.norm_topk_prob) refuse("norm_topk_prob", "true", false);
+  const routed = specs.find(({ kind }) => kind === "moe");
+  if (routed?.kind === "moe") checkRouter(config, routed.num_experts_per_tok, refuse);
   // Its layer pattern has no place for the prediction block but the end.
   if (stagesOf(layout, config).some(({ mtp, head }) => mtp && !head)) {
     refuse("the prediction block", "in the stage of the head", "another stage");
   }
   megatronRanks(layout);
+}
+
+function checkRouter(
+  config: NemotronHConfig, topk: number, refuse: (key: string, expected: string, found: unknown) => void,
+): void {
+  const { scoring_func: score, router_choice: choice, n_group: groups, topk_group: kept } = config;
+  if (!config.norm_topk_prob) refuse("norm_topk_prob", "true", false);
+  // Other scores take no expert bias there.
+  if (score !== "sigmoid" && score !== "sqrtsoftplus") {
+    refuse("scoring_func", "sigmoid or sqrtsoftplus", score);
+  }
+  if (choice !== "score") refuse("router_choice", "score", choice);
+  if (groups > 1 && config.group_best !== topk / kept) {
+    refuse("group_best", `num_experts_per_tok / topk_group = ${topk / kept}`, config.group_best);
+  }
 }
 
 /** The tensors of a chunk before they are cut, with Megatron Core's names. */

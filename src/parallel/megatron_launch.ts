@@ -29,9 +29,18 @@ export interface TrainingNumbers {
   readonly clip: number;
   readonly mtp_depths: number;
   readonly mtp_scale: number;
+  readonly per_token: boolean;
   readonly aux_coeff: number;
+  readonly aux_loss: number;
+  readonly global_aux_loss: number;
   readonly z_loss: number;
   readonly bias_rate: number;
+  readonly bias_update: "sign" | "quantile";
+  readonly capacity_factor: number;
+  readonly drop_policy: "probs" | "position";
+  readonly pad_to_capacity: boolean;
+  readonly router_jitter: number;
+  readonly router_dtype: "f32" | "bf16";
   readonly recompute: boolean;
   readonly precision: string;
 }
@@ -84,6 +93,8 @@ export function launchOf(config: NemotronHConfig, layout: Layout, training: Trai
       ...(training && (training.batch * training.accumulate) % layout.dp !== 0
         ? [`The run's ${training.batch * training.accumulate} sequences a step do not divide among dp=`
           + `${layout.dp} replicas: choose another --global-batch-size.`] : []),
+      ...(training?.bias_update === "quantile"
+        ? ["The run moved its routers' biases by quantiles, Megatron Core moves them by sign."] : []),
       ...(training ? [] : ["Batch sizes, schedule and optimiser are not known of this model: add them."]),
       ...(training && !(training.precision in PRECISIONS) && training.precision !== "bf16"
         ? [`The run computed in ${training.precision}; these arguments train in bf16.`] : []),
@@ -170,26 +181,41 @@ function expertArguments(
 ): LaunchArgument[] {
   const spec = [...layerSpecs(config), ...mtpSpecs(config)].find(({ kind }) => kind === "moe");
   if (spec?.kind !== "moe") return [];
-  const coefficients: LaunchArgument[] = training ? [
-    ["--moe-router-bias-update-rate", number(training.bias_rate)],
-    ["--moe-aux-loss-coeff", number(training.aux_coeff)],
-    ...(training.z_loss > 0 ? [["--moe-z-loss-coeff", number(training.z_loss)] as const] : []),
-  ] : [];
   return [
     ["--num-experts", number(spec.n_routed_experts)], ["--moe-router-topk", number(spec.num_experts_per_tok)],
     ["--moe-ffn-hidden-size", number(spec.moe_intermediate_size)],
     ...(spec.shared_size > 0
       ? [["--moe-shared-expert-intermediate-size", number(spec.shared_size)] as const] : []),
     ...(spec.moe_latent_size === null ? [] : [["--moe-latent-size", number(spec.moe_latent_size)] as const]),
-    ["--moe-router-score-function", "sigmoid"], ["--moe-router-enable-expert-bias"],
-    ["--moe-router-dtype", "fp32"],
+    ["--moe-router-score-function", config.scoring_func], ["--moe-router-enable-expert-bias"],
+    ...(training?.router_dtype === "bf16" ? [] : [["--moe-router-dtype", "fp32"] as const]),
     ["--moe-router-topk-scaling-factor", number(config.routed_scaling_factor)],
     ...(config.n_group > 1 ? [
       ["--moe-router-num-groups", number(config.n_group)] as const,
       ["--moe-router-group-topk", number(config.topk_group)] as const,
     ] : []),
-    ["--moe-router-load-balancing-type", "seq_aux_loss"], ...coefficients,
+    ...(training ? routerArguments(training)
+      : [["--moe-router-load-balancing-type", "seq_aux_loss"] as const]),
     ["--moe-token-dispatcher-type", layout.dispatcher], ["--moe-grouped-gemm"], ["--moe-permute-fusion"],
+  ];
+}
+
+function routerArguments(run: TrainingNumbers): LaunchArgument[] {
+  const losses = ([
+    ["seq_aux_loss", run.aux_coeff], ["aux_loss", run.aux_loss], ["global_aux_loss", run.global_aux_loss],
+  ] as const).filter(([, coefficient]) => coefficient > 0);
+  return [
+    ["--moe-router-bias-update-rate", number(run.bias_rate)],
+    ["--moe-router-load-balancing-type", ...(losses.length > 0 ? losses.map(([type]) => type) : ["none"])],
+    ...(losses.length > 0
+      ? [["--moe-aux-loss-coeff", ...losses.map(([, coefficient]) => number(coefficient))] as const] : []),
+    ...(run.z_loss > 0 ? [["--moe-z-loss-coeff", number(run.z_loss)] as const] : []),
+    ...(run.router_jitter > 0 ? [["--moe-input-jitter-eps", number(run.router_jitter)] as const] : []),
+    ...(run.capacity_factor > 0 ? [
+      ["--moe-expert-capacity-factor", number(run.capacity_factor)] as const,
+      ["--moe-token-drop-policy", run.drop_policy] as const,
+      ...(run.pad_to_capacity ? [["--moe-pad-expert-input-to-capacity"] as const] : []),
+    ] : []),
   ];
 }
 
@@ -218,7 +244,8 @@ function trainingArguments({ dp }: Layout, run: TrainingNumbers): LaunchArgument
     ...style, ["--lr-warmup-iters", number(run.warmup)], ["--lr-decay-iters", number(run.steps)],
     ["--optimizer", "adam"], ["--adam-beta1", number(run.beta1)], ["--adam-beta2", number(run.beta2)],
     ["--adam-eps", number(run.eps)], ["--weight-decay", number(run.weight_decay)],
-    ["--clip-grad", number(run.clip)], ["--calculate-per-token-loss"], ["--seed", number(run.seed)],
+    ["--clip-grad", number(run.clip)], ["--seed", number(run.seed)],
+    ...(run.per_token ? [["--calculate-per-token-loss"] as const] : []),
     ...(run.recompute ? [
       ["--recompute-granularity", "full"] as const, ["--recompute-method", "uniform"] as const,
       ["--recompute-num-layers", "1"] as const,

@@ -28,6 +28,18 @@ test("--json has the same as numbers, for a configuration of one's own and one l
   expect(facts.plans[0]!.memory.total).toBeLessThan(186e9);
 });
 
+test("--validate prints the predictions beside published rates, the errors and the orders", async () => {
+  const { code, stdout, stderr } = await krait(["plan", "--validate"]);
+  expect(code, stderr).toBe(0);
+  expect(stdout.match(/^ F[123]( scaling| context)? .* x (h100|gb200|gb300) /gm)).toHaveLength(72);
+  expect(stdout).toMatch(/^ F3 +20 +\d\.\d % /m);
+  expect(stdout).toMatch(/^ all +70 /m);
+  expect(stdout).toContain(" same  methods, mixtral-8x22b: fsdp < fsdp+ep < tp+ep+dp < five-way < folded");
+  for (const part of ["Operations per token", "Efficiencies, the same for all rows", "Left out"]) {
+    expect(stdout).toContain(part);
+  }
+}, 120_000);
+
 test.each<[string, string[], string]>([
   ["an unknown model", ["--model", "nope", "--gpus", "8"], "\"nope\" is neither a known model (mixtral"],
   ["an unknown GPU", ["--model", "tiny", "--gpus", "8", "--gpu", "v100"], "must be one of a100, h100"],

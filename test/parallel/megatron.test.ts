@@ -197,6 +197,9 @@ describe("what cannot be", () => {
     [{ hybrid_override_pattern: "-M-", intermediate_size: [16, 24], num_nextn_predict_layers: 0 }, "",
       "needs all MLP layers to be alike, found 2 kinds"],
     [{ norm_topk_prob: false }, "", "needs norm_topk_prob to be true, found false"],
+    [{ scoring_func: "softmax" }, "", "needs scoring_func to be sigmoid or sqrtsoftplus, found softmax"],
+    [{ router_choice: "logits" }, "", "needs router_choice to be score, found logits"],
+    [{ n_group: 2, topk_group: 2 }, "", "group_best to be num_experts_per_tok / topk_group = 1.5, found 2"],
     [{}, "tp=8", "tp divides the Mamba groups"],
     [{}, "pp=3,stages=Et*3|t*3m|L", "needs the prediction block to be in the stage of the head"],
     [{}, "ep=16,dp=16", "ep divides the experts"],
@@ -320,6 +323,20 @@ describe("launch arguments", () => {
     expect(valueOf("", "--mtp-num-layers")).toBe("2");
     expect(valueOf("", "--mtp-use-repeated-layer")).toBe("");
     expect(valueOf("", "--fp8-recipe")).toBe("mxfp8");
+    expect(valueOf("", "--calculate-per-token-loss")).toBeUndefined();
+    expect(valueOf("", "--moe-router-load-balancing-type")).toBe("seq_aux_loss");
+    expect(valueOf("", "--moe-expert-capacity-factor")).toBeUndefined();
+    const dropping: TrainingNumbers = {
+      ...training, per_token: true, aux_coeff: 0.001, aux_loss: 0.01, capacity_factor: 1.25,
+      drop_policy: "position", pad_to_capacity: true, bias_update: "quantile",
+    };
+    expect(valueOf("", "--calculate-per-token-loss", dropping)).toBe("");
+    expect(valueOf("", "--moe-router-load-balancing-type", dropping)).toBe("seq_aux_loss aux_loss");
+    expect(valueOf("", "--moe-aux-loss-coeff", dropping)).toBe("0.001 0.01");
+    expect(valueOf("", "--moe-expert-capacity-factor", dropping)).toBe("1.25");
+    expect(valueOf("", "--moe-token-drop-policy", dropping)).toBe("position");
+    expect(valueOf("", "--moe-pad-expert-input-to-capacity", dropping)).toBe("");
+    expect(launchOf(config, parseLayout(""), dropping).notes.join()).toContain("by quantiles");
     expect(launchOf(config, parseLayout("dp=3"), training).notes.join()).toContain(
       "The run's 8 sequences a step do not divide among dp=3 replicas");
   });
