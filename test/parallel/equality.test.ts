@@ -44,10 +44,12 @@ describe("rows of unequal length", () => {
   for (const per_token of [false, true]) {
     test(`equal one rank, ${per_token ? "by position" : "by micro-batch"}`, async () => {
       const one = await trainSmall(device, "tp=1", ragged, { per_token });
-      const two = await trainSmall(device, "tp=2,dp=2", ragged, { per_token });
-      const { name, error } = worstOf(two.gradients, one.gradients);
-      expect(error, name).toBeLessThan(1e-5);
-      expect(two.steps[0]!.loss / one.steps[0]!.loss).toBeCloseTo(1, 6);
+      for (const layout of ["tp=2,dp=2", "cp=4,cp_kind=hierarchical"]) {
+        const four = await trainSmall(device, layout, ragged, { per_token });
+        const { name, error } = worstOf(four.gradients, one.gradients);
+        expect(error, `${layout}: ${name}`).toBeLessThan(1e-5);
+        expect(four.steps[0]!.loss / one.steps[0]!.loss).toBeCloseTo(1, 6);
+      }
     });
   }
 
