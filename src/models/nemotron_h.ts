@@ -373,6 +373,7 @@ function createMixer(config: NemotronHConfig, spec: LayerSpec, w: Weights, divis
     case "moe":
       return new MoE({
         hidden, ...spec, shared_size: spec.shared_size / tp, bias: config.mlp_bias,
+        moe_intermediate_size: spec.moe_intermediate_size / sizeOfGroup(division.etp),
         n_group: config.n_group, topk_group: config.topk_group, group_best: config.group_best,
         scoring_func: config.scoring_func, router_choice: config.router_choice,
         norm_topk_prob: config.norm_topk_prob, routed_scaling_factor: config.routed_scaling_factor,

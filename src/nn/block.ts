@@ -44,16 +44,21 @@ export class Block {
   forward(x: Tensor, context: ForwardContext, cache: LayerCache): Tensor {
     if (!context.recompute) return this.#run(x, context, cache);
     let routing: Routing[] = [];
+    let overflow: Tensor[] = [];
     const kept = context.seq_idx ? [x, context.seq_idx] : [x];
     const [y] = recompute(kept, (choices) => {
       routing = [];
+      overflow = [];
       // The second run chooses the experts of the first, and takes nothing from what others replay.
       const replay = choices ? new RouterReplay(choices) : context.replay ?? null;
-      const result = this.#run(x, { ...context, routing, replay }, cache);
+      const result = this.#run(x, { ...context, routing, overflow, replay }, cache);
       if (choices) replay?.dispose();
-      return [result, ...routing.flatMap(({ logits, weight, index }) => [logits, weight, index])];
+      const made = routing.flatMap(({ logits, weight, index }) => [logits, weight, index]);
+      return [result, ...made, ...overflow];
     });
-    context.routing?.push(...routing); // that of the first run; the second one has a list of its own
+    // Those of the first run; the second one has lists of its own.
+    context.routing?.push(...routing);
+    context.overflow?.push(...overflow);
     return y!;
   }
 

@@ -24,6 +24,11 @@ export interface ForwardContext {
   readonly step: Step | null;
   /** Filled with one entry per MoE layer when given. */
   readonly routing: Routing[] | null;
+  /**
+   * Filled, when given, by MoE layers whose experts have a budget of rows: u32 [1] of rows that found no
+   * place. A step with one above 0 has to be done again with a larger budget.
+   */
+  readonly overflow?: Tensor[] | null;
   /** Training: every block keeps its input alone and runs a second time in the backward pass. */
   readonly recompute?: boolean;
   /** Training: what the run asks of MoE layers; else they take every token and route as the model says. */

@@ -1,22 +1,24 @@
 import { expert_tiles } from "../ops/grouped_linear.ts";
-import { moe_permute, moe_plan, type MoePlan, moe_unpermute } from "../ops/moe.ts";
+import type { MoePlan } from "../ops/moe.ts";
 import { expertCapacity, moe_limit } from "../ops/moe_limit.ts";
-import { moe_weigh } from "../ops/moe_weigh.ts";
 import type { RouterOptions, RouterScore } from "../ops/router.ts";
 import { promote } from "../tensor/scope.ts";
 import { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext } from "./context.ts";
-import { type Division, SOLO } from "./division.ts";
+import { type Dispatched, dispatch, type Limit } from "./dispatch.ts";
+import { type Division, sizeOfGroup, SOLO } from "./division.ts";
 import { MLP } from "./mlp.ts";
 import type { MoERun } from "./moe_training.ts";
 import { grouped_linear, linear } from "./product.ts";
 import { route } from "./route.ts";
 import type { Weight, Weights } from "./weights.ts";
 
+/** Of all experts, of which a rank holds the part of its place in `Division.ep`. */
 export interface MoESizes {
   readonly hidden: number;
   readonly n_routed_experts: number;
   readonly num_experts_per_tok: number;
+  /** Hidden units that a rank has of an expert: all of them over `Division.etp`. */
   readonly moe_intermediate_size: number;
   /** Width in which the routed experts work; null: `hidden`. */
   readonly moe_latent_size: number | null;
@@ -42,12 +44,13 @@ export interface MoESizes {
  */
 export class MoE {
   readonly sizes: MoESizes;
+  readonly division: Division;
   readonly path: string;
   readonly gate: Tensor;
   /** Chooses experts but does not weigh them; moved by load balancing, not by the loss. */
   readonly correction_bias: Tensor;
   readonly options: RouterOptions;
-  /** (experts, width, inner width) */
+  /** (own experts, width, inner width) */
   readonly up: Weight;
   readonly down: Weight;
   readonly latent: { fc1: Weight; fc1_bias: Tensor | null; fc2: Weight; fc2_bias: Tensor | null } | null;
@@ -56,7 +59,9 @@ export class MoE {
   constructor(sizes: MoESizes, w: Weights, division: Division = SOLO) {
     const { hidden, n_routed_experts: E, moe_intermediate_size: F, moe_latent_size } = sizes;
     const X = moe_latent_size ?? hidden;
+    const own = E / sizeOfGroup(division.ep);
     this.sizes = sizes;
+    this.division = division;
     this.path = w.path;
     this.options = {
       topk: sizes.num_experts_per_tok, n_group: sizes.n_group, topk_group: sizes.topk_group,
@@ -65,8 +70,8 @@ export class MoE {
     };
     this.gate = w.take("gate.weight", [E, hidden]);
     this.correction_bias = w.take("gate.e_score_correction_bias", [E]);
-    this.up = w.takeWeight("experts.up_proj", [E, F, X]);
-    this.down = w.takeWeight("experts.down_proj", [E, X, F]);
+    this.up = w.takeWeight("experts.up_proj", [own, F, X]);
+    this.down = w.takeWeight("experts.down_proj", [own, X, F]);
     const bias = (name: string, width: number) => sizes.bias ? w.take(`${name}.bias`, [width]) : null;
     this.latent = moe_latent_size === null ? null : {
       fc1: w.takeWeight("fc1_latent_proj.weight", [X, hidden]), fc1_bias: bias("fc1_latent_proj", X),
@@ -84,43 +89,38 @@ export class MoE {
     const routed = route(x_TD, this, context);
     const { score = "sigmoid" } = this.options;
     context.routing?.push(promote({ layer: this.path, score, ...routed }));
-    const { weight, index } = routed;
-    const plan = limited(moe_plan(index, E), weight, context.moe);
     const inner = this.latent ? linear(x_TD, this.latent.fc1, this.latent.fc1_bias) : x_TD;
+    const { weight, index } = routed;
+    const limit = limitOf(index, E, context.moe);
+    const sent = dispatch({ x: inner, weight, index, E, limit }, this.division);
+    context.overflow?.push(...promote(sent.missing));
     const isWeighed = context.moe?.weighing === "activation";
-    const expert_out = this.#experts(inner, plan, isWeighed ? weight : null);
+    const expert_out = this.#experts(sent, isWeighed);
     const rest = residual && residual.reshape([-1, hidden]);
     const base = this.shared ? this.shared.forward(x_TD, rest) : rest;
-    const left = isWeighed ? this.options.topk : weight;
-    if (!this.latent) return moe_unpermute(expert_out, left, plan, base).reshape(x_BLD.shape);
-    const combined = moe_unpermute(expert_out, left, plan);
+    if (!this.latent) return sent.combine(expert_out, base, isWeighed).reshape(x_BLD.shape);
+    const combined = sent.combine(expert_out, null, isWeighed);
     return linear(combined, this.latent.fc2, this.latent.fc2_bias, base).reshape(x_BLD.shape);
   }
 
-  /**
-   * (tokens, inner width) -> one row for every slot of the plan, in expert order
-   * @param weight multiplied in before the down projection, or null
-   */
-  #experts(inner: Tensor, plan: MoePlan, weight: Tensor | null): Tensor {
-    const { offsets, spare = false } = plan;
-    const topk = this.options.topk;
-    const tiles = this.up instanceof Tensor ? expert_tiles(offsets, plan.slot_token.size) : null;
-    const up = spare
-      ? grouped_linear(
-        moe_permute(inner, plan, topk), this.up, offsets, { activation: "relu2", tiles, spare })
-      : grouped_linear(inner, this.up, offsets, { permute: { ...plan, topk }, activation: "relu2", tiles });
-    const weighed = weight ? moe_weigh(up, weight, plan) : up;
-    return grouped_linear(weighed, this.down, offsets, { tiles, spare });
+  /** One row for every slot. @param isWeighed whether weights are multiplied in before the down projection */
+  #experts({ x, offsets, permute, rows, spare, weigh }: Dispatched, isWeighed: boolean): Tensor {
+    const tiles = this.up instanceof Tensor ? expert_tiles(offsets, rows) : null;
+    const up = grouped_linear(
+      x, this.up, offsets, { activation: "relu2", tiles, spare, ...(permute && { permute }) });
+    return grouped_linear(isWeighed ? weigh(up) : up, this.down, offsets, { tiles, spare });
   }
 }
 
-/** The plan with the capacity and alignment that a training run asks for. */
-function limited(plan: MoePlan, weight: Tensor, moe: MoERun | null | undefined): MoePlan {
-  if (!moe) return plan;
+/** The capacity and alignment that a training run asks for. */
+function limitOf(index: Tensor, E: number, moe: MoERun | null | undefined): Limit | null {
+  if (!moe) return null;
   const { capacity_factor, drop_policy: policy, pad_to_capacity: pad, align } = moe;
-  if (capacity_factor === Infinity && align === 1) return plan;
-  const [T, K] = weight.shape as [number, number];
-  const capacity = capacity_factor === Infinity
-    ? null : expertCapacity(T, K, plan.offsets.size - 1, capacity_factor);
-  return moe_limit(plan, weight, { capacity, policy, pad, align });
+  if (capacity_factor === Infinity && align === 1) return null;
+  const [T, K] = index.shape as [number, number];
+  const capacity = capacity_factor === Infinity ? null : expertCapacity(T, K, E, capacity_factor);
+  return {
+    apply: (plan: MoePlan, weight: Tensor) => moe_limit(plan, weight, { capacity, policy, pad, align }),
+    per_expert: Math.ceil((capacity ?? T) / align) * align,
+  };
 }

@@ -1,0 +1,207 @@
+/**
+ * How tokens reach their experts, and what became of them comes back.
+ *
+ * alltoall   every choice of a token is a row, sorted by expert, that goes to the rank of the expert; ranks
+ *            that share an expert's hidden units then show each other what they got
+ * allgather  every rank sees all tokens of the group and takes what its experts want
+ * flex       a token goes once to every rank that has some of its experts, with their numbers and weights;
+ *            there its results are added before they come back
+ *
+ * Buffers have room for the most rows that can come, T * min(K, experts of a rank) * ranks, or for the
+ * division's budget; the counts stay on the GPU. Spec: the token dispatchers of Megatron Core.
+ */
+import { gatherFromGroup, type Group, reduceScatterInGroup } from "../ops/collectives.ts";
+import { add } from "../ops/elementwise.ts";
+import {
+  type Exchange, limit_offsets, planExchange, returnRows, sendRows,
+} from "../ops/exchange.ts";
+import { moe_permute, moe_plan, type MoePlan, moe_unpermute } from "../ops/moe.ts";
+import { moe_weigh } from "../ops/moe_weigh.ts";
+import { UsageError } from "../tensor/errors.ts";
+import { localsOf, perRank, shardedOf } from "../tensor/sharded.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { type Division, placesIn, sizeOfGroup } from "./division.ts";
+
+/** Tokens with the experts that a router chose for them, on every rank. */
+export interface Choices {
+  /** (tokens, width) */
+  readonly x: Tensor;
+  /** (tokens, topk) */
+  readonly weight: Tensor;
+  /** (tokens, topk) u32, ascending expert numbers of all E. */
+  readonly index: Tensor;
+  /** All experts. */
+  readonly E: number;
+  readonly limit: Limit | null;
+}
+
+/** Rows that an expert takes of the tokens of a rank. */
+export interface Limit {
+  /** The plan of all choices without those that are dropped, and with rows that fill up. */
+  apply(plan: MoePlan, weight: Tensor): MoePlan;
+  /** At most so many. */
+  readonly per_expert: number;
+}
+
+/** What the experts of a rank get to do. */
+export interface Dispatched {
+  /** Rows in expert order; with `permute` in the order of tokens. */
+  readonly x: Tensor;
+  /** u32 (own experts + 1) */
+  readonly offsets: Tensor;
+  readonly permute?: { readonly slot_token: Tensor; readonly token_slot: Tensor; readonly topk: number };
+  /** Rows of results that there is room for. */
+  readonly rows: number;
+  /** Whether the offsets may end before them. */
+  readonly spare: boolean;
+  readonly exchanges: readonly Exchange[];
+  /** u32 [1] each, where there is a budget: rows that found no place. The result is then wrong. */
+  readonly missing: readonly Tensor[];
+  /** (rows, width): every row times its weight */
+  readonly weigh: (rows: Tensor) => Tensor;
+  /** (rows, width) -> (tokens, width), plus base; rows that are not weighed yet are here. */
+  readonly combine: (rows: Tensor, base: Tensor | null, isWeighed: boolean) => Tensor;
+}
+
+/** @throws UsageError for a limit where only all-to-all knows one */
+export function dispatch(choices: Choices, division: Division): Dispatched {
+  const ranks = sizeOfGroup(division.ep) * sizeOfGroup(division.etp);
+  if (ranks === 1) return alone(choices);
+  const { dispatcher } = division;
+  if (dispatcher === "alltoall") return byExpert(choices, division);
+  if (choices.limit) {
+    throw new UsageError(
+      "The capacity and alignment of experts over several ranks need the dispatcher alltoall, " +
+      `found ${dispatcher}.`);
+  }
+  return dispatcher === "flex" ? byRank(choices, division) : fromAll(choices, division);
+}
+
+/** The ranks that share all experts: `etp` within `ep`. */
+export function expertGroup({ ep, etp }: Division): Group {
+  if (sizeOfGroup(etp) === 1) return ep;
+  if (sizeOfGroup(ep) === 1) return etp;
+  const around = new Map(etp.members.flatMap((ranks) => ranks.map((rank) => [rank, ranks] as const)));
+  const firsts = ep.members.filter((ranks) => around.get(ranks[0]!)![0] === ranks[0]);
+  const members = firsts.map((ranks) => ranks.flatMap((rank) => around.get(rank)!));
+  return { ...ep, name: "etp-ep", members };
+}
+
+/** Rows that a rank has room for: of `most` as many as the budget allows. */
+function roomFor(most: number, { index }: Choices, { expert_budget, etp }: Division): number {
+  if (expert_budget === undefined) return most;
+  return Math.min(most, Math.ceil(expert_budget * index.size * sizeOfGroup(etp)));
+}
+
+function planOf({ weight, index, E, limit }: Choices): MoePlan {
+  const plan = moe_plan(index, E);
+  return limit ? limit.apply(plan, weight) : plan;
+}
+
+function alone(choices: Choices): Dispatched {
+  const { x, weight, index } = choices;
+  const topk = index.shape[1]!;
+  const plan = planOf(choices);
+  const { spare = false } = plan;
+  return {
+    // Slots without a choice may lie anywhere in a limited plan.
+    ...(spare ? { x: moe_permute(x, plan, topk) } : { x, permute: { ...plan, topk } }),
+    offsets: plan.offsets, rows: plan.slot_token.size, spare, exchanges: [], missing: [],
+    weigh: (rows) => moe_weigh(rows, weight, plan),
+    combine: (rows, base, isWeighed) => moe_unpermute(rows, isWeighed ? topk : weight, plan, base),
+  };
+}
+
+function byExpert(choices: Choices, division: Division): Dispatched {
+  const { x, weight, index, E, limit } = choices;
+  const [T, topk] = index.shape as [number, number];
+  const [EP, ETP] = [sizeOfGroup(division.ep), sizeOfGroup(division.etp)];
+  const plan = planOf(choices);
+  const exchanges: Exchange[] = [];
+  let offsets = plan.offsets;
+  let rows = plan.slot_token.size;
+  const own = E / EP;
+  const most = EP * Math.min(rows, limit ? own * limit.per_expert : T * Math.min(topk, own));
+  const room = roomFor(most * ETP, choices, division);
+  if (EP > 1) {
+    const sends = rows;
+    rows = Math.min(most, room);
+    // Where more is to come, what does not fit is missed there.
+    const above = ETP > 1 ? most : rows;
+    exchanges.push(planExchange(
+      offsets, division.ep, { groups: E, blocks: EP, copies: 1, rows, sends, limit: above }));
+    offsets = exchanges[0]!.offsets;
+  }
+  if (ETP > 1) {
+    const sends = rows;
+    rows = room;
+    exchanges.push(planExchange(offsets, division.etp, { groups: own, blocks: 1, copies: ETP, rows, sends }));
+    offsets = exchanges.at(-1)!.offsets;
+  }
+  const there = (value: Tensor) => exchanges.reduce(sendRows, value);
+  return {
+    x: there(moe_permute(x, plan, topk)), offsets, rows, spare: true, exchanges,
+    missing: room < most * ETP ? [exchanges.at(-1)!.missing] : [],
+    weigh: (y) => moe_weigh(y, there(moe_permute(weight.reshape([-1, 1]), plan, 1)), everyRow(y)),
+    combine: (y, base, isWeighed) =>
+      moe_unpermute(exchanges.reduceRight(returnRows, y), isWeighed ? topk : weight, plan, base),
+  };
+}
+
+/** The plan by which every row is a choice of its own. */
+function everyRow(y: Tensor): MoePlan {
+  return moe_plan(shardedOf(localsOf(y).map(({ device, shape }) => device.zeros([shape[0]!, 1], "u32"))), 1);
+}
+
+/** The part of the experts in tokens of the whole group, of which some may have none there. */
+function experts(x: Tensor, weight: Tensor, index: Tensor, choices: Choices, division: Division) {
+  const { E } = choices;
+  const own = E / sizeOfGroup(division.ep);
+  const [tokens, topk] = index.shape as [number, number];
+  const most = tokens * Math.min(topk, own);
+  const rows = roomFor(most, choices, division);
+  const first = perRank(placesIn(division.ep).map((place) => place * own));
+  const plan = moe_plan(index, own, { first, slots: rows });
+  const [offsets, missing] = rows < most ? limit_offsets(plan.offsets, rows) : [plan.offsets];
+  const limited = { ...plan, offsets: offsets! };
+  return {
+    x, offsets: offsets!, permute: { ...limited, topk }, rows, spare: true,
+    missing: missing ? [missing] : [],
+    weigh: (y: Tensor) => moe_weigh(y, weight, limited),
+    combine: (y: Tensor, isWeighed: boolean) => moe_unpermute(y, isWeighed ? topk : weight, limited),
+  };
+}
+
+function fromAll(choices: Choices, division: Division): Dispatched {
+  const group = expertGroup(division);
+  const { x, weight, index } = choices;
+  const all = experts(
+    gatherFromGroup(x, group, 0, true), gatherFromGroup(weight, group, 0, true),
+    gatherFromGroup(index, group, 0, false), choices, division);
+  return {
+    ...all, exchanges: [],
+    combine: (y, base, isWeighed) => {
+      const own = reduceScatterInGroup(all.combine(y, isWeighed), group, 0);
+      return base ? add(own, base) : own;
+    },
+  };
+}
+
+function byRank(choices: Choices, division: Division): Dispatched {
+  const { x, weight, index, E } = choices;
+  const [T, topk] = index.shape as [number, number];
+  const [EP, ETP] = [sizeOfGroup(division.ep), sizeOfGroup(division.etp)];
+  const sends = T * Math.min(topk, EP);
+  const plan = moe_plan(index, EP, { block: E / EP, slots: sends });
+  const rows = roomFor(T * EP * ETP, choices, division);
+  const exchange = planExchange(
+    plan.offsets, expertGroup(division), { groups: EP, blocks: EP, copies: ETP, rows, sends });
+  const there = (value: Tensor) => sendRows(moe_permute(value, plan, topk), exchange);
+  const here = experts(there(x), there(weight), there(index), choices, division);
+  return {
+    ...here, exchanges: [exchange],
+    missing: [...(rows < T * EP * ETP ? [exchange.missing] : []), ...here.missing],
+    combine: (y, base, isWeighed) =>
+      moe_unpermute(returnRows(here.combine(y, isWeighed), exchange), topk, plan, base),
+  };
+}
