@@ -12,11 +12,12 @@ import { numerics } from "./commands/numerics.ts";
 import { quickstart } from "./commands/quickstart.ts";
 import { train } from "./commands/train.ts";
 import { tune } from "./commands/tune.ts";
+import { upcycle } from "./commands/upcycle.ts";
 import { packageVersion } from "./package.ts";
 
 process.exitCode = await runCli(
-  [doctor, info, train, generate, logits, quantize, bench, tune, numerics, layout, plan, exportCommand,
-    quickstart],
+  [doctor, info, train, generate, logits, quantize, upcycle, bench, tune, numerics, layout, plan,
+    exportCommand, quickstart],
   process.argv.slice(2), {
     version: packageVersion(),
     summary: "Trains and runs hybrid Mamba-2 / attention / mixture-of-experts language models on WebGPU.",

@@ -30,6 +30,19 @@ export function modelFolder(path: string): string {
   throw new FormatError(`The folder ${path} holds no model: expected config.json, found none.`);
 }
 
+/** Files beside the weights that a model made of another needs as well. */
+const COMPANIONS = [
+  "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+  "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+  "generation_config.json",
+];
+
+/** Those that a folder holds, by name. */
+export function companionFiles(folder: string): Record<string, Uint8Array> {
+  const found = COMPANIONS.filter((name) => existsSync(join(folder, name)));
+  return Object.fromEntries(found.map((name) => [name, readFileSync(join(folder, name))]));
+}
+
 /** Config of a preset name, a config.json file or a model folder. */
 export function findConfig(nameOrPath: string, options: { dt_min_clamp?: boolean } = {}): NemotronHConfig {
   if (presetNames().includes(nameOrPath)) return preset(nameOrPath);

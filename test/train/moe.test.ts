@@ -5,7 +5,9 @@ import { type NemotronHConfig } from "../../src/models/config.ts";
 import { NemotronH } from "../../src/models/nemotron_h.ts";
 import { createParameters } from "../../src/models/parameters.ts";
 import { preset } from "../../src/models/presets.ts";
-import { openDevice } from "../../src/tensor/device.ts";
+import { parseLayout, worldOf } from "../../src/parallel/layout.ts";
+import { MeshModel } from "../../src/parallel/model.ts";
+import { type Device, openDevice } from "../../src/tensor/device.ts";
 import { BatchPacker } from "../../src/train/packing.ts";
 import { constantSchedule } from "../../src/train/schedule.ts";
 import { type StepMetrics, Trainer, type TrainerOptions } from "../../src/train/trainer.ts";
@@ -110,4 +112,36 @@ test("capacities, jitter and weights before the down projection run captured, st
   // The seed decides nothing here but the jitter.
   expect((await run({ moe, seed: 6 }, { steps: 20 })).metrics).not.toEqual(metrics);
   expect(device.pool.liveBytes).toBe(before);
+});
+
+describe("on several ranks", () => {
+  const losses = async (text: string, moe: TrainerOptions["moe"]) => {
+    const config = preset("unit");
+    const layout = parseLayout(text);
+    const mesh = MeshModel.on(Array<Device>(worldOf(layout)).fill(device), layout, config);
+    try {
+      mesh.initialise(1);
+      const trainer = new Trainer(mesh, { ...OPTIONS, accumulate: 2, moe: moe! });
+      try {
+        const packer = new BatchPacker(corpus, { batch: 2, seqlen: 12 });
+        const metrics: StepMetrics[] = [];
+        for (let i = 0; i < 3; i++) metrics.push(await trainer.step([packer.next(), packer.next()]));
+        return metrics.map(({ loss, grad_norm }) => [loss, grad_norm] as const);
+      } finally {
+        trainer.dispose();
+      }
+    } finally {
+      mesh.dispose();
+    }
+  };
+
+  test("data-parallel ranks draw what the micro-batches of one rank draw", async () => {
+    const moe = { jitter: 0.5, capacity_factor: 1 };
+    const [one, two] = [await losses("tp=1", moe), await losses("dp=2", moe)];
+    one.forEach((values, i) => values.forEach((value, j) => expect(two[i]![j]! / value).toBeCloseTo(1, 5)));
+  });
+
+  test("ranks that share tokens draw nothing", async () => {
+    await expect(losses("cp=2", { jitter: 0.1 })).rejects.toThrow(/cp = 1.*found cp = 2/);
+  });
 });

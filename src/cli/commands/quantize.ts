@@ -1,4 +1,4 @@
-import { existsSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { calibrationData, meanLoss } from "../../compress/calibrate.ts";
 import { TARGET_FORMATS } from "../../compress/encode.ts";
@@ -15,17 +15,10 @@ import { UsageError } from "../../tensor/errors.ts";
 import { readDocuments } from "../../train/data.node.ts";
 import { tokenizeDocuments } from "../../train/packing.ts";
 import { defineCommand } from "../args.ts";
-import { findConfig, findTokenizer, modelFolder } from "../models.ts";
+import { companionFiles, findConfig, findTokenizer, modelFolder } from "../models.ts";
 import { packageVersion } from "../package.ts";
 import { Progress } from "../progress.ts";
 import { colours, formatBytes, formatCount, table, wantsColour } from "../terminal.ts";
-
-/** Files beside the weights that a quantised model needs as well. */
-const COMPANIONS = [
-  "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-  "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "generation_config.json",
-];
 
 export const quantize = defineCommand({
   name: "quantize",
@@ -126,7 +119,6 @@ export const quantize = defineCommand({
         modules: quantised.modules, mixed: options.format === "mixed", excluded: quantised.excluded,
         kvCache: options.kvCache !== undefined, version: packageVersion(),
       });
-      const companions = COMPANIONS.filter((name) => existsSync(join(folder, name)));
       let lossAfter = 0;
       await writeFolder(options.out, {
         ...tensorFiles(quantised.entries),
@@ -134,7 +126,7 @@ export const quantize = defineCommand({
           readFileSync(join(folder, "config.json"), "utf8"), "quantization_config",
           configs.quantization_config),
         "hf_quant_config.json": `${JSON.stringify(configs.hf_quant_config, null, 2)}\n`,
-        ...Object.fromEntries(companions.map((name) => [name, readFileSync(join(folder, name))])),
+        ...companionFiles(folder),
       }, async (path) => {
         progress.update({ step: ++stages, note: "evaluating what was written" });
         const written = await loadModel(device, config, openFolder(path));
