@@ -306,6 +306,8 @@ def main():
         index = json.load(file)
     if os.path.exists(options.out):
         sys.exit(f"{options.out} exists already")
+    # It gets its name when it is whole; what an interrupted run left is written over.
+    unfinished = options.out.rstrip("/") + ".unfinished"
 
     for rank in index["ranks"]:
         chunks = {}
@@ -323,12 +325,13 @@ def main():
                 tensor = tensor.to(getattr(torch, options.dtype))
             chunks.setdefault(chunk, {})[name] = tensor
         state = {"checkpoint_version": 3.0, "iteration": 0, **chunks}
-        folder = os.path.join(options.out, "release", rank["folder"])
-        os.makedirs(folder)
+        folder = os.path.join(unfinished, "release", rank["folder"])
+        os.makedirs(folder, exist_ok=True)
         torch.save(state, os.path.join(folder, "model_optim_rng.pt"))
         print(rank["folder"])
-    with open(os.path.join(options.out, "latest_checkpointed_iteration.txt"), "w", encoding="utf-8") as file:
+    with open(os.path.join(unfinished, "latest_checkpointed_iteration.txt"), "w", encoding="utf-8") as file:
         file.write("release")
+    os.rename(unfinished, options.out)
 
 
 if __name__ == "__main__":
