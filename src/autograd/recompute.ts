@@ -30,7 +30,7 @@ export function recompute(
   for (const result of results) result.relu2Key = null; // known to the first run alone
   for (const kept of [...inputs, ...choices]) kept.retain();
   listener({
-    name: "recompute",
+    name: "recompute", lane: null,
     inputs: [...leaves].map((key, argument) => ({ key, argument })),
     outputs: results.flatMap(localsOf).map(({ key, shape }) => ({ key, shape })),
     backward(grads) {

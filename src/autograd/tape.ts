@@ -1,4 +1,5 @@
 /** Reverse-mode differentiation over recorded ops. */
+import { asBackward } from "../gpu/lane.ts";
 import { accumulate as addTo, add } from "../ops/elementwise.ts";
 import { type Destinations, noGrad, recordOps, type OpRecord } from "../ops/op.ts";
 import { scope } from "../tensor/scope.ts";
@@ -32,7 +33,8 @@ export class Tape {
     try {
       outputs.forEach((output, i) => accumulate(gradients, output.key, seeds[i]!.retain()));
       for (let record = this.#records.pop(); record; record = this.#records.pop()) {
-        walkBack(record, gradients, places);
+        const last = record;
+        asBackward(last.lane, () => walkBack(last, gradients, places));
       }
     } catch (error) {
       for (const gradient of gradients.values()) gradient.release();

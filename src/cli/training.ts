@@ -20,6 +20,7 @@ import { type NgramBaselines, ngramBaselines } from "../train/ngram.ts";
 import { bitsPerByte, tokenizeDocuments } from "../train/packing.ts";
 import type { Recipe } from "../train/recipe.ts";
 import { type Evaluation, type RunStep, TrainingRun } from "../train/run.ts";
+import type { StepTrace } from "../train/trace.ts";
 
 export interface TrainingOptions {
   /** That of every rank of the layout. */
@@ -43,6 +44,8 @@ export interface TrainingOptions {
   /** Called before the first step. */
   readonly onStart?: (run: TrainingRun, baselines: NgramBaselines) => void;
   readonly onStep?: (step: RunStep) => void;
+  /** Called once, after a step on several ranks that was traced. */
+  readonly onTrace?: (trace: StepTrace, run: TrainingRun) => void;
   readonly onEvaluation?: (step: number, evaluation: Evaluation) => void;
 }
 
@@ -101,7 +104,7 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
   try {
     options.onStart?.(run, baselines);
     while (run.trainer.steps < recipe.steps && !signal.aborted) {
-      const step = await run.step();
+      const step = await tracedStep(run, options.onTrace);
       const { step: index, mtp_loss, max_violation, ...rest } = step;
       metrics.write({
         step: index + 1, ...rest,
@@ -121,6 +124,18 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
   writeCurve(
     join(out, "loss.svg"), join(out, "metrics.jsonl"), baselines, (loss) => bitsPerByte(loss, validation));
   return { run, baselines, evaluation, checkpoint, interrupted: signal.aborted };
+}
+
+/** A step that compiles nothing any more is traced: the second one, or the last. */
+async function tracedStep(run: TrainingRun, onTrace: TrainingOptions["onTrace"]): Promise<RunStep> {
+  const { trainer, recipe } = run;
+  if (!onTrace || run.done !== Math.min(1, recipe.steps - 1 - trainer.steps + run.done)) return run.step();
+  let step: RunStep;
+  const trace = await trainer.trace(async () => {
+    step = await run.step();
+  });
+  onTrace(trace, run);
+  return step!;
 }
 
 /** Bytes on all devices of a model. */

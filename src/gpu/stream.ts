@@ -1,4 +1,5 @@
 import { GpuError } from "./errors.ts";
+import { currentLane, type Lane } from "./lane.ts";
 import type { Arena, BufferPool, GraphMemory, PooledBuffer } from "./pool.ts";
 import type { Profiler } from "./profiler.ts";
 
@@ -26,7 +27,12 @@ interface UniformBlock {
 
 const NO_OFFSET: readonly [number] = [0];
 
-type Command =
+/** Whose work a command is, for traces. */
+interface Owned {
+  lane?: Lane | null;
+}
+
+type Command = Owned & (
   | {
     kind: "dispatch"; pipeline: PipelineHandle; uniforms: UniformBlock | null; offset: readonly [number];
     workgroups: readonly [number, number, number];
@@ -35,7 +41,11 @@ type Command =
   }
   | { kind: "copy"; from: PooledBuffer; fromOffset: number; to: PooledBuffer; toOffset: number; size: number }
   | { kind: "clear"; buffer: PooledBuffer; offset: number; size: number }
-  | { kind: "write"; buffer: PooledBuffer; offset: number; bytes: Uint8Array<ArrayBuffer> };
+  | { kind: "write"; buffer: PooledBuffer; offset: number; bytes: Uint8Array<ArrayBuffer> }
+);
+
+/** Told of every stretch of commands that belong together how long it took by itself, in milliseconds. */
+export type Tracer = (lane: Lane | null, milliseconds: number) => void;
 
 /** A recorded step that can be run again: same buffers, same bind groups, no op-level work. */
 export class Graph {
@@ -82,6 +92,8 @@ export class Stream {
   /** Buffers of parameters ever created: constant in a steady state. */
   blocksCreated = 0;
   profiler: Profiler | null = null;
+  /** While there is one, stretches of work run one by one. */
+  tracer: Tracer | null = null;
   /** Drops whatever is recorded: ops go through their motions, and nothing is compiled or run. */
   muted = false;
 
@@ -247,6 +259,7 @@ export class Stream {
 
   #record(command: Command, touched: readonly PooledBuffer[]): void {
     if (this.muted) return;
+    command.lane = currentLane();
     this.#commands.push(command);
     if (this.#capture) {
       const { arena, outside } = this.#capture;
@@ -262,16 +275,21 @@ export class Stream {
   }
 
   #enqueue(commands: readonly Command[], blocks: UniformBlock[], upload: boolean): void {
-    const run = () => {
-      if (upload) for (const block of blocks) this.#upload(block);
-      this.#encode(commands);
+    const { tracer } = this;
+    const end = () => {
       if (upload) this.#recycle(blocks);
+    };
+    const run = (): void | Promise<void> => {
+      if (upload) for (const block of blocks) this.#upload(block);
+      if (tracer) return this.#traced(commands, tracer).then(end);
+      this.#encode(commands);
+      end();
     };
     const compiling: Promise<void>[] = [];
     for (const command of commands) {
       if (command.kind === "dispatch" && !command.pipeline.pipeline) compiling.push(command.pipeline.ready);
     }
-    if (!this.#waiting && compiling.length === 0) return run();
+    if (!this.#waiting && compiling.length === 0 && !tracer) return void run();
     const previous = this.#waiting ?? Promise.resolve();
     const waiting: Promise<void> = previous
       .then(() => Promise.all(compiling))
@@ -281,6 +299,22 @@ export class Stream {
         if (this.#waiting === waiting) this.#waiting = null;
       });
     this.#waiting = waiting;
+  }
+
+  /** Runs one lane's commands after the other, each when the last are done. */
+  async #traced(commands: readonly Command[], tracer: Tracer): Promise<void> {
+    const { queue } = this.#device;
+    for (let from = 0; from < commands.length;) {
+      const lane = commands[from]!.lane ?? null;
+      let to = from + 1;
+      while (to < commands.length && (commands[to]!.lane ?? null) === lane) to++;
+      await queue.onSubmittedWorkDone();
+      const since = performance.now();
+      this.#encode(commands.slice(from, to));
+      await queue.onSubmittedWorkDone();
+      tracer(lane, performance.now() - since);
+      from = to;
+    }
   }
 
   /** Encodes commands in order; state that a pass already has is not set again. */

@@ -12,11 +12,12 @@
  *
  * Sums add f32 in the order of the ranks, whoever sends what to whom. Spec: Megatron Core's mappings.
  */
+import { asCommunication } from "../gpu/lane.ts";
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import { UsageError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
-import { localsOf, perRank, shardedOf } from "../tensor/sharded.ts";
+import { localsOf, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { Device } from "../tensor/device.ts";
 import { copyColumns } from "./elementwise.ts";
@@ -367,7 +368,8 @@ export function forEachGroup(
   const results: Tensor[] = [];
   for (const ranks of members) {
     const call = { group: name, algorithm, ranks };
-    const ys = run(call, locals.map((tensors) => ranks.map((rank) => tensors[rank]!)));
+    const ys = asCommunication(name, ranks, () =>
+      run(call, locals.map((tensors) => ranks.map((rank) => tensors[rank]!))));
     ranks.forEach((rank, i) => {
       results[rank] = ys[i]!;
     });
@@ -408,8 +410,11 @@ export function exchangeInGroup(x: Tensor, group: Group, keep: "columns" | "posi
   return inGroups(x, group, (call, ...xs) => allToAll({ ...call, cut: keep === "columns" ? 2 : 1 }, ...xs));
 }
 
-/** What every rank of a stage has, on the ranks at the same places in another stage. */
-export function sendToStage(x: Tensor, devices: readonly Device[]): Tensor {
-  const ranks = localsOf(x).map((_, rank) => ({ group: "pp", algorithm: "direct" as const, ranks: [rank] }));
-  return sendTo(perRank(ranks), x, perRank(devices));
+/**
+ * What every rank of a stage has, on the ranks at the same places in another stage.
+ * @param apart how many ranks these are behind
+ */
+export function sendToStage(x: Tensor, devices: readonly Device[], apart: number): Tensor {
+  return shardedOf(localsOf(x).map((local, rank) => asCommunication("pp", [rank, rank + apart], () =>
+    sendTo({ group: "pp", algorithm: "direct", ranks: [rank] }, local, devices[rank]!))));
 }

@@ -3,6 +3,7 @@
  * called while a tape listens is recorded; called inside another op it is just its forward. With sharded
  * tensors among its arguments it is called once for every rank.
  */
+import { asOp, currentLane, forRank, type Lane } from "../gpu/lane.ts";
 import { scope } from "../tensor/scope.ts";
 import { DTypeError } from "../tensor/errors.ts";
 import { onRank, ranksOf, Sharded } from "../tensor/sharded.ts";
@@ -70,6 +71,8 @@ export interface Op<A extends unknown[] = never[], R extends Tensor | Tensor[] =
 /** One executed op on a tape. */
 export interface OpRecord {
   readonly name: string;
+  /** Whose work it was. */
+  readonly lane: Lane | null;
   /** Tensor arguments that want a gradient, by `Tensor.key`. */
   readonly inputs: readonly { key: number; argument: number }[];
   readonly outputs: readonly { key: number; shape: readonly number[] }[];
@@ -128,7 +131,10 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
   const { name, backward, halves = [], relu2 = [] } = definition;
   const call = (...args: A): R => {
     const ranks = ranksOf(args);
-    if (ranks > 0) return gathered(Array.from({ length: ranks }, (_, rank) => call(...onRank(args, rank))));
+    if (ranks > 0) {
+      return gathered(Array.from({ length: ranks }, (_, rank) =>
+        forRank(rank, () => call(...onRank(args, rank)))));
+    }
     const listener = listening;
     watching?.(name, args);
     for (let i = 0; i < args.length; i++) {
@@ -147,8 +153,12 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
       needs: (i) => recording && needs[i] === true,
     };
     let result: R;
+    let lane: Lane | null = null;
     try {
-      result = scope(() => noGrad(() => definition.forward(ctx, ...args)));
+      result = asOp(name, () => {
+        lane = currentLane();
+        return scope(() => noGrad(() => definition.forward(ctx, ...args)));
+      });
     } catch (error) {
       (saved as { tensors: Tensor[] } | null)?.tensors.forEach((tensor) => tensor.release());
       throw error;
@@ -158,7 +168,7 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
       for (const output of outputs) if (isFloat(output.dtype)) output.requiresGrad = true;
       const kept = saved as { values: S; tensors: Tensor[] } | null;
       listener({
-        name,
+        name, lane,
         inputs: args.flatMap((argument, i) => {
           if (!needs[i]) return [];
           const { key, relu2Key } = argument as unknown as Tensor;

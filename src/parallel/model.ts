@@ -10,7 +10,8 @@ import { NemotronH } from "../models/nemotron_h.ts";
 import { checkFits, initialValues, type TrainedFormat, trainedFormatOf } from "../models/parameters.ts";
 import { parametersOf, type Part } from "../models/part.ts";
 import type { Division } from "../nn/division.ts";
-import { ALONE, type Group } from "../ops/collectives.ts";
+import { onStage } from "../gpu/lane.ts";
+import { ALONE, type Group, sendToStage } from "../ops/collectives.ts";
 import type { Device } from "../tensor/device.ts";
 import { bytesPerElement, decodeFloat32, type DType } from "../tensor/dtype.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
@@ -143,6 +144,23 @@ export class MeshModel {
   get devices(): Device[] {
     return [...new Set(this.stages.flatMap(({ model }) =>
       [...model.parameters.values()].slice(0, 1).flatMap(localsOf).map(({ device }) => device)))];
+  }
+
+  /** Runs `body` as work of a stage's ranks: for traces. */
+  onStage<T>(stage: number, pass: string, body: () => T): T {
+    return onStage(this.#firstRank(stage), pass, body);
+  }
+
+  /** What every rank of a stage has, on those of another stage. */
+  sendTo(x: Tensor, from: number, to: number): Tensor {
+    const [any] = this.stages[to]!.model.parameters.values();
+    const devices = localsOf(any!).map(({ device }) => device);
+    return this.onStage(from, "", () =>
+      sendToStage(x, devices, this.#firstRank(to) - this.#firstRank(from)));
+  }
+
+  #firstRank(stage: number): number {
+    return this.stages[stage]!.rank * ranksPerStage(this.layout);
   }
 
   /** Draws initial weights: the same for a seed under every layout. */

@@ -95,6 +95,12 @@ export class AdamW {
   readonly state: readonly StateEntry[];
   /** Where an update finds gradients, by `Tensor.key` of their parameters; zero until they are written. */
   readonly gradients: GradientMap = new Map();
+  /** The rank within its stage whose gradient that is, by the same keys. */
+  get ranks(): ReadonlyMap<number, number> {
+    return this.#ranks;
+  }
+
+  readonly #ranks = new Map<number, number>();
   readonly #groups: Group[] = [];
   readonly #hyper: Tensor;
 
@@ -135,8 +141,10 @@ export class AdamW {
     });
     const grad = onRanks(ranks, ({ device }) => device.zeros([size]));
     for (const { parameter, first } of places) {
-      localsOf(parameter).forEach(({ key, shape }, rank) =>
-        this.gradients.set(key, localsOf(grad)[rank]!.range(first, shape)));
+      localsOf(parameter).forEach(({ key, shape }, rank) => {
+        this.gradients.set(key, localsOf(grad)[rank]!.range(first, shape));
+        this.#ranks.set(key, rank);
+      });
     }
     const count = zero ? size / parts : size;
     const starts = placesIn(shared.group).map((place) => (zero ? place * count : 0));

@@ -1,8 +1,8 @@
 /** Forward and backward passes of micro-batches through the stages of a model. */
+import { forRank } from "../gpu/lane.ts";
 import { type GradientMap, Tape } from "../autograd/tape.ts";
 import { type Loss, type LossOptions, trainingContext } from "../models/nemotron_h.ts";
 import type { Routing } from "../nn/context.ts";
-import { sendToStage } from "../ops/collectives.ts";
 import { accumulate } from "../ops/elementwise.ts";
 import type { MeshModel } from "../parallel/model.ts";
 import { scope } from "../tensor/scope.ts";
@@ -56,7 +56,7 @@ export class Passes {
     const tape = new Tape();
     const entries = stage > 0 ? this.#take(`forth ${key}`) : [];
     this.#alive.set(key, { tape, entries, exits: [], outputs: [], seeds: [] });
-    scope(() => {
+    this.#mesh.onStage(stage, `forward ${micro}`, () => scope(() => {
       const { loss, exits } = tape.run(() => this.#run(stage, inputs, entries));
       const { seeds } = inputs;
       const pairs: [Tensor | null, Tensor][] =
@@ -66,14 +66,18 @@ export class Passes {
       this.#alive.set(key, {
         tape, entries, exits, outputs: known.map(([output]) => output), seeds: known.map(([, seed]) => seed),
       });
-      if (exits.length > 0) this.#send(`forth ${stage + 1} ${micro}`, exits, stage + 1);
+      if (exits.length > 0) this.#send(`forth ${stage + 1} ${micro}`, exits, stage, stage + 1);
       visit({ stage, ...loss });
-    });
+    }));
     for (const entry of entries) entry.release(); // the tape keeps what it needs
   }
 
   /** @param places as for `Tape.backward` */
   backward(stage: number, micro: number, places?: GradientMap): GradientMap {
+    return this.#mesh.onStage(stage, `backward ${micro}`, () => this.#backward(stage, micro, places));
+  }
+
+  #backward(stage: number, micro: number, places?: GradientMap): GradientMap {
     const key = `${stage} ${micro}`;
     const { tape, entries, exits, outputs, seeds } = this.#alive.get(key)!;
     this.#alive.delete(key);
@@ -88,7 +92,7 @@ export class Passes {
             gradients.delete(leaf);
             return gradient ?? device.zeros(shape).retain();
           }));
-          this.#send(`back ${stage - 1} ${micro}`, back.map((locals) => shardedOf(locals)), stage - 1);
+          this.#send(`back ${stage - 1} ${micro}`, back.map((locals) => shardedOf(locals)), stage, stage - 1);
           for (const gradient of back.flat()) gradient.release();
         });
       }
@@ -106,7 +110,7 @@ export class Passes {
     for (let stage = 0; stage < inputs.length; stage++) {
       const { loss, exits } = this.#run(stage, inputs[stage]!, entries);
       found = { stage, ...loss };
-      entries = exits.map((exit) => sendToStage(exit, this.#devicesOf(stage + 1)));
+      entries = exits.map((exit) => this.#mesh.sendTo(exit, stage, stage + 1));
     }
     return found!;
   }
@@ -145,13 +149,8 @@ export class Passes {
     return { loss: { main: null, mtp: [], aux, routing }, exits };
   }
 
-  #devicesOf(stage: number): Tensor["device"][] {
-    const [any] = this.#mesh.stages[stage]!.model.parameters.values();
-    return localsOf(any!).map(({ device }) => device);
-  }
-
-  #send(key: string, xs: readonly Tensor[], stage: number): void {
-    const arrived = xs.map((x) => sendToStage(x, this.#devicesOf(stage)).retain());
+  #send(key: string, xs: readonly Tensor[], from: number, stage: number): void {
+    const arrived = xs.map((x) => this.#mesh.sendTo(x, from, stage).retain());
     for (const local of arrived.flatMap(localsOf)) local.requiresGrad = key.startsWith("forth");
     this.#sent.set(key, arrived);
   }
@@ -164,10 +163,15 @@ export class Passes {
   }
 }
 
-/** Adds gradients to sums in their places. */
-export function addGradients(places: GradientMap, gradients: GradientMap): void {
+/**
+ * Adds gradients to sums in their places.
+ * @param ranks whose places these are, by the same keys
+ */
+export function addGradients(
+  places: GradientMap, gradients: GradientMap, ranks: ReadonlyMap<number, number>,
+): void {
   for (const [key, sum] of places) {
     const gradient = gradients.get(key);
-    if (gradient) accumulate(sum, gradient.reshape(sum.shape));
+    if (gradient) forRank(ranks.get(key)!, () => accumulate(sum, gradient.reshape(sum.shape)));
   }
 }

@@ -56,11 +56,15 @@ export class TrainingRun {
     return this.trainer.model;
   }
 
+  /** Steps that this object has done; those of runs it continues do not count. */
+  done = 0;
+
   /** One step. @throws KraitError when `max_skipped` steps in a row had a loss that is not finite. */
   async step(): Promise<RunStep> {
     const { accumulate, batch, seqlen } = this.recipe;
     const start = performance.now();
     const metrics = await this.trainer.step(Array.from({ length: accumulate }, () => this.packer.next()));
+    this.done++;
     const tokens = accumulate * batch * seqlen;
     return {
       ...metrics, tokens: (metrics.step + 1) * tokens,

@@ -4,7 +4,7 @@ import type { GraphMemory } from "../gpu/pool.ts";
 import { MoE } from "../nn/moe.ts";
 import { checkMoETraining, makeMoETraining, type MoETraining } from "../nn/moe_training.ts";
 import type { LossOptions, NemotronH } from "../models/nemotron_h.ts";
-import { type Group, sendToStage, sumOverGroup } from "../ops/collectives.ts";
+import { type Group, sumOverGroup } from "../ops/collectives.ts";
 import { accumulate, add, multiply, scale } from "../ops/elementwise.ts";
 import { clip_scale, global_norm } from "../ops/global_norm.ts";
 import { expert_load, update_expert_bias } from "../ops/moe.ts";
@@ -29,6 +29,7 @@ import { type BiasUpdate, MAX_SKIPPED } from "./recipe.ts";
 import { TrainingPrecision } from "./rounding.ts";
 import type { Schedule } from "./schedule.ts";
 import { captureOn, type StepGraph } from "./step_graph.ts";
+import { StepTrace } from "./trace.ts";
 
 export interface TrainerOptions extends AdamWOptions {
   /** Rows and positions of one micro-batch. */
@@ -264,6 +265,22 @@ export class Trainer {
       `those ${last === 0 ? "of the start" : `after step ${last}`}; lower the learning rate.`);
   }
 
+  /** Runs a step piece by piece and tells when each rank would do what, had it a device of its own. */
+  async trace(step: () => Promise<unknown>): Promise<StepTrace> {
+    const trace = new StepTrace(this.mesh.world);
+    const streams = this.mesh.devices.map(({ stream }) => stream);
+    for (const stream of streams) {
+      stream.flush();
+      stream.tracer = (lane, milliseconds) => trace.add(lane, milliseconds);
+    }
+    try {
+      await step();
+    } finally {
+      for (const stream of streams) stream.tracer = null;
+    }
+    return trace;
+  }
+
   /** Memory of a micro-batch's activations, of all those of a pipeline; null before the first step. */
   get memory(): GraphMemory | null {
     return this.#captured?.micro.memory ?? null;
@@ -385,7 +402,8 @@ export class Trainer {
         const gradients = passes.backward(stage, micro, isOne ? places : undefined);
         if (isOne) found[stage] = gradients;
         else {
-          addGradients(places, gradients);
+          this.mesh.onStage(stage, `backward ${micro}`, () =>
+            addGradients(places, gradients, this.optimizers[stage]!.ranks));
           for (const gradient of gradients.values()) gradient.release();
         }
       }
@@ -430,17 +448,20 @@ export class Trainer {
   /** Sums over ranks, the gradient norm over all of them, and the update. */
   #recordUpdate(gradients: readonly GradientMap[], sums: readonly StageSums[]): void {
     const { optimizers, mesh: { stages } } = this;
-    for (const { scalars, loads, estimates } of sums) {
+    const onStages = <T>(body: (stage: number) => T): T[] => stages.map((_, stage) =>
+      this.mesh.onStage(stage, "update", () => body(stage)));
+    const reduced = onStages((stage) => {
+      const { scalars, loads, estimates } = sums[stage]!;
       const all = everyone(scalars);
       for (const sum of [scalars, ...loads.values(), ...estimates.values()]) sumInPlace(sum, all);
-    }
-    const reduced = optimizers.map((optimizer, stage) => optimizer.reduce(gradients[stage]!));
+      return optimizers[stage]!.reduce(gradients[stage]!);
+    });
     this.#tie(reduced);
-    const norms = optimizers.map((optimizer, stage) => optimizer.norm(reduced[stage]!));
+    const norms = onStages((stage) => optimizers[stage]!.norm(reduced[stage]!));
     const loss = sums.at(-1)!.scalars.prefix([1]);
-    stages.forEach((_, stage) => {
+    onStages((stage) => {
       const { scalars, loads, estimates } = sums[stage]!;
-      const here = (x: Tensor, of: number) => (of === stage ? x : this.#sendTo(x, stage));
+      const here = (x: Tensor, of: number) => (of === stage ? x : this.mesh.sendTo(x, of, stage));
       const norm = norms.length === 1 ? norms[0]! : global_norm(norms.map(here));
       const gate = clip_scale(norm, this.options.clip, here(loss, stages.length - 1));
       optimizers[stage]!.apply(reduced[stage]!, gate);
@@ -462,15 +483,12 @@ export class Trainer {
       if (!first || !second) continue;
       const [i, j] = [first, second].map(({ stage }) => this.optimizers[stage]!.bufferOf(name)) as
         [number, number];
-      const sum = add(reduced[first.stage]![i]!, this.#sendTo(reduced[second.stage]![j]!, first.stage));
-      reduced[first.stage]![i] = sum;
-      reduced[second.stage]![j] = this.#sendTo(sum, second.stage);
+      const [here, there] = [first.stage, second.stage];
+      const sum = this.mesh.onStage(here, "update", () =>
+        add(reduced[here]![i]!, this.mesh.sendTo(reduced[there]![j]!, there, here)));
+      reduced[here]![i] = sum;
+      reduced[there]![j] = this.mesh.sendTo(sum, here, there);
     }
-  }
-
-  #sendTo(x: Tensor, stage: number): Tensor {
-    const [any] = this.mesh.stages[stage]!.model.parameters.values();
-    return sendToStage(x, localsOf(any!).map(({ device }) => device));
   }
 
   #captureEvaluation(): { graph: StepGraph; loss: Tensor } {

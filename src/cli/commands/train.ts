@@ -14,6 +14,8 @@ import { splitDocuments } from "../../train/data.ts";
 import { readDocuments } from "../../train/data.node.ts";
 import { formatMetric } from "../../train/metrics.ts";
 import { makeRecipe, RECIPE, type Recipe } from "../../train/recipe.ts";
+import type { TrainingRun } from "../../train/run.ts";
+import type { RankTime, StepTrace } from "../../train/trace.ts";
 import { defineCommand } from "../args.ts";
 import { findConfig, findTokenizer } from "../models.ts";
 import { Progress } from "../progress.ts";
@@ -130,7 +132,8 @@ export const train = defineCommand({
       type: "string", value: "NAME", help: "Part of an adapter's name; default: the best one found.",
     },
     trace: {
-      type: "string", value: "FILE", help: "Write a Chrome trace of the GPU's work (opens in Perfetto).",
+      type: "string", value: "FILE",
+      help: "Write a Chrome trace (opens in Perfetto): of the GPU's work, or with a layout of every rank's.",
     },
     json: { type: "boolean", help: "Print one JSON line per step to standard output." },
   },
@@ -148,8 +151,9 @@ export const train = defineCommand({
     const { tokenizer, files } = findTokenizer(options.tokenizer ?? tokenizerFolder, config.vocab_size);
     const split = splitDocuments(readDocuments(options.data), { seed: recipe.seed });
     const device = await openDevice(options.adapter ? { adapter: options.adapter } : {});
-    const profiler = options.trace ? device.profile() : null;
-    if (options.trace && !profiler) {
+    const isSolo = worldOf(layout) === 1;
+    const profiler = options.trace && isSolo ? device.profile() : null;
+    if (options.trace && isSolo && !profiler) {
       throw new KraitError(`The adapter ${device.info.id} offers no timestamps, which --trace needs.`);
     }
     const progress = new Progress({
@@ -196,6 +200,16 @@ export const train = defineCommand({
             note: skipped_steps > 0 ? `${skipped_steps} skipped` : undefined,
           });
         },
+        ...(options.trace && !isSolo ? {
+          onTrace(trace: StepTrace, { mesh }: TrainingRun) {
+            writeFileSync(options.trace!, trace.chromeTrace(mesh));
+            const share = (of: (time: RankTime) => number) => trace.times.map((time) =>
+              `${Math.round(100 * of(time) / trace.length)}`).join(" ");
+            say(`one step on the ranks' clocks: ${trace.length.toFixed(1)} ms; ` +
+              `per rank, in percent: compute ${share(({ compute }) => compute)}, communication ` +
+              `${share(({ communication }) => communication)}, waiting ${share(({ idle }) => idle)}`);
+          },
+        } : {}),
         onEvaluation(step, { loss, bits_per_byte }) {
           if (options.json) {
             stdout.write(`${JSON.stringify({ step, val_loss: loss, val_bits_per_byte: bits_per_byte })}\n`);
