@@ -84,7 +84,7 @@ test.each([
   ["tp=2", config("M*E-", "*E"), 2], ["tp=4,algorithm=ring", config("M*-"), 0],
   ["tp=2,sp=off", config("M*-", "*"), 1], ["cp=2", config("M*-"), 0],
   ["cp=4,cp_kind=allgather", config("*M"), 0], ["cp=2,cp_kind=alltoall,tp=2,sp=off", config("*M"), 0],
-  ["cp=4,cp_kind=alltoall", config("*"), 0],
+  ["cp=4,cp_kind=alltoall", config("*"), 0], ["cp=4,cp_kind=hierarchical", config("*M"), 0],
 ])("%s sends what is predicted", async (text, model, depths) => {
   expect(await measured(text, model, depths)).toEqual(predicted(text, model, depths));
 });
