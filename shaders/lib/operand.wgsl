@@ -1,4 +1,5 @@
-// Words of the 16-bit operands of a matrix product, each f16 or (conditions a_bf16, b_bf16, c_bf16) bf16.
+// Operands of a matrix product: words of two halves, each f16 or (conditions a_bf16, b_bf16, c_bf16) bf16,
+// and rows behind a table, for a file that declares table and params.per.
 
 import package::lib::half::f16_pair;
 import package::lib::half::bf16_pair;
@@ -18,4 +19,9 @@ fn b_pair(bits: u32) -> vec2f {
 fn c_pack(x: vec4f) -> vec2u {
   @if(c_bf16) return vec2u(bf16_pack(x.xy), bf16_pack(x.zw));
   @else return vec2u(f16_pack(x.xy), f16_pack(x.zw));
+}
+
+// Where row r of A (row k of B) is stored; what the table holds never leads out of it.
+fn stored_row(r: u32) -> u32 {
+  return min(table[r], arrayLength(&table) - 1u) / params.per;
 }

@@ -48,8 +48,12 @@ fn fetch(m: Matrix, row: u32, col: u32) -> vec4f {
     let tile = tiles[row / params.block];
     let source = tile.y + row % params.block;
     if (source >= tile.z) { return vec4f(); }
-    @if(gather) return load4(m, table[source] / params.per, col);
-    @else return load4(m, source, col);
+    // What tiles and table hold never leads out of them or of x.
+    @if(gather) let stored = table[min(source, arrayLength(&table) - 1u)] / params.per;
+    @else let stored = source;
+    @if(vec4) let last = arrayLength(&x) * 4u / m.cols - 1u;
+    @else let last = arrayLength(&x) / m.cols - 1u;
+    return load4(m, min(stored, last), col);
   }
   @else {
     if (row >= m.rows) { return vec4f(); }

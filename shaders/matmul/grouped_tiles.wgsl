@@ -7,7 +7,7 @@
 
 import package::lib::index::workgroup_index;
 
-struct Params { experts: u32, tile_rows: u32, count: u32 }
+struct Params { experts: u32, rows: u32, tile_rows: u32, count: u32 }
 
 @group(0) @binding(0) var<storage, read> offsets: array<u32>;
 @group(0) @binding(1) var<storage, read_write> tiles: array<vec4u>;
@@ -24,9 +24,9 @@ fn grouped_tiles(
   if (i >= params.count) { return; }
   var before = 0u;                            // tiles of the experts walked past
   var found = vec4u();
-  var begin = offsets[0];
+  var begin = min(offsets[0], params.rows);
   for (var e = 0u; e < params.experts; e++) {
-    let end = offsets[e + 1u];
+    let end = clamp(offsets[e + 1u], begin, params.rows); // an offset never leads out of the rows
     let here = (end - begin + params.tile_rows - 1u) / params.tile_rows;
     if (i >= before && i < before + here) {
       found = vec4u(e, begin + (i - before) * params.tile_rows, end, 0u);

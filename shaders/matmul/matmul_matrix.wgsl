@@ -16,6 +16,7 @@
 
 import package::lib::epilogue::Extra;
 import package::lib::index::workgroup_index;
+import package::lib::operand::stored_row;
 import package::lib::subgroup_matrix::{
   left_at, right_at, multiply_accumulate, no_sums, put_sums, Left, Right, Sums, M, N, K
 };
@@ -89,7 +90,7 @@ fn stage_a(i: u32, k: u32, t: Tile) {
   @else let along = i / (SIZE / 4u);
   let row = t.row + across;
   let last = min(row, t.row_end - 1u);        // a row that exists, for the address
-  @if(gather_a) let base = t.a + table[last] / params.per * params.a_row + (k + along) * params.a_col;
+  @if(gather_a) let base = t.a + stored_row(last) * params.a_row + (k + along) * params.a_col;
   @else let base = t.a + last * params.a_row + (k + along) * params.a_col;
   @if(a_along_k) let count = select(0u, t.k_end - min(k + along, t.k_end), row < t.row_end);
   @else let count = select(0u, t.row_end - min(row, t.row_end), k + along < t.k_end);
@@ -108,7 +109,7 @@ fn stage_b(i: u32, k: u32, t: Tile) {
   @else let along = i / (SIZE / 4u);
   let column = t.column + across;
   var line = k + along;
-  @if(gather_b) { if (line < t.k_end) { line = table[line] / params.per; } }
+  @if(gather_b) { if (line < t.k_end) { line = stored_row(line); } }
   let base = t.b + line * params.b_row + column * params.b_col;
   @if(b_along_k) let count = select(0u, t.k_end - min(k + along, t.k_end), column < params.n);
   @else let count = select(0u, params.n - min(column, params.n), k + along < t.k_end);
@@ -152,9 +153,9 @@ fn matmul_matrix(
     if (row >= row_end) { return; }
     b_base = params.b_offset + tiles[row_tile * 4u] * params.b_batch;
   }
-  @if(grouped_k) let k_begin = tiles[batch];
+  @if(grouped_k) let k_begin = min(tiles[batch], params.k);
   @else let k_begin = split * params.split_k;
-  @if(grouped_k) let k_end = tiles[batch + 1u];
+  @if(grouped_k) let k_end = min(tiles[batch + 1u], params.k);
   @else let k_end = min(params.k, k_begin + params.split_k);
   let t = Tile(row, row_end, column, k_end, batch * params.a_batch, b_base);
 

@@ -28,9 +28,7 @@ import package::lib::index::workgroup_index;
 import package::lib::block4::column_of;
 import package::lib::block4::multiply_add;
 import package::lib::epilogue::{Extra, finished};
-import package::lib::operand::a_pair;
-import package::lib::operand::b_pair;
-import package::lib::operand::c_pack;
+import package::lib::operand::{a_pair, b_pair, c_pack, stored_row};
 
 @if(a_half && a_vec_k || a_half && a_vec_m) alias A = vec2u;
 @elif(a_vec_k || a_vec_m) alias A = vec4f;
@@ -76,7 +74,7 @@ struct Step { at: vec4u, at_b: vec4u, live: vec4<bool> }
 fn step_at(k: u32, order: vec4u, k_end: u32) -> Step {
   @if(k_tail) let at = min(k + order, vec4u(k_end - 1u));
   @else let at = k + order;
-  @if(gather_b) let at_b = vec4u(table[at.x], table[at.y], table[at.z], table[at.w]) / params.per;
+  @if(gather_b) let at_b = vec4u(stored_row(at.x), stored_row(at.y), stored_row(at.z), stored_row(at.w));
   @else let at_b = at;
   @if(k_tail) return Step(at, at_b, k + order < vec4u(k_end));
   @else return Step(at, at_b, vec4<bool>(true));
@@ -202,9 +200,9 @@ fn matmul_quad(
   @if(b_vec_n) let columns = vec4u(b_base + min(column, (params.n - 1u) / 4u * 4u));
   @else let columns = b_base + min(column + plain, vec4u(params.n - 1u)) * params.b_col;
 
-  @if(grouped_k) var k = tiles[batch];
+  @if(grouped_k) var k = min(tiles[batch], params.k);
   @else var k = split * params.split_k;
-  @if(grouped_k) let k_end = tiles[batch + 1u];
+  @if(grouped_k) let k_end = min(tiles[batch + 1u], params.k);
   @else let k_end = min(params.k, k + params.split_k);
   @if(a_vec_m) let k_order = vec4u(q) ^ plain;
   @else let k_order = plain;
@@ -244,6 +242,6 @@ fn matmul_quad(
 // Where the row of op(A) that invocation q loads of a group begins; with a_vec_m all four begin there.
 fn row_base(base: u32, first: u32, q: u32, row_end: u32) -> u32 {
   @if(a_vec_m) return base + min(first, (row_end - 1u) / 4u * 4u);
-  @elif(gather_a) return base + table[min(first + q, row_end - 1u)] / params.per * params.a_row;
+  @elif(gather_a) return base + stored_row(min(first + q, row_end - 1u)) * params.a_row;
   @else return base + min(first + q, row_end - 1u) * params.a_row;
 }

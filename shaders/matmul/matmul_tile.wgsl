@@ -19,6 +19,7 @@
 @if(!f16) import package::lib::block4::multiply_add;
 import package::lib::epilogue::Extra;
 import package::lib::index::workgroup_index;
+import package::lib::operand::stored_row;
 import package::lib::tile_operands::{load_a, load_b, store};
 
 @if(f16) alias Row4 = vec4<f16>;              // what is staged
@@ -144,9 +145,9 @@ fn matmul_tile(
     if (row >= row_end) { return; }
     b_base = params.b_offset + tiles[row_tile * 4u] * params.b_batch;
   }
-  @if(grouped_k) let k_begin = tiles[batch];
+  @if(grouped_k) let k_begin = min(tiles[batch], params.k);
   @else let k_begin = split * params.split_k;
-  @if(grouped_k) let k_end = tiles[batch + 1u];
+  @if(grouped_k) let k_end = min(tiles[batch + 1u], params.k);
   @else let k_end = min(params.k, k_begin + params.split_k);
 
   @if(a_along_k) let mine_a = share(lane, true);
@@ -155,7 +156,7 @@ fn matmul_tile(
   @else let mine_b = share(lane, false);
   let first = row + mine_a.across;
   let last = min(first, row_end - 1u);        // a row that exists, for the address
-  @if(gather_a) let a_at = batch * params.a_batch + table[last] / params.per * params.a_row;
+  @if(gather_a) let a_at = batch * params.a_batch + stored_row(last) * params.a_row;
   @else let a_at = batch * params.a_batch + last * params.a_row;
   let b_first = column + mine_b.across;
   let b_at = b_base + b_first * params.b_col;
@@ -171,7 +172,7 @@ fn matmul_tile(
     @if(a_along_k) a_staged[mine_a.at] = Row4(load_a(a_at + a_k * params.a_col, params.a_col, a_count));
     @else a_staged[mine_a.at] = Row4(load_a(a_at + a_k * params.a_col, params.a_row, a_count));
     var b_line = b_k;
-    @if(gather_b) { if (b_k < k_end) { b_line = table[b_k] / params.per; } }
+    @if(gather_b) { if (b_k < k_end) { b_line = stored_row(b_k); } }
     @if(b_along_k) b_staged[mine_b.at] = Row4(load_b(b_at + b_line * params.b_row, params.b_row, b_count));
     @else b_staged[mine_b.at] = Row4(load_b(b_at + b_line * params.b_row, params.b_col, b_count));
     workgroupBarrier();

@@ -34,6 +34,15 @@ struct Params {
 @group(0) @binding(6) var<storage, read_write> token_slot: array<u32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
+// Where an expert's slots begin, and the choice of a slot; what the tables hold never leads out of them.
+fn start_of(expert: u32) -> u32 {
+  return min(offsets[expert], params.choices);
+}
+
+fn choice_of(slot: u32) -> u32 {
+  return min(slot_token[slot], params.choices - 1u);
+}
+
 fn expert_of(slot: u32) -> u32 {
   var low = 0u;
   var high = params.experts - 1u;
@@ -62,14 +71,14 @@ fn rank(
   }
   token_slot[slot] = NO_SLOT; // of the choice with this number
   let e = expert_of(slot);
-  let first = offsets[e];
-  let end = offsets[e + 1u];
+  let first = start_of(e);
+  let end = start_of(e + 1u);
   var before = slot - first;
   if (params.by_weight != 0u && end - first > params.capacity) {
-    let mine = topk_weight[slot_token[slot]];
+    let mine = topk_weight[choice_of(slot)];
     before = 0u;
     for (var other = first; other < end; other++) {
-      let weight = topk_weight[slot_token[other]];
+      let weight = topk_weight[choice_of(other)];
       before += u32(weight > mine || (weight == mine && other < slot));
     }
   }
@@ -81,7 +90,8 @@ fn extents() {
   var end = 0u;
   ends[0] = 0u;
   for (var e = 0u; e < params.experts; e++) {
-    let kept = select(min(offsets[e + 1u] - offsets[e], params.capacity), params.capacity, params.pad != 0u);
+    let held = start_of(e + 1u) - start_of(e);
+    let kept = select(min(held, params.capacity), params.capacity, params.pad != 0u);
     end += (kept + params.align - 1u) / params.align * params.align;
     ends[e + 1u] = end;
   }
@@ -97,15 +107,19 @@ fn scatter(
     return;
   }
   let e = expert_of(slot);
-  let first = offsets[e];
+  let first = start_of(e);
   var place = slot - first;
-  if (params.by_weight != 0u && offsets[e + 1u] - first > params.capacity) {
+  if (params.by_weight != 0u && start_of(e + 1u) - first > params.capacity) {
     place = 0u;
     for (var other = first; other < slot; other++) {
       place += stays[other];
     }
   }
-  let choice = slot_token[slot];
-  slots[ends[e] + place] = choice;
-  token_slot[choice] = ends[e] + place;
+  let choice = choice_of(slot);
+  let at = ends[e] + place;
+  if (at >= params.rows) {
+    return;
+  }
+  slots[at] = choice;
+  token_slot[choice] = at;
 }

@@ -56,7 +56,7 @@ fn combine(
     var s3 = V(0.0);
     for (var k = token * params.topk; k < (token + 1u) * params.topk; k++) {
       @if(spare) { if (token_slot[k] >= slots) { continue; } }
-      let row = token_slot[k] * params.cols;
+      let row = min(token_slot[k], params.slots - 1u) * params.cols;
       @if(weighted) let w = topk_weight[k];
       @else let w = 1.0;
       s0 += w * y[row + c];

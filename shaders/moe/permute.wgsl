@@ -5,7 +5,6 @@
 //   neighbouring memory. `spare`: slots from offsets[experts] on, and those that lib/plan
 //   calls empty, hold no choice; they become zero.
 import package::lib::index::workgroup_index;
-@if(spare) import package::lib::plan::NO_TOKEN;
 
 override WG: u32 = 64;
 
@@ -38,15 +37,18 @@ fn permute(
   if (slot >= params.slots) {
     return;
   }
+  // What the table holds never leads out of x; NO_TOKEN is beyond any token.
+  let tokens = arrayLength(&x) / max(params.cols, 1u);
+  let token = slot_token[slot] / params.topk;
   @if(spare) {
-    if (slot >= offsets[params.experts] || slot_token[slot] == NO_TOKEN) {
+    if (slot >= offsets[params.experts] || token >= tokens) {
       for (var c = i % params.parts; c < params.cols; c += params.parts) {
         y[slot * params.cols + c] = V();
       }
       return;
     }
   }
-  let row = slot_token[slot] / params.topk * params.cols;
+  let row = min(token, tokens - 1u) * params.cols;
   for (var c = i % params.parts; c < params.cols; c += params.parts) {
     y[slot * params.cols + c] = x[row + c];
   }

@@ -9,8 +9,7 @@
 import package::lib::index::workgroup_index;
 import package::lib::router_score::router_score;
 import package::lib::router_score::router_score_slope;
-import package::lib::router_weights::score_divisor;
-import package::lib::router_weights::top_logit;
+import package::lib::router_weights::{chosen_expert, score_divisor, top_logit};
 
 override WG: u32 = 64;
 override SCORE: u32 = 0;
@@ -45,7 +44,7 @@ fn router_backward(
   var mean = 0.0;
   if (params.normalise != 0u || SCORE == 1u) {
     for (var k = 0u; k < params.topk; k++) {
-      mean += dweight[first + k] * router_score(SCORE, logits[row + topk_idx[first + k]], top);
+      mean += dweight[first + k] * router_score(SCORE, logits[row + chosen_expert(first + k)], top);
     }
     mean /= divisor;
   }
@@ -55,7 +54,7 @@ fn router_backward(
     }
   }
   for (var k = 0u; k < params.topk; k++) {
-    let at = row + topk_idx[first + k];
+    let at = row + chosen_expert(first + k);
     let x = logits[at];
     let s = router_score(SCORE, x, top);
     dlogits[at] =

@@ -3,8 +3,7 @@
 //   logits [T, E], topk_idx u32 [T, K] -> topk_weight [T, K]. One invocation takes one token.
 import package::lib::index::workgroup_index;
 import package::lib::router_score::router_score;
-import package::lib::router_weights::score_divisor;
-import package::lib::router_weights::top_logit;
+import package::lib::router_weights::{chosen_expert, score_divisor, top_logit};
 
 override WG: u32 = 64;
 override SCORE: u32 = 0;
@@ -36,6 +35,6 @@ fn router_weights(
   let top = top_logit(row, out);
   let factor = params.scaling / score_divisor(row, out, top);
   for (var k = 0u; k < params.topk; k++) {
-    topk_weight[out + k] = router_score(SCORE, logits[row + topk_idx[out + k]], top) * factor;
+    topk_weight[out + k] = router_score(SCORE, logits[row + chosen_expert(out + k)], top) * factor;
   }
 }

@@ -53,7 +53,7 @@ fn unpermute_backward(
   }
   if (counts) {
     let w = topk_weight[choice];
-    let slot_row = token_slot[choice] * params.cols;
+    let slot_row = min(token_slot[choice], params.slots - 1u) * params.cols;
     let token_row = choice / params.topk * params.cols;
     for (var c = lane; c < params.cols; c += LANES) {
       let g = dout[token_row + c];

@@ -36,6 +36,12 @@ struct Params {
 
 var<workgroup> parts: array<f32, WG>;
 
+// The choice that a slot holds; what is none is NO_TOKEN.
+fn choice_of(slot: u32) -> u32 {
+  let choice = slot_token[slot];
+  return select(NO_TOKEN, choice, choice < arrayLength(&topk_weight));
+}
+
 @compute @workgroup_size(WG)
 fn weigh(
   @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
@@ -45,7 +51,7 @@ fn weigh(
   if (i >= params.slots * params.cols) {
     return;
   }
-  let choice = slot_token[i / params.cols];
+  let choice = choice_of(i / params.cols);
   if (choice == NO_TOKEN) {
     out[i] = V(0.0);
   } else {
@@ -63,7 +69,7 @@ fn weigh_backward(
   var choice = NO_TOKEN;
   var sum = 0.0;
   if (slot < params.slots) {
-    choice = slot_token[slot];
+    choice = choice_of(slot);
     let row = slot * params.cols;
     if (choice == NO_TOKEN) {
       for (var c = lane; c < params.cols; c += LANES) {

@@ -171,7 +171,7 @@ fn adamw(
     return;
   }
   let first = slabs[3u * slab];
-  let end = slabs[3u * slab + 1u];
+  let end = min(slabs[3u * slab + 1u], arrayLength(&param));
   let shrink = select(0.0, hyper[0] * hyper[4], slabs[3u * slab + 2u] != 0u);
   @if(!bytes) for (var i = first + lane; i < end; i += WG) {
     let x = advanced(i, vec2f());

@@ -12,11 +12,25 @@ type Dawn = typeof import("webgpu");
 
 const BACKEND = process.platform === "darwin" ? "metal" : process.platform === "win32" ? "d3d12" : "vulkan";
 /** Dawn hides what is not yet in the standard (subgroup matrices among it) unless this is on. */
-const TOGGLES = [
-  "enable-dawn-features=allow_unsafe_apis",
-  // Timestamps in steps of 65 us protect visitors of web pages; a profile needs the real ones.
-  "disable-dawn-features=timestamp_quantization",
-];
+const ENABLED = ["allow_unsafe_apis"];
+/**
+ * Dawn and the driver check every index of every kernel, which takes SwiftShader up to half of the time of a
+ * kernel that memory bounds; lavapipe does not feel it, and no GPU was measured. Krait's kernels let nothing
+ * lead out of a tensor, whatever tensors hold: test/ops/bounds.test.ts runs them with each index compared.
+ * KRAIT_ROBUSTNESS=on keeps the driver's checks, for kernels in the making.
+ */
+const UNCHECKED = /swiftshader/i;
+
+/** What Dawn is asked to do otherwise for the adapter `name`. */
+function toggles(name: string): string[] {
+  const isUnchecked = UNCHECKED.test(name) && process.env["KRAIT_ROBUSTNESS"] !== "on";
+  return [
+    `enable-dawn-features=${[...ENABLED, ...(isUnchecked ? ["disable_robustness"] : [])].join()}`,
+    // Timestamps in steps of 65 us protect visitors of web pages; a profile needs the real ones.
+    "disable-dawn-features=timestamp_quantization",
+  ];
+}
+
 /** No driver is called this: Dawn answers with the list of names it does know. */
 const NO_SUCH_NAME = "krait-lists-adapters";
 // Dawn's objects do not keep their instance alive, so every instance lives as long as the process.
@@ -127,7 +141,7 @@ async function systemNames(create: Dawn["create"]): Promise<string[]> {
 async function open(
   create: Dawn["create"], name: string, driver: SoftwareDriver | null,
 ): Promise<AdapterHandle | null> {
-  const gpu = create([`backend=${BACKEND}`, ...TOGGLES, ...(name ? [`adapter=${name}`] : [])]);
+  const gpu = create([`backend=${BACKEND}`, ...toggles(name), ...(name ? [`adapter=${name}`] : [])]);
   instances.push(gpu);
   const ask = async () => {
     try {

@@ -1487,6 +1487,7 @@ export const manifest = {
     },
     params: {
       experts: "u32",
+      rows: "u32",
       tile_rows: "u32",
       count: "u32",
     },

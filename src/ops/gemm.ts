@@ -245,7 +245,8 @@ export function groupedTiles(offsets: Tensor, rows: number, tile_rows: number): 
   const count = Math.min(rows, Math.floor((rows + experts * (tile_rows - 1)) / tile_rows));
   const tiles = offsets.device.empty([count, 4], "u32");
   launch("matmul/grouped_tiles", {
-    bind: { offsets, tiles }, params: { experts, tile_rows, count }, workgroups: [Math.ceil(count / WG)],
+    bind: { offsets, tiles }, params: { experts, rows, tile_rows, count },
+    workgroups: [Math.ceil(count / WG)],
   });
   return tiles;
 }

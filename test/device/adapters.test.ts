@@ -5,12 +5,17 @@ import { ROOT } from "../support/imports.ts";
 
 const onLinux = process.platform === "linux" && process.arch === "x64";
 
-/** Lists adapters in a process of its own, with the environment changed. */
-function listWith(change: Record<string, string>): { ids: string[]; stderr: string } {
+/** Runs a script of test/support in a process of its own, with the environment changed. */
+function runWith(change: Record<string, string>, name: string): { lines: string[]; stderr: string } {
   const env = { ...process.env, ...change };
-  const script = ["src/cli/source.mjs", "test/support/list_adapters.ts"];
+  const script = ["src/cli/source.mjs", `test/support/${name}.ts`];
   const { stdout, stderr } = spawnSync(process.execPath, script, { cwd: ROOT, env, encoding: "utf8" });
-  return { ids: stdout.trim().split("\n"), stderr };
+  return { lines: stdout.trim().split("\n"), stderr };
+}
+
+function listWith(change: Record<string, string>): { ids: string[]; stderr: string } {
+  const { lines: ids, stderr } = runWith(change, "list_adapters");
+  return { ids, stderr };
 }
 
 test.runIf(onLinux)("a machine without a driver has SwiftShader, and no driver warns on stderr", () => {
@@ -34,4 +39,15 @@ test("every adapter opens devices beside the others and gives them its own name"
     device.destroy();
   }
   expect({ files: process.env["VK_DRIVER_FILES"], icd: process.env["VK_ICD_FILENAMES"] }).toEqual(before);
+});
+
+test("indices go unchecked on SwiftShader alone, and nowhere with KRAIT_ROBUSTNESS=on", () => {
+  const unchecked = (setting: string) => {
+    const { lines } = runWith({ KRAIT_ROBUSTNESS: setting }, "read_past");
+    expect(lines.every((line) => /^\S+ (0|10[0-4])$/.test(line))).toBe(true);
+    return lines.filter((line) => line.endsWith(" 104"));
+  };
+  const ids = (process.env["KRAIT_ADAPTER"] ?? "swiftshader") === "swiftshader" ? ["swiftshader"] : [];
+  expect(unchecked("")).toEqual(ids.map((id) => `${id} 104`));
+  expect(unchecked("on")).toEqual([]);
 });

@@ -115,7 +115,7 @@ const isHost = (value: unknown): value is HostTensor =>
   typeof value === "object" && value !== null && "dtype" in value && "data" in value;
 
 /** Replaces host tensors by `f` of them, in arrays and plain objects too. */
-function mapTensors(value: Argument, f: (host: HostTensor) => unknown): unknown {
+export function mapTensors(value: Argument, f: (host: HostTensor) => unknown): unknown {
   if (isHost(value)) return f(value);
   if (Array.isArray(value)) return value.map((item) => mapTensors(item, f));
   if (typeof value === "object" && value !== null) {
@@ -124,7 +124,7 @@ function mapTensors(value: Argument, f: (host: HostTensor) => unknown): unknown 
   return value;
 }
 
-function upload(device: Device, host: HostTensor): Tensor {
+export function upload(device: Device, host: HostTensor): Tensor {
   const array = isFloat(host.dtype) ? Float32Array : host.dtype === "i32" ? Int32Array : Uint32Array;
   return device.tensor(array.from(host.data), host.shape, host.dtype);
 }
@@ -166,7 +166,7 @@ export function compare(
 
 const asList = <T>(value: T | T[]): T[] => (Array.isArray(value) ? value : [value]);
 /** Plain-object results (such as a plan of several index tensors) count as lists of their tensors. */
-const flatten = (value: unknown): unknown[] =>
+export const flatten = (value: unknown): unknown[] =>
   typeof value === "object" && value !== null && !Array.isArray(value) &&
   !(value instanceof Tensor) && !("data" in value)
     ? Object.values(value).filter((item) => typeof item === "object")
