@@ -1,6 +1,8 @@
 /** Krait's public API. */
 export { chooseAdapter, type AdapterHandle, type AdapterInfo, type AdapterKind } from "./gpu/adapters.ts";
-export { AdapterError, DeviceLostError, GpuError, OutOfMemoryError, ShaderError } from "./gpu/errors.ts";
+export {
+  AdapterError, DeviceLostError, GpuError, OutOfMemoryError, RankLostError, ShaderError,
+} from "./gpu/errors.ts";
 export type { GraphMemory } from "./gpu/pool.ts";
 export type { Profiler, ProfileEvent } from "./gpu/profiler.ts";
 export {
@@ -30,6 +32,7 @@ export { evaluate, evaluateIncremental, type EvaluateInputs, type Outputs } from
 export { encodeSafetensors, openSafetensors, openTensors } from "./io/safetensors.ts";
 export { byteTokenizer } from "./text/byte_tokenizer.ts";
 export type { Tokenizer } from "./text/tokenizer.ts";
+export { openRankDevices, type RanksOn } from "./parallel/rank_devices.ts";
 export { splitDocuments, type Document } from "./train/data.ts";
 export { lossCurve, movingAverage, niceTicks, type CurveOptions, type CurvePoint } from "./train/curve.ts";
 export { ngramBaselines } from "./train/ngram.ts";

@@ -11,11 +11,41 @@ export class GpuLayerError extends Error {}
  * used again.
  */
 export class DeviceLostError extends GpuLayerError {
-  override readonly name = "DeviceLostError";
+  override readonly name: string = "DeviceLostError";
   readonly reason: string;
-  constructor(reason: string, message: string) {
-    super(`The GPU device was lost (${reason})${message ? `: ${message}` : "."}`);
+  constructor(reason: string, message: string, options?: ErrorOptions) {
+    super(`The GPU device was lost (${reason})${message ? `: ${message}` : "."}`, options);
     this.reason = reason;
+  }
+}
+
+/**
+ * One of several devices that exchange bytes is gone, and with it what all of them were doing: none of them
+ * can be used again. The message names the rank, its adapter and where it was lost.
+ */
+export class RankLostError extends DeviceLostError {
+  override readonly name: string = "RankLostError";
+  /** Null where the device is no rank's. */
+  readonly rank: number | null;
+  /** Of the device that was lost: "lavapipe". */
+  readonly adapter: string;
+  /** What it was in the middle of: "while rank 1 waited for 64 bytes from it"; "" where nobody knows. */
+  readonly where: string;
+
+  constructor(rank: number | null, adapter: string, where: string, cause: Error) {
+    const reason = cause instanceof DeviceLostError ? cause.reason : cause.name;
+    super(reason, cause.message, { cause });
+    const who = `${rank === null ? "A device" : `Rank ${rank}`} on ${adapter}`;
+    this.message = `${who} was lost${where && ` ${where}`}: ${cause.message}`;
+    this.rank = rank;
+    this.adapter = adapter;
+    this.where = where;
+  }
+
+  /** The same, with where in the work of the caller it was. */
+  during(what: string): RankLostError {
+    const where = this.where ? `${what}, ${this.where}` : what;
+    return new RankLostError(this.rank, this.adapter, where, this.cause as Error);
   }
 }
 

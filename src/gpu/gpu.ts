@@ -1,8 +1,9 @@
 import { unhurried } from "#gpu";
 import type { AdapterHandle, AdapterInfo } from "./adapters.ts";
-import { DeviceLostError, GpuError, OutOfMemoryError } from "./errors.ts";
-import { BufferPool, type PooledBuffer, sizeClass } from "./pool.ts";
+import { DeviceLostError, GpuError, OutOfMemoryError, RankLostError } from "./errors.ts";
+import { BufferPool, type PooledBuffer } from "./pool.ts";
 import { Profiler } from "./profiler.ts";
+import { StagingBuffers } from "./staging.ts";
 import { Graph, Stream } from "./stream.ts";
 
 /** A contiguous range of a pooled buffer: what a kernel is bound to. */
@@ -43,6 +44,10 @@ export class Gpu {
   readonly stream: Stream;
   /** The first failure; every later use of the device throws it. */
   failure: Error | null = null;
+  /** The number of the rank that it is, where there is one device for each. */
+  rank: number | null = null;
+  /** Devices that share its fate, itself among them. */
+  #joined = new Set<Gpu>([this]);
   readonly #failed: Promise<never>;
   #reject!: (error: Error) => void;
   #bindGroups = new Map<string, GPUBindGroup>();
@@ -57,7 +62,8 @@ export class Gpu {
     this.#failed.catch(() => {}); // the failure is thrown where the device is used next
     const fail = (error: Error) => this.#fail(error);
     this.pool = new BufferPool(device, options.poolCeilingBytes ?? Infinity, fail);
-    this.stream = new Stream(device, this.pool, fail);
+    this.stream = new Stream(device, this.pool, fail, (work) => this.#patiently(work));
+    this.#staging = new StagingBuffers(device);
     this.pool.onDestroy = () => this.#bindGroups.clear();
     this.pool.settled = () => this.stream.idle();
     device.lost.then((lost) => this.#fail(new DeviceLostError(lost.reason, lost.message)), () => {});
@@ -71,6 +77,18 @@ export class Gpu {
   /** Subgroup operations may be used. */
   get hasSubgroups(): boolean {
     return this.gpuDevice.features.has("subgroups");
+  }
+
+  /**
+   * Shares the fate of another device, and of those that it was joined to before: the failure of one, which
+   * the others may wait for, is that of all.
+   */
+  join(other: Gpu): void {
+    if (this.#joined === other.#joined) return;
+    for (const gpu of other.#joined) {
+      this.#joined.add(gpu);
+      gpu.#joined = this.#joined;
+    }
   }
 
   /** Throws the device's failure, if it has failed. */
@@ -121,7 +139,7 @@ export class Gpu {
     try {
       await this.settle();
       const size = Math.ceil(view.byteLength / 4) * 4;
-      const staging = this.#takeStaging(size);
+      const staging = this.#staging.takeFree(size) ?? this.#staging.create(size);
       const encoder = this.gpuDevice.createCommandEncoder();
       encoder.copyBufferToBuffer(view.storage.buffer, view.byteOffset, staging, 0, size);
       this.gpuDevice.queue.submit([encoder.finish()]);
@@ -130,7 +148,7 @@ export class Gpu {
       this.waitedMs += performance.now() - since;
       const bytes = staging.getMappedRange(0, size).slice(0, view.byteLength);
       staging.unmap();
-      this.#keepStaging(staging);
+      this.#staging.keep(staging, STAGING_KEPT);
       this.assertUsable();
       return bytes;
     } finally {
@@ -140,22 +158,11 @@ export class Gpu {
 
   /** Milliseconds spent waiting for values to be read back. */
   waitedMs = 0;
+  readonly #staging: StagingBuffers;
+
   /** Buffers for reading back ever created: constant in a steady state. */
-  stagingCreated = 0;
-  readonly #staging: GPUBuffer[] = [];
-
-  /** A free buffer of the size class, or a new one. */
-  #takeStaging(bytes: number): GPUBuffer {
-    const size = sizeClass(bytes);
-    const at = this.#staging.findIndex((buffer) => buffer.size === size);
-    if (at >= 0) return this.#staging.splice(at, 1)[0]!;
-    this.stagingCreated++;
-    return this.gpuDevice.createBuffer({ size, usage: 0x01 | 0x08 }); // MAP_READ | COPY_DST
-  }
-
-  #keepStaging(buffer: GPUBuffer): void {
-    this.#staging.push(buffer);
-    while (this.#staging.length > STAGING_KEPT) this.#staging.shift()!.destroy();
+  get stagingCreated(): number {
+    return this.#staging.created;
   }
 
   /** Waits until all recorded work has been submitted. */
@@ -223,10 +230,14 @@ export class Gpu {
     this.gpuDevice.destroy();
   }
 
-  async #race<T>(work: Promise<T>): Promise<T> {
+  #race<T>(work: Promise<T>): Promise<T> {
+    return this.#patiently(Promise.race([work, this.#failed]));
+  }
+
+  /** Waits for the driver. @throws the device's failure, where that is behind an error */
+  async #patiently<T>(work: Promise<T>): Promise<T> {
     try {
-      const either = Promise.race([work, this.#failed]);
-      return await (this.info.isSoftware ? unhurried(either) : either);
+      return await (this.info.isSoftware ? unhurried(work) : work);
     } catch (error) {
       if (this.failure) throw this.failure;
       // A dying device first rejects what is pending, with errors that do not name the cause.
@@ -239,8 +250,26 @@ export class Gpu {
 
   #fail(error: Error): void {
     if (this.failure) return;
-    this.failure = error;
-    this.#reject(error);
+    const others = [...this.#joined].filter((gpu) => gpu !== this && !gpu.failure);
+    const shared = others.length > 0 ? this.#lossBefore(others, error) : error;
+    this.failure = error instanceof DeviceLostError ? shared : error;
+    this.#reject(this.failure);
+    this.stream.stop();
+    for (const other of others) other.#fail(shared);
+  }
+
+  /** What the failure of this device is to others. */
+  #lossBefore(others: readonly Gpu[], error: Error): Error {
+    if (error instanceof RankLostError) return error;
+    const nameOf = (gpu: Gpu | undefined) =>
+      typeof gpu?.rank === "number" ? `rank ${gpu.rank}` : "another device";
+    const waiting = others.find(({ stream }) => stream.awaited?.from === this.stream);
+    const own = this.stream.awaited;
+    const where = waiting
+      ? `while ${nameOf(waiting)} waited for ${waiting.stream.awaited!.bytes} bytes from it`
+      : own ? `while it waited for ${own.bytes} bytes from ` +
+        nameOf([...this.#joined].find(({ stream }) => stream === own.from)) : "";
+    return new RankLostError(this.rank, this.info.id, where, error);
   }
 }
 

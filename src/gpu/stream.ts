@@ -1,7 +1,9 @@
 import { GpuError } from "./errors.ts";
 import { currentLane, type Lane } from "./lane.ts";
-import type { Arena, BufferPool, GraphMemory, PooledBuffer } from "./pool.ts";
+import { type Arena, type BufferPool, type GraphMemory, type PooledBuffer, sizeClass } from "./pool.ts";
 import type { Profiler } from "./profiler.ts";
+import { StagingBuffers } from "./staging.ts";
+import type { Parcel } from "./transfer.ts";
 
 const UNIFORM_STRIDE = 256; // the default minUniformBufferOffsetAlignment
 const BLOCK_SLOTS = 256;
@@ -10,6 +12,8 @@ const BLOCK_SLOTS = 256;
 const COMMANDS_PER_SUBMIT = 64;
 const LIGHT_WORKGROUPS = 64;
 const LIGHT_PER_COMMAND = 16;
+/** Buffers of a size class through which bytes leave at the same time: further ones wait for one of them. */
+const SENDING = 4;
 
 /** A compute pipeline that may still be compiling. */
 export interface PipelineHandle {
@@ -42,6 +46,8 @@ type Command = Owned & (
   | { kind: "copy"; from: PooledBuffer; fromOffset: number; to: PooledBuffer; toOffset: number; size: number }
   | { kind: "clear"; buffer: PooledBuffer; offset: number; size: number }
   | { kind: "write"; buffer: PooledBuffer; offset: number; bytes: Uint8Array<ArrayBuffer> }
+  | { kind: "send"; buffer: PooledBuffer; offset: number; size: number; parcels: readonly Parcel[] }
+  | { kind: "receive"; buffer: PooledBuffer; offset: number; parcel: Parcel }
 );
 
 /** Told of every stretch of commands that belong together how long it took by itself, in milliseconds. */
@@ -82,7 +88,8 @@ export class Graph {
 
 /**
  * The device's order of work. Recording is synchronous and only appends to a list; batches are encoded and
- * submitted in that order as soon as their pipelines are compiled. Nothing here waits except `idle`.
+ * submitted in that order as soon as their pipelines are compiled, and pause before bytes of another device
+ * that have not arrived. Nothing here waits except `idle`.
  */
 export class Stream {
   /** Submissions to the queue so far. */
@@ -100,6 +107,14 @@ export class Stream {
   readonly #device: GPUDevice;
   readonly #pool: BufferPool;
   readonly #fail: (error: Error) => void;
+  readonly #patiently: <T>(work: Promise<T>) => Promise<T>;
+  readonly #staging: StagingBuffers;
+  /** Staging buffers by size class, in use or free. */
+  readonly #reserved = new Map<number, number>();
+  /** Goes on with the batch that waits for bytes or for a staging buffer. */
+  #wake: (() => void) | null = null;
+  #awaited: Parcel | null = null;
+  #stopped = false;
   readonly uniformLayout: GPUBindGroupLayout;
   readonly #freeBlocks: UniformBlock[] = [];
   #commands: Command[] = [];
@@ -112,13 +127,19 @@ export class Stream {
     arena: Arena; outside: Set<PooledBuffer>;
     unbound: { command: Command & { kind: "dispatch" }; bind: () => GPUBindGroup }[];
   } | null = null;
-  /** Batches that wait for a pipeline, in order; null when everything recorded has been submitted. */
+  /** Batches that wait for pipelines or bytes, in order; null when everything recorded was submitted. */
   #waiting: Promise<void> | null = null;
 
-  constructor(device: GPUDevice, pool: BufferPool, fail: (error: Error) => void) {
+  /** @param patiently waits for the driver, and rejects with the device's failure */
+  constructor(
+    device: GPUDevice, pool: BufferPool, fail: (error: Error) => void,
+    patiently: <T>(work: Promise<T>) => Promise<T>,
+  ) {
     this.#device = device;
     this.#pool = pool;
     this.#fail = fail;
+    this.#patiently = patiently;
+    this.#staging = new StagingBuffers(device);
     this.uniformLayout = device.createBindGroupLayout({
       entries: [{ binding: 0, visibility: 4, buffer: { type: "uniform", hasDynamicOffset: true } }],
     });
@@ -181,6 +202,40 @@ export class Stream {
     this.#record({ kind: "write", buffer, offset, bytes: padded }, [buffer]);
   }
 
+  /** Records that bytes leave for other devices: see `transfer`. */
+  send(buffer: PooledBuffer, offset: number, size: number, parcels: readonly Parcel[]): void {
+    this.#record({ kind: "send", buffer, offset, size, parcels }, [buffer]);
+    this.flush(); // others wait for it
+  }
+
+  /** Records that bytes arrive from another device: see `transfer`. */
+  receive(buffer: PooledBuffer, offset: number, parcel: Parcel): void {
+    this.#record({ kind: "receive", buffer, offset, parcel }, [buffer]);
+  }
+
+  /** Buffers that bytes leave through ever created: constant in a steady state. */
+  get stagingCreated(): number {
+    return this.#staging.created;
+  }
+
+  /** What it waits for. */
+  get awaited(): Parcel | null {
+    return this.#awaited;
+  }
+
+  /** Looks again for what it waits for. */
+  wake(): void {
+    const wake = this.#wake;
+    this.#wake = null;
+    wake?.();
+  }
+
+  /** Drops what is recorded and not yet submitted, and what will be: the device has failed. */
+  stop(): void {
+    this.#stopped = true;
+    this.wake();
+  }
+
   /** Submits what was recorded, now or as soon as its pipelines are compiled. */
   flush(): void {
     if (this.#capture || this.#commands.length === 0) return;
@@ -188,6 +243,7 @@ export class Stream {
     const blocks = this.#blocks;
     this.#commands = [];
     this.#blocks = [];
+    this.#reserve(commands);
     this.#enqueue(commands, blocks, true);
   }
 
@@ -223,7 +279,10 @@ export class Stream {
     const retained = [...outside];
     try {
       const memory = this.#pool.closeArena(arena, use);
-      if (use) for (const { command, bind } of unbound) command.group = bind();
+      if (use) {
+        for (const { command, bind } of unbound) command.group = bind();
+        this.#reserve(commands);
+      }
       for (const block of blocks) this.#upload(block);
       return new Graph(commands, retained, arena, blocks, memory);
     } catch (error) {
@@ -274,26 +333,47 @@ export class Stream {
     }
   }
 
+  /** Makes the staging buffers that commands will need: none is made when they run. */
+  #reserve(commands: readonly Command[]): void {
+    const wanted = new Map<number, number>();
+    for (const command of commands) {
+      if (command.kind !== "send") continue;
+      const size = sizeClass(command.size);
+      wanted.set(size, Math.min(SENDING, (wanted.get(size) ?? 0) + 1));
+    }
+    for (const [size, count] of wanted) {
+      for (let n = this.#reserved.get(size) ?? 0; n < count; n++) {
+        this.#staging.keep(this.#staging.create(size));
+        this.#reserved.set(size, n + 1);
+      }
+    }
+  }
+
   #enqueue(commands: readonly Command[], blocks: UniformBlock[], upload: boolean): void {
     const { tracer } = this;
     const end = () => {
       if (upload) this.#recycle(blocks);
     };
-    const run = (): void | Promise<void> => {
+    const run = (): Promise<void> | null => {
       if (upload) for (const block of blocks) this.#upload(block);
       if (tracer) return this.#traced(commands, tracer).then(end);
-      this.#encode(commands);
+      const at = this.#encode(commands, 0);
+      if (at < commands.length) return this.#goOn(commands, at).then(end);
       end();
+      return null;
     };
     const compiling: Promise<void>[] = [];
     for (const command of commands) {
       if (command.kind === "dispatch" && !command.pipeline.pipeline) compiling.push(command.pipeline.ready);
     }
-    if (!this.#waiting && compiling.length === 0 && !tracer) return void run();
-    const previous = this.#waiting ?? Promise.resolve();
-    const waiting: Promise<void> = previous
-      .then(() => Promise.all(compiling))
-      .then(run)
+    let running: Promise<void | null> | null;
+    if (!this.#waiting && compiling.length === 0 && !tracer) {
+      running = run();
+      if (!running) return;
+    } else {
+      running = (this.#waiting ?? Promise.resolve()).then(() => Promise.all(compiling)).then(run);
+    }
+    const waiting: Promise<void> = running
       .catch((error: unknown) => this.#fail(error instanceof Error ? error : new Error(String(error))))
       .then(() => {
         if (this.#waiting === waiting) this.#waiting = null;
@@ -309,17 +389,41 @@ export class Stream {
       let to = from + 1;
       while (to < commands.length && (commands[to]!.lane ?? null) === lane) to++;
       await queue.onSubmittedWorkDone();
-      const since = performance.now();
-      this.#encode(commands.slice(from, to));
+      let since = performance.now();
+      const stretch = commands.slice(from, to);
+      const at = this.#encode(stretch, 0);
+      if (at < stretch.length) {
+        const paused = performance.now();
+        await this.#goOn(stretch, at);
+        since += performance.now() - paused; // what others do is no time of its own
+      }
       await queue.onSubmittedWorkDone();
       tracer(lane, performance.now() - since);
       from = to;
     }
   }
 
-  /** Encodes commands in order; state that a pass already has is not set again. */
-  #encode(commands: readonly Command[]): void {
+  /** Runs commands from one on that had to wait. */
+  async #goOn(commands: readonly Command[], at: number): Promise<void> {
+    while (at < commands.length) {
+      const command = commands[at]!;
+      this.#awaited = command.kind === "receive" ? command.parcel : null;
+      await new Promise<void>((resolve) => {
+        this.#wake = resolve;
+      });
+      at = this.#encode(commands, at);
+    }
+    this.#awaited = null;
+  }
+
+  /**
+   * Encodes commands in order; state that a pass already has is not set again.
+   * @returns the number of the command that has to wait, or that of all of them
+   */
+  #encode(commands: readonly Command[], start: number): number {
+    if (this.#stopped) return commands.length;
     const { profiler } = this;
+    const leaving: { staging: GPUBuffer; size: number; deliver: ((bytes: ArrayBuffer) => void)[] }[] = [];
     let encoder: GPUCommandEncoder | null = null;
     let pass: GPUComputePassEncoder | null = null;
     let pipeline: GPUComputePipeline | null = null;
@@ -341,8 +445,10 @@ export class Stream {
       profiler?.submitted();
       this.submits++;
       encoder = null;
+      for (const { staging, size, deliver } of leaving.splice(0)) this.#deliver(staging, size, deliver);
     };
-    for (const command of commands) {
+    for (let at = start; at < commands.length; at++) {
+      const command = commands[at]!;
       switch (command.kind) {
         case "dispatch": {
           const [x, y, z] = command.workgroups;
@@ -381,9 +487,42 @@ export class Stream {
           submit(); // queue writes happen between submissions
           this.#device.queue.writeBuffer(command.buffer.buffer, command.offset, command.bytes);
           break;
+        case "send": {
+          const staging = this.#staging.takeFree(command.size);
+          if (!staging) {
+            submit();
+            return at;
+          }
+          endPass();
+          open().copyBufferToBuffer(command.buffer.buffer, command.offset, staging, 0, command.size);
+          leaving.push({
+            staging, size: command.size, deliver: command.parcels.map((parcel) => parcel.announce()),
+          });
+          if (commands[at + 1]?.kind !== "send") submit();
+          break;
+        }
+        case "receive": {
+          submit();
+          const bytes = command.parcel.take();
+          if (!bytes) return at;
+          this.#device.queue.writeBuffer(command.buffer.buffer, command.offset, bytes);
+          break;
+        }
       }
     }
     submit();
+    return commands.length;
+  }
+
+  /** Hands bytes out when the device has come to copy them into a staging buffer. */
+  #deliver(staging: GPUBuffer, size: number, deliver: readonly ((bytes: ArrayBuffer) => void)[]): void {
+    this.#patiently(staging.mapAsync(1, 0, size)).then(() => {
+      const bytes = staging.getMappedRange(0, size).slice(0);
+      staging.unmap();
+      this.#staging.keep(staging);
+      for (const one of deliver) one(bytes);
+      this.wake(); // it may wait for the buffer
+    }).catch((error: unknown) => this.#fail(error instanceof Error ? error : new Error(String(error))));
   }
 
   #createBlock(): UniformBlock {

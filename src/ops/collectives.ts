@@ -20,10 +20,14 @@ import { sizeOf } from "../tensor/ndarray.ts";
 import { localsOf, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { Device } from "../tensor/device.ts";
+import { onDevice, onDevices } from "../tensor/transfer.ts";
 import { copyColumns } from "./elementwise.ts";
 import { defineOp } from "./op.ts";
 
-/** How bytes travel: from everyone to everyone who needs them, or from neighbour to neighbour. */
+/**
+ * How bytes travel: from everyone to everyone who needs them, or from neighbour to neighbour. Of ranks on one
+ * device nothing travels; what everybody has for somebody else (all_to_all) goes directly either way.
+ */
 export const ALGORITHMS = ["direct", "ring"] as const;
 export type Algorithm = (typeof ALGORITHMS)[number];
 
@@ -161,47 +165,116 @@ function sumColumns(
   }
 }
 
-/** The sum of all ranks' tensors, on every rank. */
-function summed(xs: readonly Tensor[]): Tensor[] {
-  const ys = xs.map(({ device, shape, dtype }) => device.empty(shape, dtype));
-  sumColumns(xs, { rows: 1, cols: xs[0]!.size }, 0, ys[0]!);
-  for (const y of ys.slice(1)) y.copyFrom(ys[0]!);
-  return ys;
+const isShared = (xs: readonly Tensor[]): boolean => xs.every(({ device }) => device === xs[0]!.device);
+
+/**
+ * What every rank then has of all: `[r][s]` is the tensor of rank s on the device of rank r. From everyone to
+ * everyone, or in a ring each from the rank before.
+ */
+export function circulated(xs: readonly Tensor[], algorithm: Algorithm): Tensor[][] {
+  const devices = xs.map(({ device }) => device);
+  const here = xs.map((): Tensor[] => []);
+  if (algorithm === "direct" || isShared(xs)) {
+    xs.forEach((x, s) => onDevices(x, devices).forEach((copy, r) => {
+      here[r]![s] = copy;
+    }));
+    return here;
+  }
+  const g = xs.length;
+  xs.forEach((x, r) => {
+    here[r]![r] = x;
+  });
+  for (let hop = 1; hop < g; hop++) {
+    for (let r = 0; r < g; r++) {
+      const s = (r - hop + g) % g;
+      here[r]![s] = onDevice(here[(r - 1 + g) % g]![s]!, devices[r]!);
+    }
+  }
+  return here;
 }
 
-/** Every rank's slice of the sum. */
-function summedSlices(xs: readonly Tensor[], dim: number): Tensor[] {
-  const extent = xs[0]!.shape[dim]! / xs.length;
-  const matrix = blocks(xs[0]!.shape, dim);
-  return xs.map(({ device, shape, dtype }, i) => {
-    const y = device.empty(withExtent(shape, dim, extent), dtype);
-    sumColumns(xs, matrix, i * (matrix.cols / xs.length), y);
+/** What all ranks come to alike: one rank of each device makes it, the others copy it. */
+function alike(devices: readonly Device[], make: (rank: number) => Tensor): Tensor[] {
+  const made = new Map<Device, Tensor>();
+  return devices.map((device, rank) => {
+    const first = made.get(device);
+    if (first) return sent(first, device);
+    const y = make(rank);
+    made.set(device, y);
     return y;
   });
 }
 
+function sumOf(xs: readonly Tensor[]): Tensor {
+  const { device, shape, dtype, size } = xs[0]!;
+  const y = device.empty(shape, dtype);
+  sumColumns(xs, { rows: 1, cols: size }, 0, y);
+  return y;
+}
+
+/** The sum on the device of the last rank: it goes from rank to rank, which keeps the order of additions. */
+function sumAlong(xs: readonly Tensor[]): Tensor {
+  return xs.reduce((sum, x) => sumOf([onDevice(sum, x.device), x]));
+}
+
+/** The sum of all ranks' tensors, on every rank. */
+function summed(xs: readonly Tensor[], algorithm: Algorithm): Tensor[] {
+  if (algorithm === "direct" || isShared(xs)) {
+    const here = circulated(xs, "direct");
+    return alike(xs.map(({ device }) => device), (rank) => sumOf(here[rank]!));
+  }
+  const ys = [sumAlong(xs)];
+  for (const { device } of [...xs].reverse().slice(1)) ys.unshift(sent(ys[0]!, device));
+  return ys;
+}
+
+/** Every rank's slice of the sum: in a ring the last rank, who has all of it, hands out the slices. */
+function summedSlices(xs: readonly Tensor[], dim: number, algorithm: Algorithm): Tensor[] {
+  const g = xs.length;
+  if (isShared(xs)) {
+    const matrix = blocks(xs[0]!.shape, dim);
+    return xs.map(({ device, shape, dtype }, i) => {
+      const y = device.empty(withExtent(shape, dim, shape[dim]! / g), dtype);
+      sumColumns(xs, matrix, i * (matrix.cols / g), y);
+      return y;
+    });
+  }
+  if (algorithm === "ring") {
+    const sum = sumAlong(xs);
+    return xs.map(({ device }, i) => onDevice(sliceOf(sum, dim, i, g), device));
+  }
+  return xs.map(({ device }, i) => sumOf(xs.map((x) => onDevice(sliceOf(x, dim, i, g), device))));
+}
+
 /** All ranks' slices side by side, on every rank. */
-function allSlices(xs: readonly Tensor[], dim: number): Tensor[] {
-  const { shape, dtype } = xs[0]!;
+function allSlices(xs: readonly Tensor[], dim: number, algorithm: Algorithm): Tensor[] {
+  const here = circulated(xs, algorithm);
+  return alike(xs.map(({ device }) => device), (rank) => joined(here[rank]!, dim));
+}
+
+/** Slices side by side. */
+function joined(xs: readonly Tensor[], dim: number): Tensor {
+  const { device, shape, dtype } = xs[0]!;
   const { rows, cols: width } = blocks(shape, dim);
-  const ys = xs.map(({ device }) => device.empty(withExtent(shape, dim, xs.length * shape[dim]!), dtype));
+  const y = device.empty(withExtent(shape, dim, xs.length * shape[dim]!), dtype);
   const cols = xs.length * width;
   xs.forEach((x, i) => copyColumns(
-    rows, width, { tensor: x, cols: width, first: 0 }, { tensor: ys[0]!, cols, first: i * width }));
-  for (const y of ys.slice(1)) y.copyFrom(ys[0]!);
-  return ys;
+    rows, width, { tensor: x, cols: width, first: 0 }, { tensor: y, cols, first: i * width }));
+  return y;
+}
+
+/** Slice i of g. */
+function sliceOf(x: Tensor, dim: number, i: number, g: number): Tensor {
+  const { rows, cols } = blocks(x.shape, dim);
+  const width = cols / g;
+  const y = x.device.empty(withExtent(x.shape, dim, x.shape[dim]! / g), x.dtype);
+  copyColumns(rows, width, { tensor: x, cols, first: i * width }, { tensor: y, cols: width, first: 0 });
+  return y;
 }
 
 /** Of every rank's tensor the slice that is its own. */
 function ownSlices(xs: readonly Tensor[], dim: number): Tensor[] {
-  const { rows, cols } = blocks(xs[0]!.shape, dim);
-  const width = cols / xs.length;
-  return xs.map((x, i) => {
-    const y = x.device.empty(withExtent(x.shape, dim, x.shape[dim]! / xs.length), x.dtype);
-    copyColumns(
-      rows, width, { tensor: x, cols, first: i * width }, { tensor: y, cols: width, first: 0 });
-    return y;
-  });
+  return xs.map((x, i) => sliceOf(x, dim, i, xs.length));
 }
 
 /** A gradient for every rank: zeros where an output was not used. */
@@ -225,7 +298,7 @@ const copyTo = defineOp({
   backward({ options, devices }: Saved<Call>, grads) {
     const dys = whole(grads, devices);
     report("all_reduce", options, dys[0]!.byteLength, true);
-    return [null, ...summed(dys)];
+    return [null, ...summed(dys, options.algorithm)];
   },
 });
 
@@ -234,7 +307,7 @@ const reduceFrom = defineOp({
   forward(_ctx, options: Call, ...xs: Tensor[]): Tensor[] {
     checkAlike("reduce_from", xs);
     report("all_reduce", options, xs[0]!.byteLength);
-    return summed(xs);
+    return summed(xs, options.algorithm);
   },
   backward: (_saved, grads) => [null, ...grads],
 });
@@ -250,7 +323,7 @@ const scatterTo = defineOp({
   backward({ options, devices }: Saved<SliceOptions>, grads) {
     const dys = whole(grads, devices);
     report("all_gather", options, dys[0]!.byteLength, true);
-    return [null, ...allSlices(dys, options.dim)];
+    return [null, ...allSlices(dys, options.dim, options.algorithm)];
   },
 });
 
@@ -260,13 +333,13 @@ const gatherFrom = defineOp({
     checkAlike("gather", xs);
     report("all_gather", options, xs[0]!.byteLength);
     ctx.save({ options, devices: xs.map(({ device }) => device) });
-    return allSlices(xs, options.dim);
+    return allSlices(xs, options.dim, options.algorithm);
   },
   backward({ options, devices }: Saved<GatherOptions>, grads) {
     const dys = whole(grads, devices);
     if (!options.sum) return [null, ...ownSlices(dys, options.dim)];
     report("reduce_scatter", options, dys[0]!.byteLength, true);
-    return [null, ...summedSlices(dys, options.dim)];
+    return [null, ...summedSlices(dys, options.dim, options.algorithm)];
   },
 });
 
@@ -277,12 +350,12 @@ const reduceScatter = defineOp({
     checkSlices("reduce_scatter", xs, options.dim, xs.length);
     report("reduce_scatter", options, xs[0]!.byteLength);
     ctx.save({ options, devices: xs.map(({ device }) => device) });
-    return summedSlices(xs, options.dim);
+    return summedSlices(xs, options.dim, options.algorithm);
   },
   backward({ options, devices }: Saved<SliceOptions>, grads) {
     const dys = whole(grads, devices);
     report("all_gather", options, dys[0]!.byteLength, true);
-    return [null, ...allSlices(dys, options.dim)];
+    return [null, ...allSlices(dys, options.dim, options.algorithm)];
   },
 });
 
@@ -294,6 +367,10 @@ export interface AllToAllOptions extends Call {
 /** Slice j of rank i along `cut` becomes part i of rank j along the other dimension. */
 function exchanged(xs: readonly Tensor[], cut: 1 | 2): Tensor[] {
   const g = xs.length;
+  if (!isShared(xs)) {
+    return xs.map(({ device }, j) =>
+      joined(xs.map((x) => onDevice(sliceOf(x, cut, j, g), device)), cut === 1 ? 2 : 1));
+  }
   const [B, L, C] = xs[0]!.shape as [number, number, number];
   return xs.map(({ device, dtype }, j) => {
     const y = device.empty(cut === 2 ? [B, g * L, C / g] : [B, L / g, g * C], dtype);

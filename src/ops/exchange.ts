@@ -8,7 +8,8 @@ import { check } from "../tensor/check.ts";
 import { localsOf, perRank, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import {
-  announce, type Call, type CollectiveKind, type Counted, gatherFromGroup, type Group,
+  type Algorithm, announce, type Call, circulated, type CollectiveKind, type Counted, gatherFromGroup,
+  type Group, whole,
 } from "./collectives.ts";
 import { defineOp } from "./op.ts";
 
@@ -109,14 +110,19 @@ export interface ExchangeRowsOptions extends Call {
   readonly sends: number;
 }
 
-/** y_i[r] = the sum of the rows of all xs that table_i names, for every rank i. */
-function rowsOf(tables: readonly Tensor[], xs: readonly Tensor[]): Tensor[] {
-  const [stride, D] = xs[0]!.shape as [number, number];
+/**
+ * y_i[r] = the sum of the rows of all xs that table_i names, for every rank i. Between devices whole buffers
+ * travel: how many rows of them count, nobody knows who records it.
+ */
+function rowsOf(tables: readonly Tensor[], all: readonly Tensor[], algorithm: Algorithm): Tensor[] {
+  const [stride, D] = all[0]!.shape as [number, number];
   const isWide = D % 4 === 0;
   const cols = isWide ? D / 4 : D;
-  return tables.map((table) => {
+  const here = circulated(all, algorithm);
+  return tables.map((table, rank) => {
     const rows = table.shape[0]!;
-    const { device, dtype } = xs[0]!;
+    const xs = here[rank]!;
+    const { device, dtype } = xs[rank]!;
     const y = device.empty([rows, D], dtype);
     const parts = Math.max(1, Math.ceil(cols / (device.info.isSoftware ? 16 : 4)));
     for (let first = 0; first < xs.length; first += INPUTS) {
@@ -184,16 +190,16 @@ export const exchange_rows = defineOp({
     const saved = { options, back, splits, shape, rows: tables[0]!.shape[0]! };
     say(saved, xs[0]!, false);
     ctx.save(saved);
-    return rowsOf(tables, xs);
+    return rowsOf(tables, xs, options.algorithm);
   },
   backward(saved: SavedExchange, grads) {
-    const { options, back, shape, rows } = saved;
+    const { options, back } = saved;
     const g = options.ranks.length;
     const some = grads.find((grad) => grad !== null);
     if (!some) return [];
-    const dys = grads.map((grad) => grad ?? some.device.zeros([rows, shape[1]!]));
+    const dys = whole(grads, back.map(({ device }) => device));
     say(saved, some, true);
-    return [...Array.from({ length: 1 + 3 * g }, () => null), ...rowsOf(back, dys)];
+    return [...Array.from({ length: 1 + 3 * g }, () => null), ...rowsOf(back, dys, options.algorithm)];
   },
 });
 

@@ -1,10 +1,12 @@
 import { check } from "../tensor/check.ts";
 import { scope } from "../tensor/scope.ts";
+import type { Device } from "../tensor/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import { onDevice } from "../tensor/transfer.ts";
 import {
   attend, attendBackward, type AttentionCall, type Attended, listed, merge, resized, statistics, widened,
 } from "./attention_kernels.ts";
-import { type Call, checkAlike, report, whole } from "./collectives.ts";
+import { type Call, checkAlike, circulated, report, whole } from "./collectives.ts";
 import { accumulate } from "./elementwise.ts";
 import { defineOp } from "./op.ts";
 
@@ -27,8 +29,8 @@ interface Saved {
   readonly vs: Heads;
   readonly outs: Heads;
   readonly lses: readonly Tensor[];
-  /** i32 [ranks, B, L] */
-  readonly numbers: Tensor | null;
+  /** i32 [ranks, B, L], for every rank */
+  readonly numbers: readonly Tensor[] | null;
   /** Dh as the caller knows it. */
   readonly width: number;
   /** Bytes of a rank's keys and values, and of its numbers. */
@@ -57,6 +59,24 @@ function callOf(
 /** A hop of the ring: every rank hands on so many bytes. */
 function reportHop(options: RingAttentionOptions, bytes: number, backward: boolean): void {
   report("send", { ...options, algorithm: "ring" }, options.ranks.length * bytes, backward);
+}
+
+/** Puts the block of every rank s where it is after so many hops: with rank s + hop (mod n). */
+function handOn(blocks: Tensor[], devices: readonly Device[], hop: number): void {
+  blocks.forEach((block, s) => {
+    blocks[s] = onDevice(block, devices[(s + hop) % devices.length]!);
+  });
+}
+
+/** The numbers of all ranks in one list, for every rank; ranks of one device share it. */
+function numbersOfAll(lists: readonly Tensor[]): Tensor[] {
+  const made = new Map<Device, Tensor>();
+  return circulated(lists, "ring").map((here, rank) => {
+    const { device } = lists[rank]!;
+    const all = made.get(device) ?? listed(here);
+    made.set(device, all);
+    return all;
+  });
 }
 
 /**
@@ -96,14 +116,16 @@ export const ring_attention = defineOp({
     for (const numbers of options.seq_idx ?? []) {
       check(numbers.shape.join() === `${B},${L}`, "ring_attention", "seq_idx", `[${B}, ${L}]`, numbers);
     }
-    const numbers = options.seq_idx && listed(options.seq_idx).reshape([n, B * L]);
+    const devices = qs.map(({ device }) => device);
+    const numbers = options.seq_idx && numbersOfAll(options.seq_idx).map((all) => all.reshape([n, B * L]));
     const [wideQs, wideKs, wideVs] = [qs.map(widened), ks.map(widened), vs.map(widened)];
     const attendTo = (r: number, s: number): Attended =>
-      attend(wideQs[r]!, wideKs[s]!, wideVs[s]!, callOf(options, numbers, q.shape, r, s));
+      attend(wideQs[r]!, wideKs[s]!, wideVs[s]!, callOf(options, numbers?.[r] ?? null, q.shape, r, s));
     const bytes = { kv: 2 * k.byteLength, numbers: options.seq_idx?.[0]!.byteLength ?? 0 };
     let all = wideQs.map((_, r) => attendTo(r, r));
     for (let hop = 1; hop < n; hop++) {
       reportHop(options, bytes.kv + bytes.numbers, false);
+      for (const list of [wideKs, wideVs]) handOn(list, devices, hop);
       all = all.map((found, r) => scope(() => merge(found, attendTo(r, (r - hop + n) % n))));
     }
     const outs = all.map(({ out }) => out);
@@ -115,21 +137,27 @@ export const ring_attention = defineOp({
   },
   backward({ options, qs, ks, vs, outs, lses, numbers, width, bytes }: Saved, grads) {
     const n = qs.length;
-    const douts = whole(grads, qs.map(({ device }) => device)).map(widened);
+    const devices = qs.map(({ device }) => device);
+    const douts = whole(grads, devices).map(widened);
     const stats = outs.map((out, r) => statistics({ out, lse: lses[r]! }, douts[r]!));
     const sums: { dq: Tensor[]; dk: Tensor[]; dv: Tensor[] } = { dq: [], dk: [], dv: [] };
+    const travelling: Tensor[][] = [[...ks], [...vs]];
     const add = (to: Tensor[], i: number, part: Tensor): void => {
       if (to[i]) accumulate(to[i], part);
       else to[i] = part;
     };
     for (let hop = n - 1; hop >= 0; hop--) {
       // What came last is still here; with every hop back the blocks bring along what they gathered so far.
-      if (hop < n - 1) reportHop(options, 2 * bytes.kv + bytes.numbers, true);
+      if (hop < n - 1) {
+        reportHop(options, 2 * bytes.kv + bytes.numbers, true);
+        for (const list of [...travelling, sums.dk, sums.dv]) handOn(list, devices, hop);
+      }
       for (let r = 0; r < n; r++) {
         scope(() => {
           const s = (r - hop + n) % n;
-          const block = { q: qs[r]!, k: ks[s]!, v: vs[s]!, dout: douts[r]!, stats: stats[r]! };
-          const call = callOf(options, numbers, qs[r]!.shape, r, s);
+          const [k, v] = travelling.map((list) => list[s]!) as [Tensor, Tensor];
+          const block = { q: qs[r]!, k, v, dout: douts[r]!, stats: stats[r]! };
+          const call = callOf(options, numbers?.[r] ?? null, qs[r]!.shape, r, s);
           const part = attendBackward(block, call, { q: true, kv: true });
           add(sums.dq, r, part.dq!);
           add(sums.dk, s, part.dk!);

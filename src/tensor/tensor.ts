@@ -1,5 +1,6 @@
 import type { BufferView } from "../gpu/gpu.ts";
 import type { PooledBuffer } from "../gpu/pool.ts";
+import { transfer } from "../gpu/transfer.ts";
 import type { Device } from "./device.ts";
 import { decodeFloat32, encodeFloat } from "./dtype.ts";
 import { DTypeError, ShapeError } from "./errors.ts";
@@ -191,7 +192,7 @@ export class Tensor implements BufferView {
     return encodeFloat(FILE_DTYPE[this.dtype], padded);
   }
 
-  /** Overwrites the elements with those of another tensor of the same size and dtype. */
+  /** Overwrites the elements with those of another tensor, of any device, of the same size and dtype. */
   copyFrom(other: Tensor): void {
     if (other.dtype !== this.dtype) {
       throw new DTypeError(`copyFrom: expected ${this.dtype} elements, found ${other.dtype}.`);
@@ -199,6 +200,7 @@ export class Tensor implements BufferView {
     if (other.size !== this.size) {
       throw new ShapeError(`copyFrom: expected ${this.size} elements, found [${other.shape}].`);
     }
+    if (other.device !== this.device) return transfer(other, [this]);
     this.device.stream.copy(other.storage, other.byteOffset, this.storage, this.byteOffset, this.byteLength);
   }
 

@@ -1,5 +1,6 @@
 /** The training step: forward, backward, clipping and update, captured once and replayed. */
 import type { GradientMap } from "../autograd/tape.ts";
+import { RankLostError } from "../gpu/errors.ts";
 import type { GraphMemory } from "../gpu/pool.ts";
 import { MoE } from "../nn/moe.ts";
 import { checkMoETraining, makeMoETraining, type MoETraining } from "../nn/moe_training.ts";
@@ -196,9 +197,18 @@ export class Trainer {
    * One update from `accumulate` micro-batches. A step whose loss or gradient norm is not finite changes
    * neither parameters, moments nor the experts' correction biases: the device sees to that by itself.
    * @param batches those of data-parallel rank 0, 1, ... for the first pass, then for the second, ...
-   * @throws KraitError when `max_skipped` steps in a row were skipped.
+   * @throws KraitError when `max_skipped` steps in a row were skipped; RankLostError when the device of one
+   *   of several ranks is lost.
    */
   async step(batches: readonly Batch[]): Promise<StepMetrics> {
+    try {
+      return await this.#step(batches);
+    } catch (error) {
+      throw error instanceof RankLostError ? error.during(`in training step ${this.steps}`) : error;
+    }
+  }
+
+  async #step(batches: readonly Batch[]): Promise<StepMetrics> {
     const { accumulate: micros, schedule, mtp_scale, mtp_depths } = this.options;
     if (batches.length !== micros) {
       throw new KraitError(`A step needs ${micros} micro-batches, found ${batches.length}.`);

@@ -3,7 +3,7 @@ import type { NemotronHConfig } from "../../src/models/config.ts";
 import { preset } from "../../src/models/presets.ts";
 import { parseLayout, worldOf } from "../../src/parallel/layout.ts";
 import { MeshModel } from "../../src/parallel/model.ts";
-import type { Device } from "../../src/tensor/device.ts";
+import { Device } from "../../src/tensor/device.ts";
 import { type Batch, IGNORED } from "../../src/train/packing.ts";
 import { elementsOf } from "../../src/parallel/model.ts";
 import { stateEntries } from "../../src/train/optimizer_state.ts";
@@ -53,17 +53,18 @@ export interface Outcome {
 }
 
 /**
- * Trains under a layout.
+ * Trains under a layout, on one device or on that of every rank.
  * @param steps of which the first tells the gradients: the first moment is a tenth of one then
  */
 export async function trainSmall(
-  device: Device, layoutText: string, batches: readonly Batch[],
-  { steps = 1, config = SMALL, ...options }: Partial<Omit<TrainerOptions, "steps">> & {
-    steps?: number; config?: NemotronHConfig;
+  on: Device | readonly Device[], layoutText: string, batches: readonly Batch[],
+  { steps = 1, config = SMALL, after, ...options }: Partial<Omit<TrainerOptions, "steps">> & {
+    steps?: number; config?: NemotronHConfig; after?: (step: number) => void;
   } = {},
 ): Promise<Outcome> {
   const layout = parseLayout(layoutText);
-  const mesh = MeshModel.on(Array<Device>(worldOf(layout)).fill(device), layout, config);
+  const ranks = on instanceof Device ? Array<Device>(worldOf(layout)).fill(on) : on;
+  const mesh = MeshModel.on(ranks, layout, config);
   mesh.initialise(5);
   const trainer = new Trainer(mesh, {
     ...SIZES, accumulate: batches.length, schedule: constantSchedule({ peak: 3e-3, warmup: 0 }),
@@ -76,6 +77,7 @@ export async function trainSmall(
     const gradients = new Map<string, Float32Array>();
     for (let step = 0; step < steps; step++) {
       metrics.push(await trainer.step(batches));
+      after?.(step);
       if (step > 0) continue;
       for (const { name, dtype, bytes } of stateEntries(mesh, trainer.optimizers)) {
         if (!name.startsWith("m.")) continue;
