@@ -41,15 +41,17 @@ export function parseCommand<const S extends OptionSpecs>(
     tokens: true,
     allowPositionals: true,
     options: Object.fromEntries([...byFlag].map(([name, { option }]) => [name, {
-      type: option.type === "boolean" ? "boolean" as const : "string" as const,
+      type: option.type === "boolean" || aloneOf(option) !== undefined
+        ? "boolean" as const : "string" as const,
       ...(option.short === undefined ? {} : { short: option.short }),
     }])),
   });
 
   const values: Record<string, unknown> = {};
   const args: string[] = [];
+  const taken = new Set<number>();
   for (const token of tokens) {
-    if (token.kind === "positional") args.push(token.value);
+    if (token.kind === "positional" && !taken.has(token.index)) args.push(token.value);
     if (token.kind !== "option") continue;
     const negated = token.name.startsWith("no-") ? byFlag.get(token.name.slice(3)) : undefined;
     const found = byFlag.get(token.name) ?? (negated?.option.type === "boolean" ? negated : undefined);
@@ -62,7 +64,14 @@ export function parseCommand<const S extends OptionSpecs>(
       values[key] = found !== negated || byFlag.has(token.name);
       continue;
     }
-    const value = readValue(option, token.rawName, token.value, token.inlineValue ?? false);
+    let given = token.value;
+    const alone = aloneOf(option);
+    if (alone !== undefined && given === undefined) {
+      const next = tokens.find(({ index }) => index === token.index + 1);
+      given = next?.kind === "positional" ? next.value : alone;
+      taken.add(token.index + 1);
+    }
+    const value = readValue(option, token.rawName, given, token.inlineValue ?? false);
     if (option.type === "string" && option.multiple) values[key] = [...asList(values[key]), value];
     else values[key] = value;
   }
@@ -148,6 +157,10 @@ export function closest(word: string, candidates: readonly string[]): string | u
   const best = ranked[0];
   if (best && best.distance <= Math.max(1, Math.floor(word.length / 3))) return best.candidate;
   return word.length >= 2 ? candidates.find((candidate) => candidate.startsWith(word)) : undefined;
+}
+
+function aloneOf(option: OptionSpec): string | undefined {
+  return option.type === "string" ? option.alone : undefined;
 }
 
 function readValue(

@@ -17,6 +17,8 @@ export interface StringOption extends OptionBase {
   readonly default?: string;
   readonly required?: boolean;
   readonly multiple?: boolean;
+  /** What the flag means without a value. */
+  readonly alone?: string;
 }
 
 /** A number within min..max. */

@@ -59,7 +59,8 @@ function optionHelp(name: string, option: OptionSpec): string[] {
   if (negatable) facts.push("on by default");
   const help = `${option.help}${facts.length > 0 ? ` (${facts.join("; ")})` : ""}`;
   const spelling = `${short}--${negatable ? "[no-]" : ""}${name}`;
-  return entry(option.type === "boolean" ? spelling : `${spelling} ${standIn}`, help, COLUMN);
+  const value = option.type === "string" && option.alone !== undefined ? `[${standIn}]` : standIn;
+  return entry(option.type === "boolean" ? spelling : `${spelling} ${value}`, help, COLUMN);
 }
 
 function positionalText({ name, optional, many }: Positional): string {

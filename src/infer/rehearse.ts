@@ -1,6 +1,7 @@
 import type { NemotronHConfig } from "../models/config.ts";
 import { NemotronH } from "../models/nemotron_h.ts";
 import { createParameters, emptyWeights } from "../models/parameters.ts";
+import { parseRecompute } from "../nn/recompute.ts";
 import type { Device } from "../tensor/device.ts";
 import { makeRecipe, precisionOf, type Recipe, scheduleOf } from "../train/recipe.ts";
 import { Trainer } from "../train/trainer.ts";
@@ -29,6 +30,7 @@ export async function rehearse(
   const trainer = new Trainer(model, {
     ...recipe, schedule: scheduleOf(recipe), betas: [recipe.beta1, recipe.beta2],
     mtp_depths: model.mtp ? recipe.mtp_depths : 0, precision: precisionOf(recipe),
+    recompute: parseRecompute(recipe.recompute),
   });
   const zeros = () => new Int32Array(batch * seqlen);
   const micro = {

@@ -12,7 +12,7 @@
  */
 import { Attention, type KVScales } from "../nn/attention.ts";
 import { balanceLoss, type BalanceOptions, countingOf, type Weighed } from "../nn/balance.ts";
-import { Block, type LayerCache, type Mixer } from "../nn/block.ts";
+import { Block, type LayerCache, type Mixer, runBlocks } from "../nn/block.ts";
 import type { ForwardContext, Routing, Step } from "../nn/context.ts";
 import { type Division, sizeOfGroup, SOLO } from "../nn/division.ts";
 import { Mamba2, type Mamba2Cache } from "../nn/mamba2.ts";
@@ -20,6 +20,7 @@ import { MLP } from "../nn/mlp.ts";
 import { MoE } from "../nn/moe.ts";
 import type { MoETraining } from "../nn/moe_training.ts";
 import { MTP } from "../nn/mtp.ts";
+import { type Recompute, RECOMPUTE_OFF } from "../nn/recompute.ts";
 import type { RouterReplay } from "../nn/replay.ts";
 import { enter, tableRows, vocabularyCrossEntropy } from "../nn/tensor_parallel.ts";
 import { type Weight, Weights } from "../nn/weights.ts";
@@ -82,8 +83,8 @@ export interface LossOptions {
   readonly moe?: MoETraining | null;
   /** Records the choices of routers, or replays them. */
   readonly replay?: RouterReplay | null;
-  /** Keep the input of every block alone and compute the rest again in the backward pass. */
-  readonly recompute?: boolean;
+  /** What the backward pass computes again instead of keeping it; default: nothing. */
+  readonly recompute?: Recompute;
   /** Probability that targets give to all other words alike; default 0. */
   readonly label_smoothing?: number;
 }
@@ -223,11 +224,7 @@ export class NemotronH {
     x_BLD: Tensor, context: ForwardContext = PLAIN, cache: ModelCache | null = null,
     visit: (x: Tensor, i: number) => void = () => {},
   ): Tensor {
-    let x = x_BLD;
-    this.blocks.forEach((block, i) => {
-      visit(x, i);
-      x = block.forward(x, context, cache && cache.layers[i]!);
-    });
+    const x = runBlocks(this.blocks, x_BLD, context, cache && cache.layers, visit);
     visit(x, this.blocks.length);
     return this.#norm_f ? rms_norm(x, this.#norm_f, this.config.layer_norm_epsilon) : x;
   }
@@ -238,11 +235,12 @@ export class NemotronH {
   ): Tensor {
     const { mtp } = this;
     if (!mtp) throw new Error("This model has no multi-token-prediction layers.");
-    let x = mtp.input(this.embed(next_ids), h);
-    mtp.blocks.forEach((block, i) => {
-      x = block.forward(x, context, cache && cache.mtp[i]!);
-    });
-    return mtp.output(x);
+    // The first layers of a stage are not these.
+    const { recompute } = context;
+    const inside = recompute && recompute.first < Infinity
+      ? { ...context, recompute: RECOMPUTE_OFF } : context;
+    const x = mtp.input(this.embed(next_ids), h);
+    return mtp.output(runBlocks(mtp.blocks, x, inside, cache && cache.mtp));
   }
 
   /** (..., hidden) -> (..., vocabulary), of which a rank of `division.tp` has its own rows' logits. */
@@ -325,7 +323,7 @@ export class NemotronH {
 
 /** The context of a run that is trained. */
 export function trainingContext(batch: TrainingBatch, options: LossOptions): ForwardContext {
-  const { recompute = false, moe = null, replay = null } = options;
+  const { recompute = RECOMPUTE_OFF, moe = null, replay = null } = options;
   return {
     seq_idx: batch.seq_idx, step: null, routing: [], recompute, replay,
     moe: moe && { ...moe, counter: batch.counter },

@@ -1,10 +1,11 @@
+import { recompute } from "../autograd/recompute.ts";
 import { cache_read, cache_write, decode_attention } from "../ops/decode_attention.ts";
 import { linear } from "./product.ts";
 import { enter, rowLinear } from "./tensor_parallel.ts";
 import type { Device } from "../tensor/device.ts";
 import { UsageError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import type { ForwardContext } from "./context.ts";
+import { type ForwardContext, recomputes } from "./context.ts";
 import { attendOverRanks, checkWholeRows } from "./context_parallel.ts";
 import { type Division, SOLO } from "./division.ts";
 import type { Weight, Weights } from "./weights.ts";
@@ -107,7 +108,12 @@ export class Attention {
         k = cache_read(cache.key, step.length + L, kScale);
         v = cache_read(cache.value, step.length + L, vScale);
       }
-      out = attendOverRanks(q, k, v, { scale, seq_idx: context.seq_idx }, this.division);
+      const { seq_idx } = context;
+      const attend = ([a, b, c]: readonly Tensor[]) =>
+        attendOverRanks(a!, b!, c!, { scale, seq_idx }, this.division);
+      [out] = recomputes(context, "core_attn")
+        ? recompute(seq_idx ? [q, k, v, seq_idx] : [q, k, v], (_, inputs) => [attend(inputs)]) as [Tensor]
+        : [attend([q, k, v])];
     }
     return rowLinear(out.reshape([B, L, Hq * Dh]), this.o_proj, biases && biases.o, residual, this.division);
   }

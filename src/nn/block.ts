@@ -1,13 +1,14 @@
 import { recompute } from "../autograd/recompute.ts";
 import { rms_norm } from "../ops/rms_norm.ts";
 import type { Device } from "../tensor/device.ts";
-import { scope } from "../tensor/scope.ts";
+import { promote, scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { Attention, type KVCache, type KVScales } from "./attention.ts";
-import type { ForwardContext, Routing } from "./context.ts";
+import { type ForwardContext, recomputes, type Routing } from "./context.ts";
 import { Mamba2, type Mamba2Cache } from "./mamba2.ts";
-import { MLP } from "./mlp.ts";
-import type { MoE } from "./moe.ts";
+import type { MLP } from "./mlp.ts";
+import { MoE } from "./moe.ts";
+import { RECOMPUTE_OFF } from "./recompute.ts";
 import { RouterReplay } from "./replay.ts";
 import type { Weights } from "./weights.ts";
 
@@ -42,33 +43,74 @@ export class Block {
 
   /** (batch, seqlen, hidden) -> (batch, seqlen, hidden) */
   forward(x: Tensor, context: ForwardContext, cache: LayerCache): Tensor {
-    if (!context.recompute) return this.#run(x, context, cache);
-    let routing: Routing[] = [];
-    let overflow: Tensor[] = [];
-    const kept = context.seq_idx ? [x, context.seq_idx] : [x];
-    const [y] = recompute(kept, (choices) => {
-      routing = [];
-      overflow = [];
-      // The second run chooses the experts of the first, and takes nothing from what others replay.
-      const replay = choices ? new RouterReplay(choices) : context.replay ?? null;
-      const result = this.#run(x, { ...context, routing, overflow, replay }, cache);
-      if (choices) replay?.dispose();
-      const made = routing.flatMap(({ logits, weight, index }) => [logits, weight, index]);
-      return [result, ...made, ...overflow];
-    });
-    // Those of the first run; the second one has lists of its own.
-    context.routing?.push(...routing);
-    context.overflow?.push(...overflow);
-    return y!;
-  }
-
-  #run(x: Tensor, context: ForwardContext, cache: LayerCache): Tensor {
     const { mixer } = this;
     return scope(() => {
-      const normed = rms_norm(x, this.norm, this.eps);
+      const normed = this.#normed(x, context);
       if (mixer instanceof Mamba2) return mixer.forward(normed, context, cache as Mamba2Cache | null, x);
       if (mixer instanceof Attention) return mixer.forward(normed, context, cache as KVCache | null, x);
-      return mixer instanceof MLP ? mixer.forward(normed, x) : mixer.forward(normed, context, x);
+      const module = mixer instanceof MoE ? "moe" : "mlp";
+      const run = ([u, v]: readonly Tensor[], inside: ForwardContext) =>
+        mixer instanceof MoE ? mixer.forward(u!, inside, v) : mixer.forward(u!, v);
+      if (!recomputes(context, module)) return run([normed, x], context);
+      const [routing, overflow]: [Routing[], Tensor[]] = [[], []];
+      const y = recomputed([normed, x], { ...context, routing, overflow }, run);
+      context.routing?.push(...promote(routing));
+      context.overflow?.push(...promote(overflow));
+      return y;
     });
   }
+
+  #normed(x: Tensor, context: ForwardContext): Tensor {
+    const norm = ([u]: readonly Tensor[]) => rms_norm(u!, this.norm, this.eps);
+    if (!recomputes(context, "layernorm")) return norm([x]);
+    return recompute([x], (_, inputs) => [norm(inputs)], { discard: true })[0]!;
+  }
+}
+
+/**
+ * Runs layers one after the other.
+ * @param caches of every layer; none: null
+ * @param visit called with the input of every layer
+ */
+export function runBlocks(
+  blocks: readonly Block[], x: Tensor, context: ForwardContext, caches: readonly LayerCache[] | null = null,
+  visit: (x: Tensor, i: number) => void = () => {},
+): Tensor {
+  const { layers, first } = context.recompute ?? RECOMPUTE_OFF;
+  let y = x;
+  for (let from = 0; from < blocks.length;) {
+    const to = from < first && layers > 0 ? Math.min(from + layers, blocks.length) : from + 1;
+    const begin = from;
+    const run = ([u]: readonly Tensor[], inside: ForwardContext) =>
+      blocks.slice(begin, to).reduce((v, block, i) => {
+        visit(v, begin + i);
+        return block.forward(v, inside, caches && caches[begin + i]!);
+      }, u!);
+    y = from < first && layers > 0 ? recomputed([y], context, run) : run([y], context);
+    from = to;
+  }
+  return y;
+}
+
+/** Runs what may hold MoE layers now, and a second time in the backward pass. */
+function recomputed(
+  inputs: readonly Tensor[], context: ForwardContext,
+  body: (inputs: readonly Tensor[], context: ForwardContext) => Tensor,
+): Tensor {
+  let routing: Routing[] = [];
+  let overflow: Tensor[] = [];
+  const kept = context.seq_idx ? [...inputs, context.seq_idx] : inputs;
+  const [y] = recompute(kept, (choices, same) => {
+    routing = [];
+    overflow = [];
+    // The second run chooses the experts of the first, and takes nothing from what others replay.
+    const made = choices && choices.length > 0 ? new RouterReplay(choices) : null;
+    const result = body(same, { ...context, routing, overflow, replay: made ?? context.replay ?? null });
+    made?.dispose();
+    return [result, ...routing.flatMap(({ logits, weight, index }) => [logits, weight, index]), ...overflow];
+  });
+  // Those of the first run; the second one has lists of its own.
+  context.routing?.push(...routing);
+  context.overflow?.push(...overflow);
+  return y!;
 }

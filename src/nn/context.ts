@@ -1,6 +1,7 @@
 import type { RouterScore } from "../ops/router.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { MoERun } from "./moe_training.ts";
+import type { RecomputedModule, Recompute } from "./recompute.ts";
 import type { RouterReplay } from "./replay.ts";
 
 /** What an MoE layer decided, for load statistics, the balancing loss and inspection. */
@@ -29,12 +30,17 @@ export interface ForwardContext {
    * place. A step with one above 0 has to be done again with a larger budget.
    */
   readonly overflow?: Tensor[] | null;
-  /** Training: every block keeps its input alone and runs a second time in the backward pass. */
-  readonly recompute?: boolean;
+  /** Training: what runs a second time in the backward pass; default: nothing. */
+  readonly recompute?: Recompute;
   /** Training: what the run asks of MoE layers; else they take every token and route as the model says. */
   readonly moe?: MoERun | null;
   /** Records what routers choose, or makes them choose the same again. */
   readonly replay?: RouterReplay | null;
+}
+
+/** Whether a part of a layer runs a second time for its gradients. */
+export function recomputes({ recompute }: ForwardContext, module: RecomputedModule): boolean {
+  return recompute?.modules.has(module) ?? false;
 }
 
 /** Progress of an incremental run. */

@@ -1,3 +1,4 @@
+import { recompute } from "../autograd/recompute.ts";
 import { causal_conv1d, causal_conv1d_update } from "../ops/causal_conv1d.ts";
 import { split_columns } from "../ops/elementwise.ts";
 import { gated_rms_norm } from "../ops/gated_rms_norm.ts";
@@ -8,7 +9,7 @@ import { ssd_scan } from "../ops/ssd_scan.ts";
 import type { Device } from "../tensor/device.ts";
 import { promote } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import type { ForwardContext, Step } from "./context.ts";
+import { type ForwardContext, recomputes, type Step } from "./context.ts";
 import { checkWholeRows, type ScanInputs, scanOverRanks, type ScanSizes } from "./context_parallel.ts";
 import { type Division, SOLO } from "./division.ts";
 import type { Weight, Weights } from "./weights.ts";
@@ -113,13 +114,21 @@ export class Mamba2 {
     const conv_dim = d_inner + 2 * G * N;
     const proj = linear(u_BLD, this.in_proj, this.in_proj_bias);
     const [z, xBC, dt] = split_columns(proj, [d_inner, conv_dim, H]) as [Tensor, Tensor, Tensor];
-    const y = cache && context.step?.decode
-      ? this.#decode(xBC.reshape([B, conv_dim]), dt.reshape([B, H]), cache)
-      : scanOverRanks({
-        xBC, dt, seq_idx: context.seq_idx, conv_weight: this.#convWeight, conv_bias: this.conv_bias,
-        ...this.#perHead,
-      }, this.sizes, this.division, (inputs, sizes) => this.#scan(inputs, sizes, context.step, cache));
-    const normed = gated_rms_norm(y.reshape([B, L, d_inner]), z, this.norm, G, this.sizes.eps);
+    const { seq_idx, step } = context;
+    const inner = ([gate, channels, steps]: readonly [Tensor, Tensor, Tensor]) => {
+      const y = cache && step?.decode
+        ? this.#decode(channels.reshape([B, conv_dim]), steps.reshape([B, H]), cache)
+        : scanOverRanks({
+          xBC: channels, dt: steps, seq_idx, conv_weight: this.#convWeight, conv_bias: this.conv_bias,
+          ...this.#perHead,
+        }, this.sizes, this.division, (inputs, sizes) => this.#scan(inputs, sizes, step, cache));
+      return gated_rms_norm(y.reshape([B, L, d_inner]), gate, this.norm, G, this.sizes.eps);
+    };
+    const read = [z, xBC, dt] as const;
+    const [normed] = recomputes(context, "mamba")
+      ? recompute(seq_idx ? [...read, seq_idx] : read, (_, [gate, channels, steps]) =>
+        [inner([gate!, channels!, steps!])]) as [Tensor]
+      : [inner(read)];
     return rowLinear(normed, this.out_proj, this.out_proj_bias, residual, this.division);
   }
 

@@ -2,9 +2,10 @@ import { expert_tiles } from "../ops/grouped_linear.ts";
 import type { MoePlan } from "../ops/moe.ts";
 import { expertCapacity, moe_limit } from "../ops/moe_limit.ts";
 import type { RouterOptions, RouterScore } from "../ops/router.ts";
+import { recompute } from "../autograd/recompute.ts";
 import { promote } from "../tensor/scope.ts";
 import { Tensor } from "../tensor/tensor.ts";
-import type { ForwardContext } from "./context.ts";
+import { type ForwardContext, recomputes } from "./context.ts";
 import { type Dispatched, dispatch, type Limit } from "./dispatch.ts";
 import { type Division, sizeOfGroup, SOLO } from "./division.ts";
 import { MLP } from "./mlp.ts";
@@ -95,20 +96,39 @@ export class MoE {
     const sent = dispatch({ x: inner, weight, index, E, limit }, this.division);
     context.overflow?.push(...promote(sent.missing));
     const isWeighed = context.moe?.weighing === "activation";
-    const expert_out = this.#experts(sent, isWeighed);
+    const expert_out = this.#experts(sent, isWeighed, recomputes(context, "moe_act"));
     const rest = residual && residual.reshape([-1, hidden]);
-    const base = this.shared ? this.shared.forward(x_TD, rest) : rest;
+    const base = this.#shared(x_TD, rest, recomputes(context, "shared_experts"));
     if (!this.latent) return sent.combine(expert_out, base, isWeighed).reshape(x_BLD.shape);
     const combined = sent.combine(expert_out, null, isWeighed);
     return linear(combined, this.latent.fc2, this.latent.fc2_bias, base).reshape(x_BLD.shape);
   }
 
-  /** One row for every slot. @param isWeighed whether weights are multiplied in before the down projection */
-  #experts({ x, offsets, permute, rows, spare, weigh }: Dispatched, isWeighed: boolean): Tensor {
+  /**
+   * One row for every slot.
+   * @param isWeighed whether weights are multiplied in before the down projection
+   * @param again whether what the activation gives is given back and made a second time
+   */
+  #experts(
+    { x, offsets, permute, rows, spare, weigh }: Dispatched, isWeighed: boolean, again: boolean,
+  ): Tensor {
     const tiles = this.up instanceof Tensor ? expert_tiles(offsets, rows) : null;
-    const up = grouped_linear(
-      x, this.up, offsets, { activation: "relu2", tiles, spare, ...(permute && { permute }) });
-    return grouped_linear(isWeighed ? weigh(up) : up, this.down, offsets, { tiles, spare });
+    const activated = (input: Tensor) => grouped_linear(
+      input, this.up, offsets, { activation: "relu2", tiles, spare, ...(permute && { permute }) });
+    const read = [x, offsets, tiles, ...Object.values(permute ?? {})].filter(
+      (table): table is Tensor => table instanceof Tensor);
+    const [up] = again
+      ? recompute(read, (_, [input]) => [activated(input!)], { discard: true }) : [activated(x)];
+    return grouped_linear(isWeighed ? weigh(up!) : up!, this.down, offsets, { tiles, spare });
+  }
+
+  /** The shared expert's output plus the residual, or that alone; null without both. */
+  #shared(x: Tensor, residual: Tensor | null, again: boolean): Tensor | null {
+    const { shared } = this;
+    if (!shared) return residual;
+    if (!again) return shared.forward(x, residual);
+    const [y] = recompute(residual ? [x, residual] : [x], (_, [u, rest]) => [shared.forward(u!, rest)]);
+    return y!;
   }
 }
 

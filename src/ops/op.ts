@@ -4,6 +4,7 @@
  * tensors among its arguments it is called once for every rank.
  */
 import { asOp, currentLane, forRank, type Lane } from "../gpu/lane.ts";
+import { keep, type Kept } from "../tensor/again.ts";
 import { scope } from "../tensor/scope.ts";
 import { DTypeError } from "../tensor/errors.ts";
 import { onRank, ranksOf, Sharded } from "../tensor/sharded.ts";
@@ -145,10 +146,10 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
     }
     const needs = args.map((argument) => argument instanceof Tensor && argument.requiresGrad);
     const recording = listener !== null && backward !== undefined && needs.includes(true);
-    let saved: { values: S; tensors: Tensor[] } | null = null;
+    let saved: Kept<S> | null = null;
     const ctx: OpContext<S> = {
       save(values) {
-        if (recording) saved = { values, tensors: tensorsIn(values).map((tensor) => tensor.retain()) };
+        if (recording) saved = keep(values);
       },
       needs: (i) => recording && needs[i] === true,
     };
@@ -160,13 +161,13 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
         return scope(() => noGrad(() => definition.forward(ctx, ...args)));
       });
     } catch (error) {
-      (saved as { tensors: Tensor[] } | null)?.tensors.forEach((tensor) => tensor.release());
+      (saved as Kept<S> | null)?.release();
       throw error;
     }
     if (recording) {
       const outputs = Array.isArray(result) ? result : [result as Tensor];
       for (const output of outputs) if (isFloat(output.dtype)) output.requiresGrad = true;
-      const kept = saved as { values: S; tensors: Tensor[] } | null;
+      const kept = saved as Kept<S> | null;
       listener({
         name, lane,
         inputs: args.flatMap((argument, i) => {
@@ -179,8 +180,8 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
           ...outputs.flatMap(({ relu2Key, shape }) => (relu2Key === null ? [] : [{ key: relu2Key, shape }])),
         ],
         backward: (grads, into) => scope(() =>
-          noGrad(() => backward.call(definition, (kept?.values ?? null) as S, grads, needs, into))),
-        release: () => kept?.tensors.forEach((tensor) => tensor.release()),
+          noGrad(() => backward.call(definition, (kept?.values() ?? null) as S, grads, needs, into))),
+        release: () => kept?.release(),
       });
     }
     return result;
@@ -198,13 +199,4 @@ function gathered<R extends Tensor | Tensor[]>(results: readonly R[]): R {
   const [first] = results;
   if (!Array.isArray(first)) return new Sharded(results as readonly Tensor[]) as unknown as R;
   return first.map((_, i) => new Sharded(results.map((result) => (result as Tensor[])[i]!))) as unknown as R;
-}
-
-function tensorsIn(value: unknown): Tensor[] {
-  if (value instanceof Tensor) return [value];
-  if (Array.isArray(value)) return value.flatMap(tensorsIn);
-  if (typeof value === "object" && value !== null && Object.getPrototypeOf(value) === Object.prototype) {
-    return Object.values(value).flatMap(tensorsIn);
-  }
-  return [];
 }

@@ -5,6 +5,7 @@
 import type { NemotronHConfig } from "../models/config.ts";
 import { layerSpecs, mtpSpecs } from "../models/config.ts";
 import { neighboursOf } from "../nn/division.ts";
+import { parseRecompute } from "../nn/recompute.ts";
 import type { Layout } from "./layout.ts";
 import { formatLayout, worldOf } from "./layout.ts";
 import { MEGATRON_INDEX } from "./megatron.ts";
@@ -41,7 +42,8 @@ export interface TrainingNumbers {
   readonly pad_to_capacity: boolean;
   readonly router_jitter: number;
   readonly router_dtype: "f32" | "bf16";
-  readonly recompute: boolean;
+  /** As `parseRecompute` reads it. */
+  readonly recompute: string;
   readonly precision: string;
 }
 
@@ -246,12 +248,24 @@ function trainingArguments({ dp }: Layout, run: TrainingNumbers): LaunchArgument
     ["--adam-eps", number(run.eps)], ["--weight-decay", number(run.weight_decay)],
     ["--clip-grad", number(run.clip)], ["--seed", number(run.seed)],
     ...(run.per_token ? [["--calculate-per-token-loss"] as const] : []),
-    ...(run.recompute ? [
-      ["--recompute-granularity", "full"] as const, ["--recompute-method", "uniform"] as const,
-      ["--recompute-num-layers", "1"] as const,
-    ] : []),
+    ...recomputeArguments(run.recompute),
     ...(PRECISIONS[run.precision] ?? []),
   ];
+}
+
+/** The other side knows no recomputation of a Mamba layer's inner part: that alone is left out. */
+function recomputeArguments(text: string): LaunchArgument[] {
+  const { layers, first, modules } = parseRecompute(text);
+  if (layers > 0) {
+    const [method, count] = first < Infinity ? ["block", first] : ["uniform", layers];
+    return [
+      ["--recompute-granularity", "full"], ["--recompute-method", method!],
+      ["--recompute-num-layers", number(count as number)],
+    ];
+  }
+  const names = [...modules].filter((name) => name !== "mamba");
+  if (names.length === 0) return [];
+  return [["--recompute-granularity", "selective"], ["--recompute-modules", ...names]];
 }
 
 /** The arguments as a shell script to be sourced: an array MEGATRON_ARGS. */

@@ -32,6 +32,14 @@ export function storageBytes(size: number, dtype: TensorDType): number {
 /** The halves' names in files. */
 const FILE_DTYPE = { f16: "F16", bf16: "BF16" } as const;
 
+/** How a tensor is made a second time, after whose first use nobody holds its memory; see again.ts. */
+export interface Again {
+  /** Where the elements began the first time. */
+  readonly byteOffset: number;
+  /** The same elements; whoever makes them keeps them. */
+  make(): Tensor;
+}
+
 let lastKey = 0;
 
 /** A new identity for gradients. */
@@ -58,6 +66,8 @@ export class Tensor implements BufferView {
   requiresGrad = false;
   /** Of max(h, 0)^2: the key under which an op that can give the gradient of h itself delivers it. */
   relu2Key: number | null = null;
+  /** Set where the backward pass makes the elements again instead of keeping them. Views share it. */
+  again: Again | null = null;
   #refs = 1;
 
   /**
@@ -96,6 +106,7 @@ export class Tensor implements BufferView {
     const view = new Tensor(this.device, this.storage, this.byteOffset, resolved, this.dtype, this.key);
     view.requiresGrad = this.requiresGrad;
     view.relu2Key = this.relu2Key;
+    view.again = this.again;
     return view;
   }
 
@@ -123,7 +134,9 @@ export class Tensor implements BufferView {
 
   #view(byteOffset: number, shape: readonly number[]): Tensor {
     this.device.pool.retain(this.storage);
-    return new Tensor(this.device, this.storage, byteOffset, [...shape], this.dtype);
+    const view = new Tensor(this.device, this.storage, byteOffset, [...shape], this.dtype);
+    view.again = this.again;
+    return view;
   }
 
   retain(): this {

@@ -4,6 +4,7 @@ import { type GradientMap, Tape } from "../autograd/tape.ts";
 import { type Loss, type LossOptions, trainingContext } from "../models/nemotron_h.ts";
 import type { Routing } from "../nn/context.ts";
 import { accumulate } from "../ops/elementwise.ts";
+import { ranksPerStage } from "../parallel/mesh.ts";
 import type { MeshModel } from "../parallel/model.ts";
 import { scope } from "../tensor/scope.ts";
 import { localsOf, shardedOf } from "../tensor/sharded.ts";
@@ -29,6 +30,30 @@ interface Alive {
   readonly seeds: Tensor[];
   /** What the next stage goes on from. */
   readonly exits: readonly Tensor[];
+  /** Its stage's place in the pipeline, and what it holds there. */
+  readonly rank: number;
+  bytes: number;
+}
+
+/** Bytes between passes at every place in a pipeline, on all ranks of a stage together. */
+class Held {
+  readonly #now: number[];
+  readonly #peaks: number[];
+
+  constructor(places: number) {
+    this.#now = Array<number>(places).fill(0);
+    this.#peaks = [...this.#now];
+  }
+
+  /** The most at one time. */
+  get peaks(): readonly number[] {
+    return this.#peaks;
+  }
+
+  add(place: number, bytes: number): void {
+    this.#now[place]! += bytes;
+    this.#peaks[place] = Math.max(this.#peaks[place]!, this.#now[place]!);
+  }
 }
 
 /**
@@ -38,6 +63,7 @@ interface Alive {
 export class Passes {
   readonly #mesh: MeshModel;
   readonly #options: LossOptions;
+  readonly #held: Held;
   readonly #alive = new Map<string, Alive>();
   /** Activations and gradients that wait for the stage they were sent to. */
   readonly #sent = new Map<string, readonly Tensor[]>();
@@ -45,6 +71,15 @@ export class Passes {
   constructor(mesh: MeshModel, options: LossOptions) {
     this.#mesh = mesh;
     this.#options = options;
+    this.#held = new Held(mesh.layout.pp);
+  }
+
+  /**
+   * Bytes that forward passes left for backward passes, the most at one time, of one rank at every place in
+   * the pipeline; all ranks of a stage hold as much.
+   */
+  get activations(): readonly number[] {
+    return this.#held.peaks.map((bytes) => bytes / ranksPerStage(this.#mesh.layout));
   }
 
   /**
@@ -55,7 +90,10 @@ export class Passes {
     const key = `${stage} ${micro}`;
     const tape = new Tape();
     const entries = stage > 0 ? this.#take(`forth ${key}`) : [];
-    this.#alive.set(key, { tape, entries, exits: [], outputs: [], seeds: [] });
+    const { rank } = this.#mesh.stages[stage]!;
+    const before = this.#liveBytes() - bytesOf(entries);
+    let sent = 0;
+    this.#alive.set(key, { tape, entries, exits: [], outputs: [], seeds: [], rank, bytes: 0 });
     this.#mesh.onStage(stage, `forward ${micro}`, () => scope(() => {
       const { loss, exits } = tape.run(() => this.#run(stage, inputs, entries));
       const { seeds } = inputs;
@@ -65,11 +103,15 @@ export class Passes {
       const known = pairs.filter((pair): pair is [Tensor, Tensor] => pair[0] !== null);
       this.#alive.set(key, {
         tape, entries, exits, outputs: known.map(([output]) => output), seeds: known.map(([, seed]) => seed),
+        rank, bytes: 0,
       });
-      if (exits.length > 0) this.#send(`forth ${stage + 1} ${micro}`, exits, stage, stage + 1);
+      if (exits.length > 0) sent = this.#send(`forth ${stage + 1} ${micro}`, exits, stage, stage + 1);
       visit({ stage, ...loss });
     }));
     for (const entry of entries) entry.release(); // the tape keeps what it needs
+    const alive = this.#alive.get(key)!;
+    alive.bytes = this.#liveBytes() - sent - before;
+    this.#held.add(rank, alive.bytes);
   }
 
   /** @param places as for `Tape.backward` */
@@ -79,8 +121,9 @@ export class Passes {
 
   #backward(stage: number, micro: number, places?: GradientMap): GradientMap {
     const key = `${stage} ${micro}`;
-    const { tape, entries, exits, outputs, seeds } = this.#alive.get(key)!;
+    const { tape, entries, exits, outputs, seeds, rank, bytes } = this.#alive.get(key)!;
     this.#alive.delete(key);
+    this.#held.add(rank, -bytes);
     const after = exits.length > 0 ? this.#take(`back ${key}`) : [];
     try {
       const gradients = tape.backward(
@@ -149,10 +192,17 @@ export class Passes {
     return { loss: { main: null, mtp: [], aux, routing }, exits };
   }
 
-  #send(key: string, xs: readonly Tensor[], from: number, stage: number): void {
+  #liveBytes(): number {
+    return this.#mesh.devices.reduce((sum, { pool }) => sum + pool.liveBytes, 0);
+  }
+
+  /** @returns bytes of what was not in memory before */
+  #send(key: string, xs: readonly Tensor[], from: number, stage: number): number {
     const arrived = xs.map((x) => this.#mesh.sendTo(x, from, stage).retain());
     for (const local of arrived.flatMap(localsOf)) local.requiresGrad = key.startsWith("forth");
     this.#sent.set(key, arrived);
+    const known = new Set(xs.flatMap(localsOf).map(({ storage }) => storage));
+    return bytesOf(arrived.flatMap(localsOf).filter(({ storage }) => !known.has(storage)));
   }
 
   #take(key: string): readonly Tensor[] {
@@ -161,6 +211,10 @@ export class Passes {
     this.#sent.delete(key);
     return tensors;
   }
+}
+
+function bytesOf(tensors: readonly Tensor[]): number {
+  return tensors.flatMap(localsOf).reduce((sum, { storage }) => sum + storage.size, 0);
 }
 
 /**

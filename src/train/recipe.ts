@@ -2,6 +2,7 @@
 import { choosePrecision, type PrecisionChoice } from "../precision/plan.ts";
 import type { TrainedFormat } from "../models/parameters.ts";
 import { makeMoETraining, type MoETraining } from "../nn/moe_training.ts";
+import { parseRecompute } from "../nn/recompute.ts";
 import { MOMENT_DTYPES, type MomentFormat } from "../ops/adamw.ts";
 import { UsageError } from "../tensor/errors.ts";
 import { makeSchedule, type Schedule } from "./schedule.ts";
@@ -57,8 +58,8 @@ export interface Recipe {
   readonly moments: MomentFormat;
   /** The run ends when so many steps in a row have a loss or a gradient norm that is not finite. */
   readonly max_skipped: number;
-  /** Run every block's forward a second time instead of keeping what its backward pass needs. */
-  readonly recompute: boolean;
+  /** What runs a second time instead of being kept for the backward pass: see `parseRecompute`. */
+  readonly recompute: string;
   /** Formats of products, and the ingredients left out: names of src/precision/recipes.ts, by commas. */
   readonly precision: string;
   readonly without: string;
@@ -81,7 +82,7 @@ export const RECIPE: Recipe = {
   mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, aux_loss: 0, global_aux_loss: 0, z_loss: 0,
   bias_rate: 1e-3, bias_update: "sign", capacity_factor: 0, drop_policy: "probs", pad_to_capacity: false,
   router_jitter: 0, router_dtype: "f32", routing: "topk", weighing: "output", max_skipped: MAX_SKIPPED,
-  recompute: false, precision: "f32", without: "", eval_every: 0, eval_rows: 0,
+  recompute: "off", precision: "f32", without: "", eval_every: 0, eval_rows: 0,
   weights: "f32", master: "f32", moments: "f32",
 };
 
@@ -99,6 +100,7 @@ export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key]
     decay: Math.floor(steps / 3),
     min_lr: (set.lr ?? RECIPE.lr) / 100,
     ...set,
+    recompute: recomputeOf(set),
   };
   const ranges: [keyof Recipe, boolean, string][] = [
     ["steps", Number.isInteger(recipe.steps) && recipe.steps >= 1, "a whole number of at least 1"],
@@ -138,8 +140,14 @@ export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key]
     if (!holds) throw new UsageError(`The recipe's ${name} must be ${expected}, found ${recipe[name]}.`);
   }
   moeTrainingOf(recipe);
+  parseRecompute(recipe.recompute);
   scheduleOf(recipe);
   return { ...recipe, without: precisionOf(recipe).without.join() };
+}
+
+/** Runs of older versions recomputed all layers or none, and say so by a flag. */
+function recomputeOf({ recompute = RECIPE.recompute }: { recompute?: string | boolean }): string {
+  return typeof recompute === "string" ? recompute : recompute ? "full" : "off";
 }
 
 /** What MoE layers do other than the model says. @throws UsageError for a value out of range */

@@ -2,6 +2,7 @@
  * A whole training run without files: data, model, trainer, evaluation.
  * The command line and the worker drive it.
  */
+import { parseRecompute } from "../nn/recompute.ts";
 import type { NemotronH } from "../models/nemotron_h.ts";
 import type { MeshModel } from "../parallel/model.ts";
 import { BatchPacker, bitsPerByte, type TokenCorpus } from "./packing.ts";
@@ -42,7 +43,7 @@ export class TrainingRun {
     this.trainer = new Trainer(model, {
       ...recipe, zero, accumulate, schedule: scheduleOf(recipe), betas: [beta1, beta2],
       mtp_depths: model.config.num_nextn_predict_layers > 0 ? recipe.mtp_depths : 0,
-      precision: precisionOf(recipe), moe: moeTrainingOf(recipe),
+      precision: precisionOf(recipe), recompute: parseRecompute(recipe.recompute), moe: moeTrainingOf(recipe),
     });
   }
 

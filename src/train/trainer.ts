@@ -3,6 +3,7 @@ import type { GradientMap } from "../autograd/tape.ts";
 import { RankLostError } from "../gpu/errors.ts";
 import type { GraphMemory } from "../gpu/pool.ts";
 import { MoE } from "../nn/moe.ts";
+import type { Recompute } from "../nn/recompute.ts";
 import { checkMoETraining, makeMoETraining, type MoETraining } from "../nn/moe_training.ts";
 import type { LossOptions, NemotronH } from "../models/nemotron_h.ts";
 import { type Group, sumOverGroup } from "../ops/collectives.ts";
@@ -12,6 +13,7 @@ import { expert_load, update_expert_bias } from "../ops/moe.ts";
 import { router_quantile, update_quantile_bias } from "../ops/quantile_balance.ts";
 import type { RouterOptions } from "../ops/router.ts";
 import { parseLayout } from "../parallel/layout.ts";
+import { ranksPerStage } from "../parallel/mesh.ts";
 import { MeshModel } from "../parallel/model.ts";
 import { interleave, scheduleOf as pipelineSchedule } from "../parallel/schedule.ts";
 import { stageAt } from "../parallel/stages.ts";
@@ -61,8 +63,8 @@ export interface TrainerOptions extends AdamWOptions {
   readonly moe?: Partial<MoETraining>;
   /** Steps in a row with a loss or a gradient norm that is not finite at which training ends; default 5. */
   readonly max_skipped?: number;
-  /** Less memory for a second forward pass of every block; the gradients stay the same bit for bit. */
-  readonly recompute?: boolean;
+  /** What runs a second time to save memory; the gradients stay the same bit for bit. Default: nothing. */
+  readonly recompute?: Recompute;
   /** In which formats products are multiplied; default: f32. */
   readonly precision?: PrecisionChoice;
   /** Updates of the whole run, for what changes towards its end; default: nothing changes. */
@@ -98,7 +100,18 @@ export interface SkippedSteps {
   readonly in_a_row: number;
 }
 
+/** Bytes of one rank. */
+export interface HeldBytes {
+  readonly parameters: number;
+  readonly gradients: number;
+  /** Moments and masters. */
+  readonly optimizer: number;
+  readonly activations: number;
+}
+
 interface Captured {
+  /** Of one rank at every place in the pipeline. */
+  readonly activations: readonly number[];
   /** One micro-batch of every data-parallel rank, or with a pipeline all of a step, the update included. */
   readonly micro: StepGraph;
   /** The update from the summed gradients of several micro-batches. */
@@ -296,6 +309,27 @@ export class Trainer {
     return this.#captured?.micro.memory ?? null;
   }
 
+  /**
+   * What one rank at every place in the pipeline has in memory: what lasts, and what lies between the forward
+   * and the backward passes when that is most. Null before the first step.
+   */
+  get heldByRank(): readonly HeldBytes[] | null {
+    const { layout, stages } = this.mesh;
+    const sum = (tensors: Iterable<{ readonly byteLength: number }>) =>
+      [...tensors].reduce((bytes, { byteLength }) => bytes + byteLength, 0);
+    return this.#captured && this.#captured.activations.map((activations, rank) => {
+      const held = stages.flatMap((stage, i) => (stage.rank === rank ? [i] : []));
+      const total = (of: (stage: number) => number) => held.reduce((bytes, stage) => bytes + of(stage), 0);
+      return {
+        parameters: total((stage) => sum([...stages[stage]!.model.parameters.values()].map(
+          (parameter) => localsOf(parameter)[0]!))),
+        gradients: total((stage) => sum(this.optimizers[stage]!.gradients.values()) / ranksPerStage(layout)),
+        optimizer: total((stage) => sum(this.optimizers[stage]!.state) / ranksPerStage(layout)),
+        activations,
+      };
+    });
+  }
+
   /** The roundings of the next update, for checkpoints; null: none. */
   get precision(): Precision | null {
     return this.#rounding.at(this.steps);
@@ -358,11 +392,14 @@ export class Trainer {
       const sums = this.mesh.stages.map((_, stage) => this.#createSums(stage));
       const record = (step: () => void) => captureOn(this.mesh.devices, () => scope(() =>
         withRoundings(this.#precision, step)));
-      const micro = record(() => this.#recordPasses(sums, isWhole));
-      if (isWhole) return { micro, update: null, sums };
+      let activations: readonly number[] = [];
+      const micro = record(() => {
+        activations = this.#recordPasses(sums, isWhole);
+      });
+      if (isWhole) return { micro, update: null, sums, activations };
       try {
         return { micro, update: record(() => this.#recordUpdate(this.optimizers.map(
-          ({ gradients }) => gradients), sums)), sums };
+          ({ gradients }) => gradients), sums)), sums, activations };
       } catch (error) {
         micro.dispose();
         throw error;
@@ -388,8 +425,11 @@ export class Trainer {
     return scope(() => shardedOf(localsOf(any!).map(({ device }) => device.zeros(shape, dtype))));
   }
 
-  /** @param isWhole the update follows; the sums begin here */
-  #recordPasses(sums: readonly StageSums[], isWhole: boolean): void {
+  /**
+   * @param isWhole the update follows; the sums begin here
+   * @returns `Passes.activations`
+   */
+  #recordPasses(sums: readonly StageSums[], isWhole: boolean): readonly number[] {
     const { accumulate: micros } = this.options;
     const { layout, stages } = this.mesh;
     if (isWhole) for (const tensor of sums.flatMap(sumsOf)) tensor.clear();
@@ -420,6 +460,7 @@ export class Trainer {
       if (isWhole) {
         this.#recordUpdate(isOne ? found : this.optimizers.map(({ gradients }) => gradients), sums);
       }
+      return passes.activations;
     } finally {
       passes.dispose();
       for (const gradients of found) for (const gradient of gradients.values()) gradient.release();

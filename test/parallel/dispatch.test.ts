@@ -2,12 +2,13 @@ import { afterAll, describe, expect, test } from "vitest";
 import { Tape } from "../../src/autograd/tape.ts";
 import type { Parameter } from "../../src/models/checkpoint_names.ts";
 import { preset } from "../../src/models/presets.ts";
-import { Block } from "../../src/nn/block.ts";
+import { Block, runBlocks } from "../../src/nn/block.ts";
 import type { ForwardContext, Routing } from "../../src/nn/context.ts";
 import { type Dispatched, dispatch, expertGroup } from "../../src/nn/dispatch.ts";
 import { type DispatcherKind, DISPATCHERS, type Division, SOLO } from "../../src/nn/division.ts";
 import { MoE, type MoESizes } from "../../src/nn/moe.ts";
 import { MOE_TRAINING, type MoETraining } from "../../src/nn/moe_training.ts";
+import { parseRecompute } from "../../src/nn/recompute.ts";
 import { Weights } from "../../src/nn/weights.ts";
 import { type Communication, communicationObservers, type Counted } from "../../src/ops/collectives.ts";
 import { moe_permute } from "../../src/ops/moe.ts";
@@ -118,10 +119,11 @@ async function run(
   const { y, gradients, routing, overflow } = scope(() => {
     const context: ForwardContext & { routing: Routing[]; overflow: Tensor[] } =
       {
-        seq_idx: null, step: null, routing: [], overflow: [], recompute: again,
+        seq_idx: null, step: null, routing: [], overflow: [],
+        recompute: parseRecompute(again ? "full" : "off"),
         moe: options ? { ...MOE_TRAINING, ...options } : null,
       };
-    const out = tape.run(() => block.forward(input, context, null));
+    const out = tape.run(() => runBlocks([block], input, context));
     const { routing: chosen, overflow: missing } = context;
     const seeds = localsOf(parts(dy));
     const gradient_of = tape.backward(localsOf(out), [...seeds]);

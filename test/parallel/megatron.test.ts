@@ -292,6 +292,16 @@ describe("launch arguments", () => {
     expect(uneven.notes.join()).toContain("Older releases cut stages of equally many layers");
   });
 
+  test.each([
+    ["off", []], ["full:2", ["full", "uniform 2"]], ["block:3", ["full", "block 3"]],
+    ["core_attn,mamba,moe_act", ["selective", "core_attn moe_act"]],
+  ])("say what is recomputed: %s", (recompute, expected) => {
+    const value = (name: string) => valueOf("dp=2", `--recompute-${name}`, { ...training, recompute });
+    const method = value("method");
+    const found = [value("granularity"), method && `${method} ${value("num-layers")}`, value("modules")];
+    expect(found.filter((value) => value !== undefined)).toEqual(expected);
+  });
+
   test("say the model", () => {
     const model = preset("nemotron-3-super-120b-a12b");
     const found = new Map(launchOf(model, parseLayout("tp=2,dp=32,ep=64"), null).arguments.map(

@@ -8,7 +8,7 @@ import { type Batch, IGNORED } from "../../src/train/packing.ts";
 import { elementsOf } from "../../src/parallel/model.ts";
 import { stateEntries } from "../../src/train/optimizer_state.ts";
 import { constantSchedule } from "../../src/train/schedule.ts";
-import { type StepMetrics, Trainer, type TrainerOptions } from "../../src/train/trainer.ts";
+import { type HeldBytes, type StepMetrics, Trainer, type TrainerOptions } from "../../src/train/trainer.ts";
 import { Draw } from "../ops/suite.ts";
 
 /** Every kind of layer, grouped queries, a latent width, a shared expert and a prediction head. */
@@ -50,6 +50,8 @@ export interface Outcome {
   readonly parameters: ReadonlyMap<string, Float32Array>;
   /** Moments of all ranks. */
   readonly optimizerBytes: number;
+  /** Of one rank at every place in the pipeline. */
+  readonly held: readonly HeldBytes[];
 }
 
 /**
@@ -89,7 +91,7 @@ export async function trainSmall(
     for (const name of mesh.parameters.keys()) parameters.set(name, await mesh.read(name));
     const states = trainer.optimizers.flatMap(({ state }) => state);
     const optimizerBytes = states.reduce((sum, { byteLength }) => sum + byteLength, 0);
-    return { steps: metrics, gradients, parameters, optimizerBytes };
+    return { steps: metrics, gradients, parameters, optimizerBytes, held: trainer.heldByRank! };
   } finally {
     trainer.dispose();
     mesh.dispose();

@@ -9,6 +9,7 @@ import { parseConfig } from "../../src/models/config.ts";
 import { NemotronH } from "../../src/models/nemotron_h.ts";
 import { createParameters } from "../../src/models/parameters.ts";
 import { preset } from "../../src/models/presets.ts";
+import { parseRecompute } from "../../src/nn/recompute.ts";
 import { openDevice } from "../../src/tensor/device.ts";
 import { type Batch, BatchPacker, IGNORED } from "../../src/train/packing.ts";
 import { constantSchedule } from "../../src/train/schedule.ts";
@@ -212,7 +213,8 @@ describe("a small model with experts and two prediction depths", () => {
     const shape = { batch: 2, seqlen: 160 };
     const before = device.pool.liveBytes;
     const run = async (recompute: boolean) => {
-      const { model, trainer, dispose } = start({ ...shape, recompute });
+      const { model, trainer, dispose } = start(
+        { ...shape, recompute: parseRecompute(recompute ? "full" : "off") });
       const packer = new BatchPacker(corpus, shape);
       device.pool.resetPeak();
       const steps: StepMetrics[] = [];
@@ -230,14 +232,15 @@ describe("a small model with experts and two prediction depths", () => {
     expect(device.pool.liveBytes).toBe(before);
   });
 
-  test.each([false, true])("an allocation that fails leaves nothing behind; recompute %j", async (
+  const recomputes = ["off", "full", "layernorm,moe_act"];
+  test.each(recomputes)("an allocation that fails leaves nothing behind; recompute %s", async (
     recompute) => {
     const batches = [new BatchPacker(corpus, options).next()];
     const failures = await failEveryAllocation(device, async () => {
       const model = new NemotronH(config, createParameters(device, config, 1));
       let trainer: Trainer | null = null;
       try {
-        trainer = new Trainer(model, { ...options, batch: 1, recompute });
+        trainer = new Trainer(model, { ...options, batch: 1, recompute: parseRecompute(recompute) });
         await trainer.step(batches.map((batch) => firstRow(batch)));
       } finally {
         trainer?.dispose();

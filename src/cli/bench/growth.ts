@@ -176,7 +176,8 @@ async function trainingMemory(bench: Bench, recompute: boolean): Promise<void> {
     const name = `${series}_${seqlen}`;
     if (!bench.wants(SUITE, name)) continue;
     device.pool.trim();
-    const run = startRun(bench, preset("tiny"), { steps: 1, batch: 1, seqlen, recompute });
+    const run = startRun(
+      bench, preset("tiny"), { steps: 1, batch: 1, seqlen, recompute: recompute ? "full" : "off" });
     const fixed = device.pool.liveBytes;
     device.pool.resetPeak();
     await run.step();

@@ -44,7 +44,7 @@ export async function benchTrain(bench: Bench): Promise<void> {
     device.pool.trim();
     device.pool.resetPeak();
     const before = device.pool.liveBytes;
-    const run = startRun(bench, config, { steps: options.runs + 2, recompute });
+    const run = startRun(bench, config, { steps: options.runs + 2, recompute: recompute ? "full" : "off" });
     const cold = performance.now();
     await run.step();
     const first_step_ms = performance.now() - cold;

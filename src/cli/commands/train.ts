@@ -6,6 +6,7 @@ import { parseConfig, type NemotronHConfig } from "../../models/config.ts";
 import { countParameters, memoryToTrain, trainingBytes } from "../../models/accounting.ts";
 import { DROP_POLICIES } from "../../ops/moe_limit.ts";
 import { checkLayout, formatLayout, type Layout, parseLayout, worldOf } from "../../parallel/layout.ts";
+import { RECOMPUTED_MODULES } from "../../nn/recompute.ts";
 import { type Device, openDevice } from "../../tensor/device.ts";
 import { RECIPE_NAMES, RECIPES } from "../../precision/recipes.ts";
 import { KraitError, UsageError } from "../../tensor/errors.ts";
@@ -115,8 +116,10 @@ export const train = defineCommand({
         `${Object.keys(RECIPES.nvfp4.ingredients).join(", ")}.`,
     },
     recompute: {
-      type: "boolean",
-      help: "Less memory, longer steps: blocks run a second time for their gradients, which stay the same.",
+      type: "string", value: "WHAT", alone: "full",
+      help: "Less memory, longer steps: what runs a second time for its gradients, which stay the same. " +
+        "Every layer (full), every N layers as one (full:N), the first N of a stage (block:N), nothing " +
+        `(off), or of ${RECOMPUTED_MODULES.join(", ")} those named, by commas.`,
     },
     evalEvery: {
       type: "integer", min: 0, default: 0, help: "Steps between evaluations; 0: only at the end.",
@@ -260,7 +263,7 @@ async function plan(options: {
   readonly dropPolicy: Recipe["drop_policy"] | undefined; readonly padToCapacity: boolean;
   readonly weights: Recipe["weights"] | undefined; readonly master: Recipe["master"] | undefined;
   readonly moments: Recipe["moments"] | undefined;
-  readonly recompute: boolean; readonly maxSkipped: number | undefined;
+  readonly recompute: string | undefined; readonly maxSkipped: number | undefined;
   readonly precision: string | undefined; readonly without: string | undefined;
   readonly evalEvery: number; readonly evalRows: number | undefined;
   readonly layout: string | undefined; readonly perToken: boolean;
@@ -276,7 +279,7 @@ async function plan(options: {
     aux_coeff: options.auxCoeff, aux_loss: options.auxLoss, global_aux_loss: options.globalAuxLoss,
     z_loss: options.zLoss, capacity_factor: options.capacityFactor, drop_policy: options.dropPolicy,
     pad_to_capacity: options.padToCapacity || undefined, bias_rate: options.biasRate,
-    recompute: options.recompute || undefined,
+    recompute: options.recompute,
     precision: options.precision, without: options.without,
     weights: options.weights, master: options.master, moments: options.moments,
     max_skipped: options.maxSkipped, eval_rows: options.evalRows, eval_every: options.evalEvery,
@@ -309,7 +312,7 @@ async function plan(options: {
     config: parseConfig(readFileSync(join(checkpoint.path, "config.json"))),
     recipe: makeRecipe({
       ...rest, steps, eval_every: options.evalEvery, eval_rows: options.evalRows ?? recipe.eval_rows,
-      recompute: options.recompute || recipe.recompute, max_skipped: options.maxSkipped ?? rest.max_skipped,
+      recompute: options.recompute ?? recipe.recompute, max_skipped: options.maxSkipped ?? rest.max_skipped,
     }),
     layout: layoutOf(options.layout ?? saved.layout), tokenizerFolder: checkpoint.path, doneBefore,
   };
