@@ -1,7 +1,8 @@
 import { afterAll, describe, expect, test } from "vitest";
+import { LAYOUTS } from "../../src/cli/bench/layouts.ts";
 import { openDevice } from "../../src/tensor/device.ts";
 import { testAdapters } from "../support/adapters.ts";
-import { relativeError, smallBatches, SMALL, trainSmall, worstOf } from "../support/layouts.ts";
+import { smallBatches, SMALL, trainSmall, worstOf } from "../support/layouts.ts";
 
 /** The adapter's arithmetic is tested op by op; one adapter is enough for what ranks do together. */
 const device = await openDevice({ adapter: (await testAdapters())[0]! });
@@ -10,15 +11,19 @@ afterAll(() => device.destroy());
 const even = smallBatches(4, false);
 const ragged = smallBatches(4, true);
 
-/** Layouts that have little to do with each other; `krait bench layouts` goes through many more. */
-const LAYOUTS = [
+/**
+ * Layouts that have little to do with each other; KRAIT_LAYOUTS=all takes those of `krait bench layouts`,
+ * which compares more steps.
+ */
+const tried = process.env.KRAIT_LAYOUTS === "all" ? LAYOUTS : [
   "dp=4", "tp=4", "cp=2", "pp=3", "pp=2,vpp=2", "tp=2,dp=2,pp=2", "tp=2,cp=2,pp=2,cp_kind=alltoall",
+  "dp=2,ep=2", "tp=2,cp=2,dp=2,pp=2,ep=4",
 ];
 
 describe("a layout trains as one rank does", () => {
   const one = trainSmall(device, "tp=1", even, { steps: 3, clip: 1 });
 
-  for (const layout of LAYOUTS) {
+  for (const layout of tried) {
     test(layout, async () => {
       const expected = await one;
       const before = device.pool.liveBytes;
@@ -90,8 +95,6 @@ describe("the update", () => {
     const four = await trainSmall(device, "tp=4", even, { config });
     const { name, error } = worstOf(four.gradients, one.gradients);
     expect(error, name).toBeLessThan(1e-5);
-    const key = "m.backbone.layers.1.mixer.k_proj.weight";
-    expect(relativeError(four.gradients.get(key)!, one.gradients.get(key)!)).toBeLessThan(1e-5);
   });
 
   test("is the same twice", async () => {
