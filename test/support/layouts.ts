@@ -5,7 +5,7 @@ import {
 import type { NemotronHConfig } from "../../src/models/config.ts";
 import type { Device } from "../../src/tensor/device.ts";
 import type { Batch } from "../../src/train/packing.ts";
-import type { StepMetrics, TrainerOptions } from "../../src/train/trainer.ts";
+import type { HeldBytes, StepMetrics, TrainerOptions } from "../../src/train/trainer.ts";
 
 export { LAYOUT_MODEL as SMALL, LAYOUT_SIZES as SIZES, layoutBatches as smallBatches, worstOf };
 
@@ -16,6 +16,8 @@ export interface Outcome {
   readonly parameters: ReadonlyMap<string, Float32Array>;
   /** Moments of all ranks. */
   readonly optimizerBytes: number;
+  /** Of one rank at every place in the pipeline. */
+  readonly held: readonly HeldBytes[];
 }
 
 /** Trains under a layout, on one device or on that of every rank. */
@@ -39,7 +41,7 @@ export async function trainSmall(
     for (const name of run.mesh.parameters.keys()) parameters.set(name, await run.mesh.read(name));
     const states = run.trainer.optimizers.flatMap(({ state }) => state);
     const optimizerBytes = states.reduce((sum, { byteLength }) => sum + byteLength, 0);
-    return { steps: metrics, gradients, parameters, optimizerBytes };
+    return { steps: metrics, gradients, parameters, optimizerBytes, held: run.trainer.heldByRank! };
   } finally {
     run.dispose();
   }

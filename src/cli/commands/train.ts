@@ -5,9 +5,9 @@ import { localFileLayer } from "../../io/files.node.ts";
 import { parseConfig, type NemotronHConfig } from "../../models/config.ts";
 import { countParameters, memoryToTrain, trainingBytes } from "../../models/accounting.ts";
 import { DROP_POLICIES } from "../../ops/moe_limit.ts";
+import { openRankDevices, RANKS_ON, type RanksOn } from "../../parallel/rank_devices.ts";
 import { checkLayout, formatLayout, type Layout, parseLayout, worldOf } from "../../parallel/layout.ts";
 import { RECOMPUTED_MODULES } from "../../nn/recompute.ts";
-import { type Device, openDevice } from "../../tensor/device.ts";
 import { RECIPE_NAMES, RECIPES } from "../../precision/recipes.ts";
 import { KraitError, UsageError } from "../../tensor/errors.ts";
 import { readSavedRun } from "../../train/checkpoint.ts";
@@ -57,6 +57,10 @@ export const train = defineCommand({
     layout: {
       type: "string", value: "TEXT",
       help: "Ranks to train on, such as tp=2,dp=2 (see krait layout). A resumed run may go on under another.",
+    },
+    ranksOn: {
+      type: "string", choices: RANKS_ON, default: "shared",
+      help: "Where ranks lie: on one GPU device together, on a device each, or on all adapters in turn.",
     },
     distributedOptimizer: {
       type: "string", choices: ["on", "off"], default: "on",
@@ -153,7 +157,8 @@ export const train = defineCommand({
     checkLayout(layout, config, { ...recipe, micro_batches: recipe.accumulate / layout.dp });
     const { tokenizer, files } = findTokenizer(options.tokenizer ?? tokenizerFolder, config.vocab_size);
     const split = splitDocuments(readDocuments(options.data), { seed: recipe.seed });
-    const device = await openDevice(options.adapter ? { adapter: options.adapter } : {});
+    const devices = await openRankDevices(worldOf(layout), options.ranksOn as RanksOn, options.adapter);
+    const device = devices[0]!;
     const isSolo = worldOf(layout) === 1;
     const profiler = options.trace && isSolo ? device.profile() : null;
     if (options.trace && isSolo && !profiler) {
@@ -167,7 +172,7 @@ export const train = defineCommand({
     };
     try {
       const result = await runTraining({
-        devices: Array<Device>(worldOf(layout)).fill(device), layout, config, recipe, split, tokenizer,
+        devices, layout, config, recipe, split, tokenizer,
         out: options.out, resume: options.resume, zero: options.distributedOptimizer === "on",
         saveEvery: options.saveEvery, keep: options.keep, signal,
         tokenizerFiles: files,
@@ -231,7 +236,7 @@ export const train = defineCommand({
         `${join(options.out, "loss.svg")}`);
       return result.interrupted ? 130 : 0;
     } finally {
-      device.destroy();
+      for (const one of new Set(devices)) one.destroy();
     }
   },
 });
