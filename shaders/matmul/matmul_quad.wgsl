@@ -54,7 +54,7 @@ struct Params {
   c_row: u32, c_batch: u32, c_split: u32,
   b_offset: u32, c_offset: u32,
   group: u32, groups: u32,                    // rows of a group, 4; groups of a tile, ROWS / 4
-  per: u32,                                   // of gather_a and gather_b
+  per: u32, stored: u32,                      // of gather_a and gather_b: choices per row, and the rows
 }
 
 @group(0) @binding(0) var<storage, read> a: array<A>;

@@ -42,7 +42,7 @@ struct Params {
   b_row: u32, b_col: u32, b_batch: u32,
   c_row: u32, c_batch: u32, c_split: u32,
   b_offset: u32, c_offset: u32,
-  per: u32,                                   // of gather_a and gather_b
+  per: u32, stored: u32,                      // of gather_a and gather_b: choices per row, and the rows
 }
 
 @if(a_half && a_vec) alias A = vec2u;

@@ -1529,6 +1529,7 @@ export const manifest = {
       b_offset: "u32",
       c_offset: "u32",
       per: "u32",
+      stored: "u32",
     },
     overrides: {
       SUBGROUP: "u32",
@@ -1571,6 +1572,7 @@ export const manifest = {
       group: "u32",
       groups: "u32",
       per: "u32",
+      stored: "u32",
     },
     overrides: {
       WG: "u32",
@@ -1610,6 +1612,7 @@ export const manifest = {
       b_offset: "u32",
       c_offset: "u32",
       per: "u32",
+      stored: "u32",
     },
     overrides: {
     },

@@ -154,6 +154,10 @@ export const train = defineCommand({
     }
     const c = colours(wantsColour(stderr, env));
     const { config, recipe, layout, tokenizerFolder, doneBefore } = await plan(options);
+    if (recipe.accumulate % layout.dp !== 0) {
+      throw new UsageError(
+        `--accumulate must be a multiple of the layout's dp = ${layout.dp}, found ${recipe.accumulate}.`);
+    }
     checkLayout(layout, config, { ...recipe, micro_batches: recipe.accumulate / layout.dp });
     const { tokenizer, files } = findTokenizer(options.tokenizer ?? tokenizerFolder, config.vocab_size);
     const split = splitDocuments(readDocuments(options.data), { seed: recipe.seed });
