@@ -53,6 +53,7 @@ const cuts = u32(0x40000000, 1, 20, 0, 0x40000000, 1, 20, 0);
 const MATMUL = {
   m: 5, n: 6, k: 18, batches: 1, row_tiles: 1, splits: 1, split_k: 18, a_row: 18, a_col: 1, a_batch: 90,
   b_row: 6, b_col: 1, b_batch: 108, c_row: 6, c_batch: 30, c_split: 30, b_offset: 0, c_offset: 0, per: 1,
+  stored: 18,
 };
 
 /** For what may be an element of an array, whose rows the interpreter cannot set. */
