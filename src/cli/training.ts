@@ -109,7 +109,7 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
       metrics.write({
         step: index + 1, ...rest,
         ...Object.fromEntries(mtp_loss.map((loss, i) => [`mtp_loss_${i + 1}`, loss])),
-        max_violation, live_bytes: bytesOf(mesh, "liveBytes"), peak_bytes: bytesOf(mesh, "peakBytes"),
+        max_violation, live_bytes: bytesOn(devices, "liveBytes"), peak_bytes: bytesOn(devices, "peakBytes"),
       });
       options.onStep?.(step);
       const done = run.trainer.steps;
@@ -138,9 +138,9 @@ async function tracedStep(run: TrainingRun, onTrace: TrainingOptions["onTrace"])
   return step!;
 }
 
-/** Bytes on all devices of a model. */
-export function bytesOf(mesh: MeshModel, which: "liveBytes" | "peakBytes"): number {
-  return mesh.devices.reduce((sum, { pool }) => sum + pool[which], 0);
+/** Bytes on the devices of ranks, each device counted once. */
+export function bytesOn(devices: readonly Device[], which: "liveBytes" | "peakBytes"): number {
+  return [...new Set(devices)].reduce((sum, { pool }) => sum + pool[which], 0);
 }
 
 function writeCurve(

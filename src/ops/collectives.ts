@@ -2,6 +2,7 @@
  * What passes between ranks. A collective takes the tensors of a group's ranks, in order, and gives one to
  * each; its backward pass is a collective too:
  *
+ *   broadcast        x of the root            backward: the sum over the group, at the root
  *   copy_to          x                        backward: the sum over the group
  *   reduce_from      the sum over the group   backward: the gradient as it is
  *   scatter          the own slice            backward: all slices
@@ -43,7 +44,8 @@ export interface Group {
 /** One rank by itself. */
 export const ALONE: Group = { name: "none", members: [[0]], algorithm: "direct" };
 
-export type CollectiveKind = "all_reduce" | "all_gather" | "reduce_scatter" | "all_to_all" | "send";
+export type CollectiveKind =
+  "broadcast" | "reduce" | "all_reduce" | "all_gather" | "reduce_scatter" | "all_to_all" | "send";
 
 /** One collective of one group as an observer sees it. */
 export interface Communication {
@@ -89,9 +91,15 @@ export interface GatherOptions extends SliceOptions {
   readonly sum: boolean;
 }
 
+export interface BroadcastOptions extends Call {
+  /** Place in the group of the rank whose tensor all others get. */
+  readonly root: number;
+}
+
 /** Bytes sent by the `g` ranks of a group together where each holds `bytes` before the collective. */
 export function bytesSent(kind: CollectiveKind, algorithm: Algorithm, g: number, bytes: number): number {
   switch (kind) {
+    case "broadcast": case "reduce": return (g - 1) * bytes;
     // In a ring a sum travels from the first rank to the last, which keeps the order of additions, and back.
     case "all_reduce": return algorithm === "ring" ? 2 * (g - 1) * bytes : g * (g - 1) * bytes;
     case "all_gather": return g * (g - 1) * bytes;
@@ -288,6 +296,33 @@ interface Saved<O> {
   readonly devices: readonly Tensor["device"][];
 }
 
+const broadcastFrom = defineOp({
+  name: "broadcast",
+  forward(ctx, options: BroadcastOptions, ...xs: Tensor[]): Tensor[] {
+    checkAlike("broadcast", xs);
+    const { root, algorithm } = options;
+    check(xs[root] !== undefined, "broadcast", "root", `below ${xs.length}`, root);
+    report("broadcast", options, xs[root]!.byteLength);
+    const devices = xs.map(({ device }) => device);
+    ctx.save({ options, devices });
+    if (algorithm === "direct") return devices.map((device) => sent(xs[root]!, device));
+    const ys: Tensor[] = [];
+    for (let hop = 0; hop < xs.length; hop++) {
+      const place = (root + hop) % xs.length;
+      ys[place] = sent(hop === 0 ? xs[root]! : ys[(place - 1 + xs.length) % xs.length]!, devices[place]!);
+    }
+    return ys;
+  },
+  backward({ options, devices }: Saved<BroadcastOptions>, grads) {
+    const dys = whole(grads, devices);
+    report("reduce", options, dys[0]!.byteLength, true);
+    const { root, algorithm } = options;
+    const sum = algorithm === "direct" || isShared(dys)
+      ? sumOf(dys.map((dy) => onDevice(dy, devices[root]!))) : onDevice(sumAlong(dys), devices[root]!);
+    return [null, ...dys.map((_, i) => (i === root ? sum : null))];
+  },
+});
+
 const copyTo = defineOp({
   name: "copy_to",
   forward(ctx, options: Call, ...xs: Tensor[]): Tensor[] {
@@ -452,6 +487,16 @@ export function forEachGroup(
     });
   }
   return shardedOf(results);
+}
+
+/** All ranks of a stage, as one group. */
+export function everyRank(x: Tensor): Group {
+  return { name: "stage", members: [localsOf(x).map((_, rank) => rank)], algorithm: "direct" };
+}
+
+/** What the rank at place `root` of each group has, on all of its ranks. */
+export function broadcastInGroup(x: Tensor, group: Group, root: number): Tensor {
+  return inGroups(x, group, (call, ...xs) => broadcastFrom({ ...call, root }, ...xs));
 }
 
 /** x as it is; the ranks' gradients are summed: x is the same on all of them and used differently. */

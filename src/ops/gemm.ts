@@ -170,7 +170,7 @@ function run(p: Product, { kernel, rows4, row_tiles, tiles, splits }: Plan, c: P
       b_row: b.row, b_col: b.col, b_batch: b.batch ?? 0,
       c_row: c.row, c_batch: c.batch ?? 0, c_split: batches * m * n,
       b_offset: b.offset ?? 0, c_offset: c.offset ?? 0, per: gather?.per ?? 1,
-      stored: gather ? Math.floor(p.offsets ? b.tensor.size / b.row : a.tensor.size / a.row) : 1,
+      stored: gather ? Math.max(1, Math.floor(p.offsets ? b.tensor.size / b.row : a.tensor.size / a.row)) : 1,
     },
     workgroups: [Math.ceil((tiles * splits) / TILE[kernel].per_workgroup)] as [number],
   };

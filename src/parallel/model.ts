@@ -8,7 +8,7 @@ import { listParameters, type Parameter } from "../models/checkpoint_names.ts";
 import type { NemotronHConfig } from "../models/config.ts";
 import { NemotronH } from "../models/nemotron_h.ts";
 import { checkFits, initialValues, type TrainedFormat, trainedFormatOf } from "../models/parameters.ts";
-import { parametersOf, type Part } from "../models/part.ts";
+import { parametersOf } from "../models/part.ts";
 import type { Division } from "../nn/division.ts";
 import { onStage } from "../gpu/lane.ts";
 import { ALONE, type Group, sendToStage } from "../ops/collectives.ts";
@@ -48,8 +48,8 @@ export interface PlacedParameter {
   readonly held: readonly { readonly stage: number; readonly tensor: Tensor }[];
 }
 
-/** Buffers of shared parameters divide into parts of whole units of so many elements. */
-const PART = 128;
+/** Ranks divide a buffer that they share into parts of whole units of so many elements, as bindings need. */
+export const PART = 128;
 
 export class MeshModel {
   readonly config: NemotronHConfig;
@@ -105,9 +105,8 @@ export class MeshModel {
       const expected = "layers, the embedding, the prediction block or the head";
       broken("a stage that is trained holds something", expected, `nothing in stage ${empty}`);
     }
-    const stages = unscoped(() => cuts.map((cut, stage): ModelStage => {
+    const stages = unscoped(() => cuts.map((part, stage): ModelStage => {
       const { rank, chunk } = placeOfStage(layout, stage);
-      const part: Part = cut;
       const ranks = devices.slice(rank * perStage, (rank + 1) * perStage);
       const members = parametersOf(config, part);
       const isTied = layout.pp * layout.vpp > 1 && config.num_nextn_predict_layers > 0;

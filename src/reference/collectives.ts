@@ -44,6 +44,18 @@ const ownSlices = (xs: readonly NdArray[], dim: number) => xs.map((x, i) => slic
 const sumSlices = (xs: readonly NdArray[], dim: number) =>
   xs.map((_, i) => slice(total(xs), dim, i, xs.length));
 
+/** The root's x on every rank; its gradient is the sum of all. */
+export function broadcast({ root }: { readonly root: number }, ...xs: NdArray[]): NdArray[] {
+  return xs.map(() => xs[root]!);
+}
+
+export function broadcast_vjp(
+  grads: Grads, { root }: { readonly root: number }, ...xs: NdArray[]
+): Cotangents {
+  const dys = filled(grads, xs[0]!.shape);
+  return [null, ...xs.map((x, i) => (i === root ? total(dys) : ndarray(x.shape)))];
+}
+
 /** Every rank's x as it is; gradients are summed. */
 export function copy_to(_how: object, ...xs: NdArray[]): NdArray[] {
   return xs;

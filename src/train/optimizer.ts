@@ -6,13 +6,13 @@ import {
   adamw, MOMENT_BLOCK, MOMENT_DTYPES, momentElements, type MomentFormat, slabsOf, type Stretch, stretchTable,
 } from "../ops/adamw.ts";
 import {
-  ALONE, gatherFromGroup, type Group as RankGroup, reduceScatterInGroup, sumOverGroup,
+  ALONE, everyRank, gatherFromGroup, reduceScatterInGroup, sumOverGroup,
 } from "../ops/collectives.ts";
 import { scale as scaled } from "../ops/elementwise.ts";
 import { clip_scale, global_norm } from "../ops/global_norm.ts";
 import { bytesPerElement, type DType } from "../tensor/dtype.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
-import type { Sharing } from "../parallel/model.ts";
+import { PART, type Sharing } from "../parallel/model.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
 import { localsOf, shardedOf } from "../tensor/sharded.ts";
 import { isHalf, Tensor, type TensorDType } from "../tensor/tensor.ts";
@@ -76,8 +76,6 @@ interface Group extends Sharing {
 
 /** The random stream of the first group's roundings; further groups count on. */
 const ROUNDING_STREAM = 0x6f707469;
-/** Parts begin where a kernel's binding may, and where a block of 8-bit moments does. */
-const PART = 128;
 const BY_ITSELF: Sharing = { group: ALONE, copies: 1 };
 
 /**
@@ -219,8 +217,8 @@ export class AdamW {
 
   /** The norm of what `reduce` gave, over all ranks of the stage, each of which gets it. [1] */
   norm(reduced: readonly Tensor[]): Tensor {
-    const ranks = localsOf(reduced[0]!).map((_, rank) => rank);
-    if (ranks.length === 1 && this.#groups.every(({ copies }) => copies === 1)) return global_norm(reduced);
+    const isOne = localsOf(reduced[0]!).length === 1 && this.#groups.every(({ copies }) => copies === 1);
+    if (isOne) return global_norm(reduced);
     // Every rank takes a part of what its group shares, so that each square is counted once.
     const byCopies = new Map<number, Tensor[]>();
     reduced.forEach((part, i) => {
@@ -236,8 +234,7 @@ export class AdamW {
       const norm = global_norm(parts);
       return copies === 1 ? norm : scaled(norm, 1 / Math.sqrt(copies));
     });
-    const everyone: RankGroup = { name: "stage", members: [ranks], algorithm: "direct" };
-    return global_norm(norms.map((norm) => gatherFromGroup(norm, everyone, 0, false)));
+    return global_norm(norms.map((norm) => gatherFromGroup(norm, everyRank(norm), 0, false)));
   }
 
   /** Updates what every rank has to, and hands it to those that share it. */

@@ -246,6 +246,25 @@ function weigh(
 }
 
 /** Labels that are scored. */
-export function countScored(labels: Int32Array): number {
+function countScored(labels: Int32Array): number {
   return labels.reduce((n, label) => n + (label === IGNORED ? 0 : 1), 0);
+}
+
+/** Batches with scored positions by so many, the last ones with null for what is missing. */
+export function* inGroups(batches: Iterable<Batch>, size: number): Generator<(Batch | null)[]> {
+  let group: (Batch | null)[] = [];
+  for (const batch of batches) {
+    if (batch.scored === 0) continue;
+    group.push(batch);
+    if (group.length < size) continue;
+    yield group;
+    group = [];
+  }
+  if (group.length > 0) yield [...group, ...Array<null>(size - group.length).fill(null)];
+}
+
+/** Positions with a target in all micro-batches: for the next token, and at every prediction depth. */
+export function scoredPositions(batches: readonly Batch[], depths: number): number[] {
+  return Array.from({ length: 1 + depths }, (_, depth) => batches.reduce(
+    (sum, batch) => sum + countScored(depth === 0 ? batch.labels : mtpLabels(batch, depth)), 0));
 }

@@ -6,10 +6,9 @@ import { MoE } from "../nn/moe.ts";
 import type { Recompute } from "../nn/recompute.ts";
 import { checkMoETraining, makeMoETraining, type MoETraining } from "../nn/moe_training.ts";
 import type { LossOptions, NemotronH } from "../models/nemotron_h.ts";
-import { type Group, sumOverGroup } from "../ops/collectives.ts";
-import { accumulate, add, multiply, scale } from "../ops/elementwise.ts";
+import { accumulate, add, scale } from "../ops/elementwise.ts";
 import { clip_scale, global_norm } from "../ops/global_norm.ts";
-import { expert_load, update_expert_bias } from "../ops/moe.ts";
+import { update_expert_bias } from "../ops/moe.ts";
 import { router_quantile, update_quantile_bias } from "../ops/quantile_balance.ts";
 import type { RouterOptions } from "../ops/router.ts";
 import { parseLayout } from "../parallel/layout.ts";
@@ -18,20 +17,23 @@ import { MeshModel } from "../parallel/model.ts";
 import { interleave, scheduleOf as pipelineSchedule } from "../parallel/schedule.ts";
 import { stageAt } from "../parallel/stages.ts";
 import { KraitError, UsageError } from "../tensor/errors.ts";
-import { onRank, localsOf, shardedOf } from "../tensor/sharded.ts";
+import { localsOf, shardedOf } from "../tensor/sharded.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
 import type { Tensor, TensorDType } from "../tensor/tensor.ts";
 import { withRoundings } from "../precision/active.ts";
 import { FULL_PRECISION, type PrecisionChoice } from "../precision/plan.ts";
 import type { Precision } from "../precision/precision.ts";
 import { AdamW, type AdamWOptions } from "./optimizer.ts";
-import { type Batch, mtpLabels } from "./packing.ts";
+import type { Batch } from "./packing.ts";
 import { addGradients, Passes, type StagePass } from "./passes.ts";
-import { countScored, RankInputs, type StageInputs } from "./rank_inputs.ts";
+import { inGroups, RankInputs, scoredPositions } from "./rank_inputs.ts";
 import { type BiasUpdate, MAX_SKIPPED } from "./recipe.ts";
 import { TrainingPrecision } from "./rounding.ts";
 import type { Schedule } from "./schedule.ts";
 import { captureOn, type StepGraph } from "./step_graph.ts";
+import {
+  collect, maxViolation, NORM, putInto, readScalars, type StageSums, sumOverRanks, sumsOf,
+} from "./step_sums.ts";
 import { StepTrace } from "./trace.ts";
 
 export interface TrainerOptions extends AdamWOptions {
@@ -119,21 +121,6 @@ interface Captured {
   readonly sums: readonly StageSums[];
 }
 
-/** What adds up over the micro-batches of a step, on every rank of a stage. */
-interface StageSums {
-  /** f32 [3 + depths]: loss, balancing loss, gradient norm, the losses of the prediction depths. */
-  readonly scalars: Tensor;
-  /** Tokens per expert, u32 by the path of the layer. */
-  readonly loads: ReadonlyMap<string, Tensor>;
-  /** Choices by their scores alone in the step so far, u32 [1, E] by layer; for `global_aux_loss`. */
-  readonly soFar: ReadonlyMap<string, Tensor>;
-  /** Where the biases are going by quantiles, f32 [E] by layer; none for other updates. */
-  readonly estimates: ReadonlyMap<string, Tensor>;
-}
-
-/** Place of the gradient norm among the scalars. */
-const NORM = 2;
-
 export class Trainer {
   readonly mesh: MeshModel;
   readonly options: TrainerOptions;
@@ -162,6 +149,10 @@ export class Trainer {
     if (mesh.world > 1 && precision.recipe !== "f32") {
       throw new UsageError(
         `Precision ${precision.recipe} trains on one rank, but the layout has ${mesh.world} of them.`);
+    }
+    if (mesh.world > 1 && options.moments === "8bit") {
+      throw new UsageError(
+        `Moments of 8 bits share scales within a rank and train on one, but the layout has ${mesh.world}.`);
     }
     const { dp } = mesh.layout;
     if (micros % dp !== 0) {
@@ -246,7 +237,7 @@ export class Trainer {
     }
     if (this.#inputs.length > 1) micro.replay();
     update?.replay();
-    const [loss, grad_norm, aux_loss, mtp_loss] = await this.#readScalars(sums);
+    const [loss, grad_norm, aux_loss, mtp_loss] = await readScalars(sums, mtp_depths);
     const total = loss + aux_loss + mtp_loss.reduce((sum, one) => sum + one * mtp_scale / mtp_depths, 0);
     const step = this.steps++;
     const skipped = !Number.isFinite(loss) || !Number.isFinite(grad_norm);
@@ -255,16 +246,8 @@ export class Trainer {
     if (skipped) this.#checkSkipped(loss, grad_norm);
     return {
       step, total, loss, aux_loss, grad_norm, lr, mtp_loss,
-      max_violation: await this.#maxViolation(sums), skipped, skipped_steps: this.skipped.total,
+      max_violation: await maxViolation(sums), skipped, skipped_steps: this.skipped.total,
     };
-  }
-
-  async #readScalars(sums: readonly StageSums[]): Promise<[number, number, number, number[]]> {
-    const stages: number[][] = [];
-    for (const { scalars } of sums) stages.push(Array.from(await localsOf(scalars)[0]!.read()));
-    const total = (i: number) => stages.reduce((sum, values) => sum + values[i]!, 0);
-    const depths = Array.from({ length: this.options.mtp_depths }, (_, i) => total(NORM + 1 + i));
-    return [total(0), stages.at(-1)![NORM]!, total(1), depths];
   }
 
   /** @throws KraitError when so many steps in a row were skipped that a further one is not worth it. */
@@ -356,7 +339,8 @@ export class Trainer {
     for (const group of inGroups(batches, dp)) {
       const positions = group.reduce((total, batch) => total + (batch?.scored ?? 0), 0);
       if (positions === 0) continue;
-      const divisor = { micros: dp, mtp_scale: 0, scored: [positions, ...group.map(() => 0)] };
+      const depths = Array<number>(this.options.mtp_depths).fill(0);
+      const divisor = { micros: dp, mtp_scale: 0, scored: [positions, ...depths] };
       this.#inputs[0]!.write(group, divisor);
       graph.replay();
       sum += (await localsOf(loss)[0]!.read())[0]! * positions;
@@ -503,8 +487,7 @@ export class Trainer {
       this.mesh.onStage(stage, "update", () => body(stage)));
     const reduced = onStages((stage) => {
       const { scalars, loads, estimates } = sums[stage]!;
-      const all = everyone(scalars);
-      for (const sum of [scalars, ...loads.values(), ...estimates.values()]) sumInPlace(sum, all);
+      sumOverRanks([scalars, ...loads.values(), ...estimates.values()]);
       return optimizers[stage]!.reduce(gradients[stage]!);
     });
     this.#tie(reduced);
@@ -555,7 +538,7 @@ export class Trainer {
         collect(pass, inputs[last]!, {
           scalars: loss, loads: new Map(), soFar: new Map(), estimates: new Map(),
         });
-        sumInPlace(loss, everyone(loss));
+        sumOverRanks([loss]);
       }));
       return { graph, loss };
     });
@@ -570,74 +553,4 @@ export class Trainer {
         ? [{ path: mixer.path, bias: mixer.correction_bias, options: mixer.options }] : []);
   }
 
-  async #maxViolation(sums: readonly StageSums[]): Promise<number | null> {
-    let worst: number | null = null;
-    for (const load of sums.flatMap(({ loads }) => [...loads.values()])) {
-      const counts = Array.from(await localsOf(load)[0]!.read());
-      const mean = counts.reduce((a, b) => a + b, 0) / counts.length;
-      worst = Math.max(worst ?? 0, Math.max(...counts) / mean - 1);
-    }
-    return worst;
-  }
-}
-
-function sumsOf({ scalars, loads, soFar, estimates }: StageSums): Tensor[] {
-  return [scalars, ...loads.values(), ...soFar.values(), ...estimates.values()];
-}
-
-/** Adds what a pass found to the sums of its stage. */
-function collect(pass: StagePass, { shares }: Pick<StageInputs, "shares">, sums: StageSums): void {
-  const { main, aux, mtp } = pass;
-  if (main ?? aux) {
-    const packed = shardedOf(localsOf(sums.scalars).map((like, rank) =>
-      packScalars(like, onRank([main, aux, null, ...mtp], rank))));
-    accumulate(sums.scalars, multiply(packed, shares));
-  }
-  for (const { index, layer } of pass.routing) {
-    const load = sums.loads.get(layer);
-    if (load) expert_load(load, index);
-  }
-}
-
-function packScalars(like: Tensor, values: readonly (Tensor | null)[]): Tensor {
-  const packed = like.device.zeros(like.shape);
-  values.forEach((value, i) => value && putInto(packed, i, value));
-  return packed;
-}
-
-/** x[i] = value on every rank. */
-function putInto(x: Tensor, i: number, value: Tensor): void {
-  localsOf(x).forEach(({ device, storage, byteOffset }, rank) => {
-    const from = localsOf(value)[rank]!;
-    device.stream.copy(from.storage, from.byteOffset, storage, byteOffset + 4 * i, 4);
-  });
-}
-
-/** All ranks of a stage. */
-function everyone(x: Tensor): Group {
-  return { name: "stage", members: [localsOf(x).map((_, rank) => rank)], algorithm: "direct" };
-}
-
-function sumInPlace(x: Tensor, group: Group): void {
-  const sum = sumOverGroup(x, group);
-  if (sum !== x) x.copyFrom(sum);
-}
-
-/** Batches with scored positions by so many, the last ones with null for what is missing. */
-function* inGroups(batches: Iterable<Batch>, size: number): Generator<(Batch | null)[]> {
-  let group: (Batch | null)[] = [];
-  for (const batch of batches) {
-    if (batch.scored === 0) continue;
-    group.push(batch);
-    if (group.length < size) continue;
-    yield group;
-    group = [];
-  }
-  if (group.length > 0) yield [...group, ...Array<null>(size - group.length).fill(null)];
-}
-
-/** Positions with a target in all micro-batches: for the next token, and at every prediction depth. */
-function scoredPositions(batches: readonly Batch[], depths: number): number[] {
-  return Array.from({ length: 1 + depths }, (_, depth) => batches.reduce(
-    (sum, batch) => sum + countScored(depth === 0 ? batch.labels : mtpLabels(batch, depth)), 0));
 }

@@ -39,6 +39,17 @@ export default [
     errors: [alike(name, /x must be \[2, 4\], found \[4, 4\]/)],
   })),
   opSamples({
+    op: op("broadcast"), reference: ref.broadcast, vjp: ref.broadcast_vjp,
+    samples: (["direct", "ring"] as const).flatMap((algorithm) => sums.map(([name, g, shape]) => ({
+      name: `${name}, ${algorithm}`,
+      args: (r: Draw) => [{ ...how(g), algorithm, root: g - 1 }, ...ranks(r, g, shape)],
+    }))),
+    errors: [{
+      name: "a root that is no rank", args: (r) => [{ ...how(2), root: 2 }, ...ranks(r, 2, [3])],
+      message: /broadcast: root must be below 2, found 2/,
+    }],
+  }),
+  opSamples({
     op: op("scatter"), reference: ref.scatter, vjp: ref.scatter_vjp, straightThrough: true,
     samples: cuts.map(([name, g, shape, dim]) => ({
       name, args: (r) => [{ ...how(g), dim }, ...ranks(r, g, shape)],

@@ -14,8 +14,8 @@ import { parseLayout } from "../../src/parallel/layout.ts";
 import {
   checkMegatron, megatronFiles, megatronRanks, openMegatron, packQkv, unpackQkv,
 } from "../../src/parallel/megatron.ts";
-import { launchOf, launchScript } from "../../src/parallel/megatron_launch.ts";
-import type { TrainingNumbers } from "../../src/parallel/megatron_launch.ts";
+import { launchOf, launchScript } from "../../src/train/megatron_launch.ts";
+import type { Recipe } from "../../src/train/recipe.ts";
 import { FormatError, UsageError } from "../../src/tensor/errors.ts";
 import { sizeOf } from "../../src/tensor/ndarray.ts";
 import { RECIPE } from "../../src/train/recipe.ts";
@@ -263,11 +263,11 @@ describe("what cannot be", () => {
 });
 
 describe("launch arguments", () => {
-  const training: TrainingNumbers = {
+  const training: Recipe = {
     ...RECIPE, steps: 100, batch: 4, accumulate: 2, seqlen: 32, warmup: 7, decay: 33, mtp_depths: 2,
     precision: "mxfp8",
   };
-  const valueOf = (text: string, name: string, run: TrainingNumbers | null = training) =>
+  const valueOf = (text: string, name: string, run: Recipe | null = training) =>
     launchOf(config, parseLayout(text), run).arguments.find(([each]) => each === name)?.slice(1).join(" ");
 
   test("say the layout, with the stages that the files have", () => {
@@ -336,7 +336,7 @@ describe("launch arguments", () => {
     expect(valueOf("", "--calculate-per-token-loss")).toBeUndefined();
     expect(valueOf("", "--moe-router-load-balancing-type")).toBe("seq_aux_loss");
     expect(valueOf("", "--moe-expert-capacity-factor")).toBeUndefined();
-    const dropping: TrainingNumbers = {
+    const dropping: Recipe = {
       ...training, per_token: true, aux_coeff: 0.001, aux_loss: 0.01, capacity_factor: 1.25,
       drop_policy: "position", pad_to_capacity: true, bias_update: "quantile",
     };

@@ -5,8 +5,7 @@ import { checkFree, openFolder, writeFolder } from "../../io/files.node.ts";
 import { isObject, parseJson } from "../../io/json.ts";
 import { openTensors } from "../../io/safetensors.ts";
 import { checkMegatron, megatronFiles, megatronRanks, openMegatron } from "../../parallel/megatron.ts";
-import { CONVERT_SCRIPT, launchOf, launchScript } from "../../parallel/megatron_launch.ts";
-import type { TrainingNumbers } from "../../parallel/megatron_launch.ts";
+import { CONVERT_SCRIPT, launchOf, launchScript } from "../../train/megatron_launch.ts";
 import { formatLayout, parseLayout, worldOf } from "../../parallel/layout.ts";
 import { UsageError } from "../../tensor/errors.ts";
 import { makeRecipe } from "../../train/recipe.ts";
@@ -113,7 +112,7 @@ function companionsOf(folder: string): Record<string, Uint8Array> {
 }
 
 /** The numbers of the run whose checkpoint a folder is; null for a model alone. */
-function trainingOf(folder: string): TrainingNumbers | null {
+function trainingOf(folder: string): Recipe | null {
   const file = join(folder, "state.json");
   if (!existsSync(file)) return null;
   const state = parseJson(readFileSync(file), { what: file });

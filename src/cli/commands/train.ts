@@ -21,7 +21,7 @@ import { defineCommand } from "../args.ts";
 import { findConfig, findTokenizer } from "../models.ts";
 import { Progress } from "../progress.ts";
 import { colours, formatBytes, formatCount, wantsColour } from "../terminal.ts";
-import { runTraining } from "../training.ts";
+import { bytesOn, runTraining } from "../training.ts";
 
 export const train = defineCommand({
   name: "train",
@@ -201,7 +201,7 @@ export const train = defineCommand({
         },
         onStep(step) {
           if (options.json) {
-            stdout.write(formatMetric({ ...step, live_bytes: device.pool.liveBytes }));
+            stdout.write(formatMetric({ ...step, live_bytes: bytesOn(devices, "liveBytes") }));
           }
           const { loss, grad_norm, skipped_steps } = step;
           if (step.skipped) {
@@ -236,7 +236,7 @@ export const train = defineCommand({
         writeFileSync(options.trace, await profiler.chromeTrace(device.info.name));
       }
       say(
-        `checkpoint ${result.checkpoint}; peak memory ${formatBytes(device.pool.peakBytes)}; curve ` +
+        `checkpoint ${result.checkpoint}; peak memory ${formatBytes(bytesOn(devices, "peakBytes"))}; curve ` +
         `${join(options.out, "loss.svg")}`);
       return result.interrupted ? 130 : 0;
     } finally {

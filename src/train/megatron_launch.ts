@@ -6,46 +6,11 @@ import type { NemotronHConfig } from "../models/config.ts";
 import { layerSpecs, mtpSpecs } from "../models/config.ts";
 import { neighboursOf } from "../nn/division.ts";
 import { parseRecompute } from "../nn/recompute.ts";
-import type { Layout } from "./layout.ts";
-import { formatLayout, worldOf } from "./layout.ts";
-import { MEGATRON_INDEX } from "./megatron.ts";
-import { formatHybrid, stagesOf } from "./stages.ts";
-
-/** What is known of the training of a model; a run's recipe has it. */
-export interface TrainingNumbers {
-  readonly steps: number;
-  readonly seed: number;
-  readonly batch: number;
-  readonly seqlen: number;
-  readonly accumulate: number;
-  readonly lr: number;
-  readonly min_lr: number;
-  readonly schedule: "wsd" | "cosine" | "constant";
-  readonly warmup: number;
-  readonly decay: number;
-  readonly beta1: number;
-  readonly beta2: number;
-  readonly eps: number;
-  readonly weight_decay: number;
-  readonly clip: number;
-  readonly mtp_depths: number;
-  readonly mtp_scale: number;
-  readonly per_token: boolean;
-  readonly aux_coeff: number;
-  readonly aux_loss: number;
-  readonly global_aux_loss: number;
-  readonly z_loss: number;
-  readonly bias_rate: number;
-  readonly bias_update: "sign" | "quantile";
-  readonly capacity_factor: number;
-  readonly drop_policy: "probs" | "position";
-  readonly pad_to_capacity: boolean;
-  readonly router_jitter: number;
-  readonly router_dtype: "f32" | "bf16";
-  /** As `parseRecompute` reads it. */
-  readonly recompute: string;
-  readonly precision: string;
-}
+import type { Layout } from "../parallel/layout.ts";
+import { formatLayout, worldOf } from "../parallel/layout.ts";
+import { MEGATRON_INDEX } from "../parallel/megatron.ts";
+import { formatHybrid, stagesOf } from "../parallel/stages.ts";
+import type { Recipe } from "./recipe.ts";
 
 /** One argument: its name, and its values; none for a switch. */
 export type LaunchArgument = readonly [name: string, ...values: string[]];
@@ -75,7 +40,7 @@ const PRECISIONS: Readonly<Record<string, readonly LaunchArgument[]>> = {
  * The arguments of Megatron Core for the model and the layout.
  * @param training null for a model without a training run: batch, schedule and optimiser are left to the user
  */
-export function launchOf(config: NemotronHConfig, layout: Layout, training: TrainingNumbers | null): Launch {
+export function launchOf(config: NemotronHConfig, layout: Layout, training: Recipe | null): Launch {
   const older = olderPattern(config, layout);
   return {
     world: worldOf(layout), layout: formatLayout(layout),
@@ -151,7 +116,7 @@ function modelArguments(config: NemotronHConfig, layout: Layout, depths: number)
 }
 
 /** How often training passes the prediction block. */
-function depthsOf(config: NemotronHConfig, training: TrainingNumbers | null): number {
+function depthsOf(config: NemotronHConfig, training: Recipe | null): number {
   return config.num_nextn_predict_layers === 0 ? 0 : training?.mtp_depths ?? 1;
 }
 
@@ -179,7 +144,7 @@ function olderPattern(
 }
 
 function expertArguments(
-  config: NemotronHConfig, layout: Layout, training: TrainingNumbers | null,
+  config: NemotronHConfig, layout: Layout, training: Recipe | null,
 ): LaunchArgument[] {
   const spec = [...layerSpecs(config), ...mtpSpecs(config)].find(({ kind }) => kind === "moe");
   if (spec?.kind !== "moe") return [];
@@ -202,7 +167,7 @@ function expertArguments(
   ];
 }
 
-function routerArguments(run: TrainingNumbers): LaunchArgument[] {
+function routerArguments(run: Recipe): LaunchArgument[] {
   const losses = ([
     ["seq_aux_loss", run.aux_coeff], ["aux_loss", run.aux_loss], ["global_aux_loss", run.global_aux_loss],
   ] as const).filter(([, coefficient]) => coefficient > 0);
@@ -221,7 +186,7 @@ function routerArguments(run: TrainingNumbers): LaunchArgument[] {
   ];
 }
 
-function mtpArguments(config: NemotronHConfig, training: TrainingNumbers | null): LaunchArgument[] {
+function mtpArguments(config: NemotronHConfig, training: Recipe | null): LaunchArgument[] {
   const depths = depthsOf(config, training);
   if (depths === 0) return [];
   return [
@@ -231,7 +196,7 @@ function mtpArguments(config: NemotronHConfig, training: TrainingNumbers | null)
   ];
 }
 
-function trainingArguments({ dp }: Layout, run: TrainingNumbers): LaunchArgument[] {
+function trainingArguments({ dp }: Layout, run: Recipe): LaunchArgument[] {
   const style: LaunchArgument[] = run.schedule === "wsd" ? [
     ["--lr-decay-style", "WSD"], ["--lr-wsd-decay-style", "linear"],
     ["--lr-wsd-decay-iters", number(run.decay)],
