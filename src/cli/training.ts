@@ -4,8 +4,10 @@
  */
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { localFileLayer } from "../io/files.node.ts";
+import { localFileLayer, openFolder } from "../io/files.node.ts";
 import { openCheckpoint, saveCheckpoint } from "../io/checkpoint_files.ts";
+import { openTensors } from "../io/safetensors.ts";
+import { readParameters } from "../models/checkpoint.ts";
 import type { NemotronHConfig } from "../models/config.ts";
 import type { Layout } from "../parallel/layout.ts";
 import { MeshModel } from "../parallel/model.ts";
@@ -35,6 +37,8 @@ export interface TrainingOptions {
   readonly out: string;
   /** Whether ranks that share parameters divide their update; default true. */
   readonly zero?: boolean;
+  /** Folder with the weights that a new run starts from; default: random ones. */
+  readonly init?: string | null;
   /** Continue from the newest checkpoint in `out`. */
   readonly resume: boolean;
   /** Steps between checkpoints, and how many of them to keep. */
@@ -77,7 +81,8 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
   checkCorpusSize(corpus.tokens.length, recipe);
   const { config } = options;
   const mesh = MeshModel.on(devices, layout, config, recipe.weights);
-  if (!previous) mesh.initialise(recipe.seed);
+  if (!previous && options.init) await readWeights(mesh, options.init);
+  else if (!previous) mesh.initialise(recipe.seed);
   const run = new TrainingRun(mesh, recipe, corpus, validation, options.zero);
   let saved: SavedRun | null = null;
   if (previous) saved = await restoreRun(run, previous);
@@ -124,6 +129,17 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
   writeCurve(
     join(out, "loss.svg"), join(out, "metrics.jsonl"), baselines, (loss) => bitsPerByte(loss, validation));
   return { run, baselines, evaluation, checkpoint, interrupted: signal.aborted };
+}
+
+/** Gives every rank its share of a checkpoint's weights. @throws FormatError when they do not fit. */
+async function readWeights(mesh: MeshModel, folder: string): Promise<void> {
+  const reader = await openTensors(openFolder(folder));
+  try {
+    await readParameters(
+      mesh.config, reader, async (name, values) => mesh.write(name, await values()), folder);
+  } finally {
+    await reader.close();
+  }
 }
 
 /** A step that compiles nothing any more is traced: the second one, or the last. */

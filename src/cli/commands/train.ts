@@ -18,7 +18,7 @@ import { makeRecipe, RECIPE, type Recipe } from "../../train/recipe.ts";
 import type { TrainingRun } from "../../train/run.ts";
 import type { RankTime, StepTrace } from "../../train/trace.ts";
 import { defineCommand } from "../args.ts";
-import { findConfig, findTokenizer } from "../models.ts";
+import { findConfig, findTokenizer, modelFolder } from "../models.ts";
 import { Progress } from "../progress.ts";
 import { colours, formatBytes, formatCount, wantsColour } from "../terminal.ts";
 import { bytesOn, runTraining } from "../training.ts";
@@ -32,8 +32,12 @@ export const train = defineCommand({
     "--resume continues as if nothing had happened.",
   options: {
     config: {
-      type: "string", value: "PRESET|FILE", default: "tiny",
-      help: "A preset's name, a config.json or a model folder.",
+      type: "string", value: "PRESET|FILE",
+      help: "A preset's name, a config.json or a model folder, for a model with random weights (tiny).",
+    },
+    init: {
+      type: "string", value: "DIR",
+      help: "Start a new run from the weights, config and tokenizer of a checkpoint folder or another run.",
     },
     data: {
       type: "string", value: "PATH", multiple: true,
@@ -147,13 +151,14 @@ export const train = defineCommand({
   examples: [
     "krait train --config tiny --data corpus/ --out runs/first --steps 300",
     "krait train --out runs/first --data corpus/ --resume",
+    "krait train --init upcycled --data corpus/ --out runs/upcycled --layout dp=2,ep=2",
   ],
   async run({ options, stdout, stderr, env, signal }) {
     if (options.data.length === 0) {
       throw new UsageError("No training data was given: name at least one --data PATH.");
     }
     const c = colours(wantsColour(stderr, env));
-    const { config, recipe, layout, tokenizerFolder, doneBefore } = await plan(options);
+    const { config, recipe, layout, init, tokenizerFolder, doneBefore } = await plan(options);
     if (recipe.accumulate % layout.dp !== 0) {
       throw new UsageError(
         `--accumulate must be a multiple of the layout's dp = ${layout.dp}, found ${recipe.accumulate}.`);
@@ -177,7 +182,7 @@ export const train = defineCommand({
     try {
       const result = await runTraining({
         devices, layout, config, recipe, split, tokenizer,
-        out: options.out, resume: options.resume, zero: options.distributedOptimizer === "on",
+        out: options.out, init, resume: options.resume, zero: options.distributedOptimizer === "on",
         saveEvery: options.saveEvery, keep: options.keep, signal,
         tokenizerFiles: files,
         onStart(run, { unigram, bigram, trigram }) {
@@ -251,7 +256,9 @@ interface Plan {
   readonly config: NemotronHConfig;
   readonly recipe: Recipe;
   readonly layout: Layout;
-  /** Where the resumed checkpoint's tokenizer lies. */
+  /** Whose weights a new run starts from. */
+  readonly init: string | null;
+  /** Where the tokenizer of the checkpoint lies. */
   readonly tokenizerFolder: string | null;
   /** Updates that the resumed run has behind it. */
   readonly doneBefore: number;
@@ -259,7 +266,8 @@ interface Plan {
 
 /** Config and recipe: of the resumed run, whose own values stand, or of the command line. */
 async function plan(options: {
-  readonly config: string; readonly out: string; readonly resume: boolean; readonly steps: number | undefined;
+  readonly config: string | undefined; readonly init: string | undefined;
+  readonly out: string; readonly resume: boolean; readonly steps: number | undefined;
   readonly seed: number | undefined; readonly batch: number | undefined; readonly seqlen: number | undefined;
   readonly accumulate: number | undefined; readonly lr: number | undefined;
   readonly minLr: number | undefined; readonly schedule: Recipe["schedule"] | undefined;
@@ -277,6 +285,12 @@ async function plan(options: {
   readonly evalEvery: number; readonly evalRows: number | undefined;
   readonly layout: string | undefined; readonly perToken: boolean;
 }): Promise<Plan> {
+  for (const other of ["config", "resume"] as const) {
+    if (options.init !== undefined && options[other]) {
+      throw new UsageError(
+        `--init starts a new run from a checkpoint and its config, and cannot stand beside --${other}.`);
+    }
+  }
   const layoutOf = (text: string | undefined) => parseLayout(text ?? "tp=1");
   const given: GivenRecipe = {
     steps: options.steps, seed: options.seed, batch: options.batch, seqlen: options.seqlen,
@@ -295,8 +309,10 @@ async function plan(options: {
   };
   if (!options.resume) {
     const layout = layoutOf(options.layout);
+    const init = options.init === undefined ? null : modelFolder(options.init);
     return {
-      config: findConfig(options.config), layout, tokenizerFolder: null, doneBefore: 0,
+      config: findConfig(init ?? options.config ?? "tiny"), layout, init, tokenizerFolder: init,
+      doneBefore: 0,
       recipe: makeRecipe({ ...given, accumulate: options.accumulate ?? layout.dp * layout.pp }),
     };
   }
@@ -323,6 +339,7 @@ async function plan(options: {
       ...rest, steps, eval_every: options.evalEvery, eval_rows: options.evalRows ?? recipe.eval_rows,
       recompute: options.recompute ?? recipe.recompute, max_skipped: options.maxSkipped ?? rest.max_skipped,
     }),
-    layout: layoutOf(options.layout ?? saved.layout), tokenizerFolder: checkpoint.path, doneBefore,
+    layout: layoutOf(options.layout ?? saved.layout), init: null, tokenizerFolder: checkpoint.path,
+    doneBefore,
   };
 }

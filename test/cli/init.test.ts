@@ -1,0 +1,61 @@
+/** Runs that start from the weights of a checkpoint. */
+import { cpSync, existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { expect, test } from "vitest";
+import { serialiseConfig } from "../../src/models/config.ts";
+import { SMALL } from "../support/layouts.ts";
+import { jsonLines, krait, withFolder } from "./krait.ts";
+
+const DENSE = {
+  ...SMALL, vocab_size: 264, hybrid_override_pattern: "M*-", num_hidden_layers: 3,
+  mtp_hybrid_override_pattern: "*-",
+};
+const TEXT = Array.from({ length: 12 }, (_, i) => `Line ${i} of a text, ${i * i} words long.`).join("\n\n");
+
+test("train --init starts from a checkpoint, upcycled or on other ranks, and refuses what does not fit", () =>
+  withFolder(async (folder) => {
+    const file = (...names: string[]) => join(folder, ...names);
+    writeFileSync(file("dense.json"), serialiseConfig(DENSE));
+    writeFileSync(file("text.txt"), TEXT);
+    const train = (out: string, ...more: string[]) => krait([
+      "train", "--data", file("text.txt"), "--out", file(out), "--batch", "2", "--seqlen", "16",
+      "--steps", "1", "--json", ...more,
+    ]);
+    const first = await train("dense", "--config", file("dense.json"), "--steps", "2");
+    expect(first.code, first.stderr).toBe(0);
+    const loss = (run: { stdout: string }) =>
+      jsonLines(run.stdout).find((line) => "val_loss" in line)!["val_loss"] as number;
+    const weights = (run: string) => readFileSync(
+      file(run, readdirSync(file(run)).find((name) => name.startsWith("step-"))!, "model.safetensors"));
+
+    const still = ["--lr", "1e-60"]; // 0 in f32: the run ends with what it started from
+    const again = await train("again", "--init", file("dense"), ...still, "--layout", "tp=2,pp=2");
+    expect(again.code, again.stderr).toBe(0);
+    expect(weights("again").equals(weights("dense"))).toBe(true);
+    const sparse = await krait([
+      "upcycle", "--model", file("dense"), "--experts", "4", "--topk", "2", "--out", file("experts"),
+    ]);
+    expect(sparse.code, sparse.stderr).toBe(0);
+    const grown = await train(
+      "grown", "--init", file("experts"), ...still, "--bias-rate", "0", "--layout", "dp=2,ep=2");
+    expect(grown.code, grown.stderr).toBe(0);
+    expect(Math.abs(loss(grown) / loss(first) - 1)).toBeLessThan(1e-5);
+
+    cpSync(file("experts"), file("other"), { recursive: true });
+    writeFileSync(file("other", "config.json"), serialiseConfig({ ...DENSE, hidden_size: 48 }));
+    cpSync(file("experts"), file("empty"), { recursive: true });
+    rmSync(file("empty", "model.safetensors"));
+    for (const [more, code, message] of [
+      [["--init", file("dense"), "--resume"], 2, /--init .* cannot stand beside --resume/],
+      [["--init", file("dense"), "--config", "tiny"], 2, /--init .* cannot stand beside --config/],
+      [["--init", file("nowhere")], 2, /model folder .*nowhere does not exist/],
+      [["--init", file("other")], 1, /other.*(expected|holds)/],
+      [["--init", file("empty")], 1, /model\.safetensors/],
+    ] as const) {
+      const run = await train("none", ...more);
+      expect(run.code, run.stderr).toBe(code);
+      expect(run.stderr).toMatch(message);
+      expect(run.stderr).not.toMatch(/\n\s+at /); // no stack
+      expect(existsSync(file("none"))).toBe(false);
+    }
+  }), 120_000);
