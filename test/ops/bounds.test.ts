@@ -63,7 +63,7 @@ function readsNumbers({ args }: Sample): boolean {
 /**
  * Checked kernels compile slowly: of other ops that read whole numbers one sample will do, and SwiftShader's
  * compiler takes minutes. Indices of the remaining ops follow from shapes alone.
- * KRAIT_BOUNDS=all runs everything, for changes of kernels; lavapipe needs some twenty minutes.
+ * KRAIT_BOUNDS=all runs everything, for changes of kernels; lavapipe needs more than half an hour.
  */
 function chosen({ op, samples }: OpSamples): readonly Sample[] {
   if (isAll || LIGHT.test(op.opName)) return samples;
