@@ -66,7 +66,7 @@ export function recompute(
     second = null;
   };
   listener({
-    name: "recompute", lane: null,
+    name: "recompute", lane: null, weights: [],
     inputs: [...leaves].map((key, argument) => ({ key, argument })),
     outputs: outputs.map(({ key, shape }) => ({ key, shape })),
     backward(grads) {

@@ -17,6 +17,12 @@ export interface Routing {
   readonly index: Tensor;
 }
 
+/**
+ * Pieces of a forward pass through layers up to and with one of experts: what is before its exchange, the way
+ * of the tokens to their experts, these, and the way back.
+ */
+export type PassPiece = "before" | "dispatch" | "experts" | "combine";
+
 /** One forward call: where it stands in the sequence and what it collects on the way. */
 export interface ForwardContext {
   /** (batch, seqlen) i32: positions of one document share a value; null: every row is one document. */
@@ -36,6 +42,8 @@ export interface ForwardContext {
   readonly moe?: MoERun | null;
   /** Records what routers choose, or makes them choose the same again. */
   readonly replay?: RouterReplay | null;
+  /** Told, between two ops, which piece begins; layers of experts that one rank has say nothing. */
+  readonly border?: (piece: PassPiece) => void;
 }
 
 /** Whether a part of a layer runs a second time for its gradients. */

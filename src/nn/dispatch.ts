@@ -20,6 +20,7 @@ import { moe_weigh } from "../ops/moe_weigh.ts";
 import { UsageError } from "../tensor/errors.ts";
 import { localsOf, perRank, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import type { ForwardContext } from "./context.ts";
 import { type Division, placesIn, sizeOfGroup } from "./division.ts";
 
 /** Tokens with the experts that a router chose for them, on every rank. */
@@ -59,22 +60,30 @@ export interface Dispatched {
   readonly missing: readonly Tensor[];
   /** (rows, width): every row times its weight */
   readonly weigh: (rows: Tensor) => Tensor;
-  /** (rows, width) -> (tokens, width), plus base; rows that are not weighed yet are here. */
-  readonly combine: (rows: Tensor, base: Tensor | null, isWeighed: boolean) => Tensor;
+  /**
+   * (rows, width) -> (tokens, width), plus what `beside` gives, which is asked while rows travel; rows that
+   * are not weighed yet are here.
+   */
+  readonly combine: (rows: Tensor, beside: () => Tensor | null, isWeighed: boolean) => Tensor;
 }
 
-/** @throws UsageError for a limit where only all-to-all knows one */
-export function dispatch(choices: Choices, division: Division): Dispatched {
+type Border = NonNullable<ForwardContext["border"]>;
+
+/**
+ * @param border that of the context
+ * @throws UsageError for a limit where only all-to-all knows one
+ */
+export function dispatch(choices: Choices, division: Division, border: Border = () => {}): Dispatched {
   const ranks = sizeOfGroup(division.ep) * sizeOfGroup(division.etp);
   if (ranks === 1) return alone(choices);
   const { dispatcher } = division;
-  if (dispatcher === "alltoall") return byExpert(choices, division);
+  if (dispatcher === "alltoall") return byExpert(choices, division, border);
   if (choices.limit) {
     throw new UsageError(
       "The capacity and alignment of experts over several ranks need the dispatcher alltoall, " +
       `found ${dispatcher}.`);
   }
-  return dispatcher === "flex" ? byRank(choices, division) : fromAll(choices, division);
+  return dispatcher === "flex" ? byRank(choices, division, border) : fromAll(choices, division, border);
 }
 
 /** The ranks that share all experts: `etp` within `ep`. */
@@ -108,11 +117,11 @@ function alone(choices: Choices): Dispatched {
     ...(spare ? { x: moe_permute(x, plan, topk) } : { x, permute: { ...plan, topk } }),
     offsets: plan.offsets, rows: plan.slot_token.size, spare, exchanges: [], missing: [],
     weigh: (rows) => moe_weigh(rows, weight, plan),
-    combine: (rows, base, isWeighed) => moe_unpermute(rows, isWeighed ? topk : weight, plan, base),
+    combine: (rows, beside, isWeighed) => moe_unpermute(rows, isWeighed ? topk : weight, plan, beside()),
   };
 }
 
-function byExpert(choices: Choices, division: Division): Dispatched {
+function byExpert(choices: Choices, division: Division, border: Border): Dispatched {
   const { x, weight, index, E, limit } = choices;
   const [T, topk] = index.shape as [number, number];
   const [EP, ETP] = [sizeOfGroup(division.ep), sizeOfGroup(division.etp)];
@@ -139,12 +148,21 @@ function byExpert(choices: Choices, division: Division): Dispatched {
     offsets = exchanges.at(-1)!.offsets;
   }
   const there = (value: Tensor) => exchanges.reduce(sendRows, value);
+  const sorted = moe_permute(x, plan, topk);
+  border("dispatch");
+  const arrived = there(sorted);
+  border("experts");
   return {
-    x: there(moe_permute(x, plan, topk)), offsets, rows, spare: true, exchanges,
+    x: arrived, offsets, rows, spare: true, exchanges,
     missing: room < most * ETP ? [exchanges.at(-1)!.missing] : [],
     weigh: (y) => moe_weigh(y, there(moe_permute(weight.reshape([-1, 1]), plan, 1)), everyRow(y)),
-    combine: (y, base, isWeighed) =>
-      moe_unpermute(exchanges.reduceRight(returnRows, y), isWeighed ? topk : weight, plan, base),
+    combine(y, beside, isWeighed) {
+      border("combine");
+      const back = exchanges.reduceRight(returnRows, y);
+      const base = beside();
+      border("before");
+      return moe_unpermute(back, isWeighed ? topk : weight, plan, base);
+    },
   };
 }
 
@@ -172,22 +190,30 @@ function experts(x: Tensor, weight: Tensor, index: Tensor, choices: Choices, div
   };
 }
 
-function fromAll(choices: Choices, division: Division): Dispatched {
+function fromAll(choices: Choices, division: Division, border: Border): Dispatched {
   const group = expertGroup(division);
   const { x, weight, index } = choices;
-  const all = experts(
+  border("dispatch");
+  const gathered = [
     gatherFromGroup(x, group, 0, true), gatherFromGroup(weight, group, 0, true),
-    gatherFromGroup(index, group, 0, false), choices, division);
+    gatherFromGroup(index, group, 0, false),
+  ] as const;
+  border("experts");
+  const all = experts(...gathered, choices, division);
   return {
     ...all, exchanges: [],
-    combine: (y, base, isWeighed) => {
-      const own = reduceScatterInGroup(all.combine(y, isWeighed), group, 0);
+    combine(y, beside, isWeighed) {
+      const part = all.combine(y, isWeighed);
+      border("combine");
+      const own = reduceScatterInGroup(part, group, 0);
+      const base = beside();
+      border("before");
       return base ? add(own, base) : own;
     },
   };
 }
 
-function byRank(choices: Choices, division: Division): Dispatched {
+function byRank(choices: Choices, division: Division, border: Border): Dispatched {
   const { x, weight, index, E } = choices;
   const [T, topk] = index.shape as [number, number];
   const [EP, ETP] = [sizeOfGroup(division.ep), sizeOfGroup(division.etp)];
@@ -196,12 +222,21 @@ function byRank(choices: Choices, division: Division): Dispatched {
   const rows = roomFor(T * EP * ETP, choices, division);
   const exchange = planExchange(
     plan.offsets, expertGroup(division), { groups: EP, blocks: EP, copies: ETP, rows, sends });
-  const there = (value: Tensor) => sendRows(moe_permute(value, plan, topk), exchange);
-  const here = experts(there(x), there(weight), there(index), choices, division);
+  const sorted = [x, weight, index].map((value) => moe_permute(value, plan, topk));
+  border("dispatch");
+  const [rowsOf, weights, indices] = sorted.map((value) => sendRows(value, exchange));
+  border("experts");
+  const here = experts(rowsOf!, weights!, indices!, choices, division);
   return {
     ...here, exchanges: [exchange],
     missing: [...(rows < T * EP * ETP ? [exchange.missing] : []), ...here.missing],
-    combine: (y, base, isWeighed) =>
-      moe_unpermute(returnRows(here.combine(y, isWeighed), exchange), topk, plan, base),
+    combine(y, beside, isWeighed) {
+      const part = here.combine(y, isWeighed);
+      border("combine");
+      const back = returnRows(part, exchange);
+      const base = beside();
+      border("before");
+      return moe_unpermute(back, topk, plan, base);
+    },
   };
 }

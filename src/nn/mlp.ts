@@ -23,8 +23,16 @@ export class MLP {
 
   /** (..., hidden) -> (..., hidden), added to `residual`. */
   forward(x: Tensor, residual: Tensor | null = null): Tensor {
-    const whole = enter(x, this.division);
-    const inner = linear(whole, this.up, this.up_bias, null, { activation: "relu2" });
+    return this.leave(this.inner(x), residual);
+  }
+
+  /** The first half: relu(up(x))^2, (..., hidden) -> (..., width). */
+  inner(x: Tensor): Tensor {
+    return linear(enter(x, this.division), this.up, this.up_bias, null, { activation: "relu2" });
+  }
+
+  /** The second: (..., width) -> (..., hidden), added to `residual`. */
+  leave(inner: Tensor, residual: Tensor | null = null): Tensor {
     return rowLinear(inner, this.down, this.down_bias, residual, this.division);
   }
 }

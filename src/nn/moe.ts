@@ -93,14 +93,18 @@ export class MoE {
     const inner = this.latent ? linear(x_TD, this.latent.fc1, this.latent.fc1_bias) : x_TD;
     const { weight, index } = routed;
     const limit = limitOf(index, E, context.moe);
-    const sent = dispatch({ x: inner, weight, index, E, limit }, this.division);
+    const sent = dispatch({ x: inner, weight, index, E, limit }, this.division, context.border);
     context.overflow?.push(...promote(sent.missing));
+    // The two products of the shared expert need nothing of the others: one for each way of the tokens.
+    const shared = this.#shared(x_TD, residual && residual.reshape([-1, hidden]), context);
     const isWeighed = context.moe?.weighing === "activation";
     const expert_out = this.#experts(sent, isWeighed, recomputes(context, "moe_act"));
-    const rest = residual && residual.reshape([-1, hidden]);
-    const base = this.#shared(x_TD, rest, recomputes(context, "shared_experts"));
-    if (!this.latent) return sent.combine(expert_out, base, isWeighed).reshape(x_BLD.shape);
-    const combined = sent.combine(expert_out, null, isWeighed);
+    if (!this.latent) return sent.combine(expert_out, shared, isWeighed).reshape(x_BLD.shape);
+    let base: Tensor | null = null;
+    const combined = sent.combine(expert_out, () => {
+      base = shared();
+      return null;
+    }, isWeighed);
     return linear(combined, this.latent.fc2, this.latent.fc2_bias, base).reshape(x_BLD.shape);
   }
 
@@ -122,13 +126,19 @@ export class MoE {
     return grouped_linear(isWeighed ? weigh(up!) : up!, this.down, offsets, { tiles, spare });
   }
 
-  /** The shared expert's output plus the residual, or that alone; null without both. */
-  #shared(x: Tensor, residual: Tensor | null, again: boolean): Tensor | null {
+  /**
+   * Begins with the shared expert. @returns what ends it: its output plus the residual, or that alone; null
+   * without both
+   */
+  #shared(x: Tensor, residual: Tensor | null, context: ForwardContext): () => Tensor | null {
     const { shared } = this;
-    if (!shared) return residual;
-    if (!again) return shared.forward(x, residual);
-    const [y] = recompute(residual ? [x, residual] : [x], (_, [u, rest]) => [shared.forward(u!, rest)]);
-    return y!;
+    if (!shared) return () => residual;
+    if (recomputes(context, "shared_experts")) {
+      const inputs = residual ? [x, residual] : [x];
+      return () => recompute(inputs, (_, [u, rest]) => [shared.forward(u!, rest)])[0]!;
+    }
+    const inner = shared.inner(x);
+    return () => shared.leave(inner, residual);
   }
 }
 

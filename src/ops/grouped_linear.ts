@@ -54,6 +54,7 @@ const dense: Op<
   name,
   halves: [0, 1],
   relu2: [0],
+  weights: [1],
   forward(ctx, x: Tensor, weight: Tensor, offsets: Tensor, options: GroupedLinearOptions = {}): Tensor {
     check(x.shape.length === 2, name, "x", "[S, K]", x);
     const { permute, activation, spare = false } = options;

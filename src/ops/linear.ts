@@ -36,6 +36,7 @@ const dense: Op<
   name: "linear",
   halves: [0, 1, 2, 3],
   relu2: [0],
+  weights: [1, 2],
   forward(
     ctx, x: Tensor, weight: Tensor, bias: Tensor | null, residual: Tensor | null = null,
     options: LinearOptions = {},

@@ -51,6 +51,8 @@ export interface OpDefinition<A extends unknown[], R extends Tensor | Tensor[], 
    * this op instead of their own.
    */
   readonly relu2?: readonly number[];
+  /** Positions of weights whose gradients are computed apart from those of other arguments. */
+  readonly weights?: readonly number[];
   forward(ctx: OpContext<S>, ...args: A): R;
   /**
    * @param saved what forward saved
@@ -77,7 +79,12 @@ export interface OpRecord {
   /** Tensor arguments that want a gradient, by `Tensor.key`. */
   readonly inputs: readonly { key: number; argument: number }[];
   readonly outputs: readonly { key: number; shape: readonly number[] }[];
-  backward(grads: (Tensor | null)[], into: Destinations): Gradients;
+  /** As in the definition. */
+  readonly weights: readonly number[];
+  /** @param only arguments whose gradients are wanted now; default: all. Others may come by another call. */
+  backward(
+    grads: (Tensor | null)[], into: Destinations, only?: (argument: number) => boolean,
+  ): Gradients;
   /** Frees what was saved. */
   release(): void;
 }
@@ -129,7 +136,7 @@ function withRecorder<T>(listener: typeof listening, body: () => T): T {
 export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
   definition: OpDefinition<A, R, S>,
 ): Op<A, R> {
-  const { name, backward, halves = [], relu2 = [] } = definition;
+  const { name, backward, halves = [], relu2 = [], weights = [] } = definition;
   const call = (...args: A): R => {
     const ranks = ranksOf(args);
     if (ranks > 0) {
@@ -169,7 +176,7 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
       for (const output of outputs) if (isFloat(output.dtype)) output.requiresGrad = true;
       const kept = saved as Kept<S> | null;
       listener({
-        name, lane,
+        name, lane, weights,
         inputs: args.flatMap((argument, i) => {
           if (!needs[i]) return [];
           const { key, relu2Key } = argument as unknown as Tensor;
@@ -179,8 +186,11 @@ export function defineOp<A extends unknown[], R extends Tensor | Tensor[], S>(
           ...outputs.map(({ key, shape }) => ({ key, shape })),
           ...outputs.flatMap(({ relu2Key, shape }) => (relu2Key === null ? [] : [{ key: relu2Key, shape }])),
         ],
-        backward: (grads, into) => scope(() =>
-          noGrad(() => backward.call(definition, (kept?.values() ?? null) as S, grads, needs, into))),
+        backward(grads, into, only = () => true) {
+          const wanted = needs.map((need, i) => need && only(i));
+          return scope(() =>
+            noGrad(() => backward.call(definition, (kept?.values() ?? null) as S, grads, wanted, into)));
+        },
         release: () => kept?.release(),
       });
     }

@@ -8,7 +8,7 @@ import type { Algorithm } from "../ops/collectives.ts";
 import { UsageError } from "../tensor/errors.ts";
 import { attentionGrid, broken, checkPipelines, expertGrid, ranksPerStage, worldOf } from "./mesh.ts";
 import type { MeshSizes } from "./mesh.ts";
-import { checkGroups } from "./schedule.ts";
+import { checkGroups, checkPairing } from "./schedule.ts";
 import { checkStages, stagesOf } from "./stages.ts";
 
 export { worldOf } from "./mesh.ts";
@@ -25,6 +25,8 @@ export interface Layout extends MeshSizes {
   readonly cp_kind: ContextKind;
   /** How tokens reach their experts. */
   readonly dispatcher: DispatcherKind;
+  /** Passes run in pairs: where the tokens of one travel to their experts, the other computes. */
+  readonly overlap: boolean;
   /** How collectives move their data. */
   readonly algorithm: Algorithm;
   /** Which layers lie in which stage, as a layout or pattern string; null: cut by cost. */
@@ -44,7 +46,8 @@ export interface StepSizes {
 const MAX_WORLD = 2 ** 16;
 const NUMBERS = ["tp", "cp", "pp", "dp", "ep", "etp", "vpp", "group"] as const;
 const CHOICES = {
-  sp: ["on", "off"], cp_kind: CONTEXT_KINDS, dispatch: DISPATCHERS, algorithm: ALGORITHMS,
+  sp: ["on", "off"], cp_kind: CONTEXT_KINDS, dispatch: DISPATCHERS, overlap: ["on", "off"],
+  algorithm: ALGORITHMS,
 } as const;
 const KEYS: readonly string[] = [...NUMBERS, ...Object.keys(CHOICES), "stages"];
 
@@ -74,7 +77,8 @@ export function parseLayout(text: string, world?: number): Layout {
     tp, cp, dp, pp, ep, etp, edp, vpp, micro_batch_group: group ?? pp,
     sp: tp > 1 && choice("sp") !== "off",
     cp_kind: choice("cp_kind") ?? "ring", dispatcher: choice("dispatch") ?? "alltoall",
-    algorithm: choice("algorithm") ?? "direct", stages: values.get("stages") ?? null,
+    overlap: choice("overlap") === "on", algorithm: choice("algorithm") ?? "direct",
+    stages: values.get("stages") ?? null,
   };
   choice("sp");
   if (group !== undefined && vpp === 1) {
@@ -93,8 +97,8 @@ export function formatLayout(layout: Layout): string {
   const entries: [string, unknown, unknown][] = [
     ["vpp", layout.vpp, 1], ["group", layout.micro_batch_group, layout.pp],
     ["sp", layout.sp ? "on" : "off", tp > 1 ? "on" : "off"], ["cp_kind", layout.cp_kind, "ring"],
-    ["dispatch", layout.dispatcher, "alltoall"], ["algorithm", layout.algorithm, "direct"],
-    ["stages", layout.stages, null],
+    ["dispatch", layout.dispatcher, "alltoall"], ["overlap", layout.overlap ? "on" : "off", "off"],
+    ["algorithm", layout.algorithm, "direct"], ["stages", layout.stages, null],
   ];
   return [
     ...Object.entries({ tp, cp, pp, dp, ep, etp }).map(([key, value]) => `${key}=${value}`),
@@ -126,6 +130,13 @@ export function checkShape(layout: Layout): void {
   if (layout.dispatcher === "allgather" && etp !== tp) {
     const expected = `etp=${tp}, or dispatch=alltoall or flex`;
     broken("etp is tp under the allgather dispatcher", expected, `etp=${etp}`);
+  }
+  if (layout.overlap) {
+    if (ep === 1) broken("overlap needs experts on several ranks", "ep above 1", "ep=1");
+    if (layout.dispatcher === "allgather") {
+      broken("overlap is for tokens that travel", "dispatch=alltoall or flex", "dispatch=allgather");
+    }
+    checkPairing(layout);
   }
   checkStages(layout);
 }

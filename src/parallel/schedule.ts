@@ -4,6 +4,7 @@
  * other travel to their experts. All of it is data. Spec: Megatron Core's schedules.
  */
 import { UsageError } from "../tensor/errors.ts";
+import type { PassPiece } from "../nn/context.ts";
 import type { Layout } from "./layout.ts";
 import { broken } from "./mesh.ts";
 
@@ -24,23 +25,18 @@ export interface PipelineSchedule {
   readonly ranks: readonly (readonly Action[])[];
 }
 
-export interface ScheduleOptions {
-  /** Pair passes so that expert exchanges are hidden: one more forward pass of warm-up. Default: no. */
-  readonly overlap?: boolean;
-}
-
 /** Most forward passes of all ranks that a schedule may have. */
 const MAX_PASSES = 2 ** 20;
 
 /**
- * The schedule of a layout: interleaved where vpp > 1, otherwise 1F1B.
+ * The schedule of a layout: interleaved where vpp > 1, otherwise 1F1B; under `overlap` with one more forward
+ * pass of warm-up, and passes in pairs.
  * @throws UsageError when the micro-batches do not fit the layout, or passes cannot be paired
  */
 export function scheduleOf(
-  layout: Pick<Layout, "pp" | "vpp" | "micro_batch_group">, microBatches: number,
-  options: ScheduleOptions = {},
+  layout: Pick<Layout, "pp" | "vpp" | "micro_batch_group" | "overlap">, microBatches: number,
 ): PipelineSchedule {
-  const { pp, vpp, micro_batch_group: group } = layout;
+  const { pp, vpp, micro_batch_group: group, overlap } = layout;
   if (!Number.isSafeInteger(microBatches) || microBatches < 1) {
     broken("micro_batches is a count", "a whole number above 0", microBatches);
   }
@@ -48,10 +44,19 @@ export function scheduleOf(
     const found = `${microBatches} * ${pp} * ${vpp}`;
     broken("a schedule has limits", `at most ${MAX_PASSES} passes forward`, found);
   }
-  if (vpp > 1) return interleaved(pp, vpp, microBatches, group, options);
-  if (!options.overlap) return oneForwardOneBackward(pp, microBatches);
-  if (pp > 1) broken("paired passes need interleaving or one stage", "vpp above 1", `vpp=1 with pp=${pp}`);
-  return interleaved(1, 1, microBatches, 1, options);
+  if (vpp > 1) return interleaved(pp, vpp, microBatches, group, overlap);
+  if (!overlap) return oneForwardOneBackward(pp, microBatches);
+  checkPairing(layout);
+  return interleaved(1, 1, microBatches, 1, overlap);
+}
+
+/**
+ * Refuses pairs of passes that would wait for each other.
+ * @throws UsageError
+ */
+export function checkPairing({ pp, vpp }: Pick<Layout, "pp" | "vpp">): void {
+  if (pp === 1 || vpp > 1) return;
+  broken("paired passes need interleaving or one stage", "vpp above 1", `vpp=1 with pp=${pp}`);
 }
 
 /**
@@ -71,7 +76,7 @@ function oneForwardOneBackward(pp: number, microBatches: number): PipelineSchedu
  * group forward passes, one more when passes are paired.
  */
 function interleaved(
-  pp: number, vpp: number, microBatches: number, group: number, { overlap = false }: ScheduleOptions,
+  pp: number, vpp: number, microBatches: number, group: number, overlap: boolean,
 ): PipelineSchedule {
   checkGroups(pp, microBatches, group);
   const forward = virtualSteps(vpp, microBatches, group);
@@ -268,15 +273,12 @@ export function bubbleFraction(
 
 // Two passes at once (B7).
 
-/**
- * A piece of a pass through a block. `before` is all up to the exchange: mixers, norm, router, permutation;
- * `_weights` the weight gradients that a backward pass puts off.
- */
+/** A piece of a pass through a block; `_weights`: the weight gradients that a backward pass puts off. */
 export interface OverlapNode {
   readonly kind: "forward" | "backward";
   /** Position of the block among those of its pass, in the order of the forward pass. */
   readonly block: number;
-  readonly node: "before" | "dispatch" | "experts" | "combine" | "before_weights" | "experts_weights";
+  readonly node: PassPiece | "before_weights" | "experts_weights";
 }
 
 /** What may run at the same time: one node that communicates and one that computes. */

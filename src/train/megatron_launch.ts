@@ -85,6 +85,7 @@ function parallelArguments(config: NemotronHConfig, layout: Layout): LaunchArgum
       "--hierarchical-context-parallel-sizes", number(neighbours), number(layout.cp / neighbours),
     ] as const] : []),
     ["--use-distributed-optimizer"], ["--overlap-grad-reduce"], ["--overlap-param-gather"],
+    ...(layout.overlap ? [["--overlap-moe-expert-parallel-comm"], ["--delay-wgrad-compute"]] as const : []),
   ];
 }
 

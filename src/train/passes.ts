@@ -1,11 +1,14 @@
 /** Forward and backward passes of micro-batches through the stages of a model. */
 import { forRank } from "../gpu/lane.ts";
-import { type GradientMap, Tape } from "../autograd/tape.ts";
+import { type GradientMap, Tape, type Walk } from "../autograd/tape.ts";
 import { type Loss, type LossOptions, trainingContext } from "../models/nemotron_h.ts";
-import type { Routing } from "../nn/context.ts";
+import type { PassPiece, Routing } from "../nn/context.ts";
+import { MoE } from "../nn/moe.ts";
 import { accumulate } from "../ops/elementwise.ts";
+import { noGrad } from "../ops/op.ts";
 import { ranksPerStage } from "../parallel/mesh.ts";
 import type { MeshModel } from "../parallel/model.ts";
+import { type OverlapBlock, overlapBlocks, type OverlapNode, overlapOrder } from "../parallel/schedule.ts";
 import { scope } from "../tensor/scope.ts";
 import { localsOf, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
@@ -20,6 +23,15 @@ export interface StagePass {
   readonly routing: readonly Routing[];
 }
 
+/** A pass to be run. */
+export interface ForwardPass {
+  readonly stage: number;
+  readonly micro: number;
+  readonly inputs: StageInputs;
+  /** Sees what was found, while it is in memory. */
+  readonly visit: (pass: StagePass) => void;
+}
+
 /** A micro-batch in a stage between its passes. */
 interface Alive {
   readonly tape: Tape;
@@ -32,7 +44,20 @@ interface Alive {
   readonly exits: readonly Tensor[];
   /** Its stage's place in the pipeline, and what it holds there. */
   readonly rank: number;
+  /** Ops on the tape where a piece of a block begins, by both. */
+  readonly begins: ReadonlyMap<string, number>;
+  readonly blocks: readonly OverlapBlock[];
   bytes: number;
+}
+
+/** A backward pass under way. */
+interface Returning {
+  readonly stage: number;
+  readonly micro: number;
+  readonly alive: Alive;
+  readonly walk: Walk;
+  /** Gradients that came from the next stage. */
+  readonly after: readonly Tensor[];
 }
 
 /** Bytes between passes at every place in a pipeline, on all ranks of a stage together. */
@@ -65,6 +90,7 @@ export class Passes {
   readonly #options: LossOptions;
   readonly #held: Held;
   readonly #alive = new Map<string, Alive>();
+  #returning: Returning | null = null;
   /** Activations and gradients that wait for the stage they were sent to. */
   readonly #sent = new Map<string, readonly Tensor[]>();
 
@@ -82,68 +108,136 @@ export class Passes {
     return this.#held.peaks.map((bytes) => bytes / ranksPerStage(this.#mesh.layout));
   }
 
+  /** Runs a micro-batch forwards through a stage and sends the result on. */
+  forward(pass: ForwardPass): void {
+    this.#forward(pass, () => 0);
+  }
+
+  /** @param places as for `Tape.backward` */
+  backward(stage: number, micro: number, places?: GradientMap): GradientMap {
+    return this.#arrive(this.#turnBack(stage, micro, places));
+  }
+
   /**
-   * Runs a micro-batch forwards through a stage and sends the result on.
-   * @param visit sees what was found, while it is in memory
+   * Both at once, of two micro-batches that need nothing of each other: what one computes stands beside the
+   * exchanges of the other, in the order of `overlapOrder`. Results are those of one after the other.
    */
-  forward(stage: number, micro: number, inputs: StageInputs, visit: (pass: StagePass) => void): void {
+  pair(forward: ForwardPass, backward: { readonly stage: number; readonly micro: number }): GradientMap {
+    const back = this.#turnBack(backward.stage, backward.micro);
+    const { walk, alive: { begins, blocks, tape } } = back;
+    const order = overlapOrder(this.#blocksOf(forward), blocks).flatMap(
+      ({ comm, compute }) => [comm, compute]).filter((node): node is OverlapNode => node !== null);
+    // What is behind the last exchange comes first: the head, at the end of a model.
+    this.#goBack(back, () => walk.to(begins.get(`${blocks.length} before`) ?? tape.length));
+    const stepBack = ({ block, node }: OverlapNode) => this.#goBack(back, () => {
+      if (node === "before_weights" || node === "experts_weights") walk.weights();
+      else walk.to(begins.get(`${block} ${node}`)!, true);
+    });
+    this.#forward(forward, (block, piece) => {
+      let bytes = 0;
+      for (let next = order.shift(); next; next = order.shift()) {
+        if (next.kind === "backward") bytes += stepBack(next);
+        else if (next.block === block && next.node === piece) break;
+      }
+      return bytes;
+    });
+    for (const node of order) if (node.kind === "backward") stepBack(node);
+    return this.#arrive(back);
+  }
+
+  /** Layers of a stage, those of its prediction depths too, cut behind each layer of experts. */
+  #blocksOf({ stage, inputs: { mtp: depths } }: ForwardPass): OverlapBlock[] {
+    const { model: { blocks, mtp } } = this.#mesh.stages[stage]!;
+    const layers = [...blocks, ...depths.flatMap(() => mtp?.blocks ?? [])];
+    return overlapBlocks(layers.map(({ mixer }) => (mixer instanceof MoE ? "E" : "-")).join(""));
+  }
+
+  /** @param follow gives the bytes that it added to those in memory */
+  #forward(pass: ForwardPass, follow: (block: number, piece: PassPiece) => number): void {
+    const { stage, micro, inputs, visit } = pass;
     const key = `${stage} ${micro}`;
     const tape = new Tape();
     const entries = stage > 0 ? this.#take(`forth ${key}`) : [];
     const { rank } = this.#mesh.stages[stage]!;
     const before = this.#liveBytes() - bytesOf(entries);
+    const begins = new Map<string, number>();
+    let others = 0;
+    let block = -1;
+    const border = (piece: PassPiece) => {
+      if (piece === "before") block++;
+      others += follow(block, piece);
+      begins.set(`${block} ${piece}`, tape.length);
+    };
     let sent = 0;
-    this.#alive.set(key, { tape, entries, exits: [], outputs: [], seeds: [], rank, bytes: 0 });
+    const empty: Alive = {
+      tape, entries, exits: [], outputs: [], seeds: [], rank, begins, blocks: this.#blocksOf(pass), bytes: 0,
+    };
+    this.#alive.set(key, empty);
     this.#mesh.onStage(stage, `forward ${micro}`, () => scope(() => {
-      const { loss, exits } = tape.run(() => this.#run(stage, inputs, entries));
+      const { loss, exits } = tape.run(() => {
+        border("before");
+        return this.#run(stage, inputs, entries, border);
+      });
       const { seeds } = inputs;
       const pairs: [Tensor | null, Tensor][] =
         [[loss.main, seeds.main], ...loss.mtp.map((one, i): [Tensor, Tensor] => [one, seeds.mtp[i]!]),
           [loss.aux, seeds.aux]];
       const known = pairs.filter((pair): pair is [Tensor, Tensor] => pair[0] !== null);
       this.#alive.set(key, {
-        tape, entries, exits, outputs: known.map(([output]) => output), seeds: known.map(([, seed]) => seed),
-        rank, bytes: 0,
+        ...empty, exits, outputs: known.map(([output]) => output), seeds: known.map(([, seed]) => seed),
       });
       if (exits.length > 0) sent = this.#send(`forth ${stage + 1} ${micro}`, exits, stage, stage + 1);
       visit({ stage, ...loss });
     }));
     for (const entry of entries) entry.release(); // the tape keeps what it needs
     const alive = this.#alive.get(key)!;
-    alive.bytes = this.#liveBytes() - sent - before;
+    alive.bytes = this.#liveBytes() - sent - before - others;
     this.#held.add(rank, alive.bytes);
   }
 
-  /** @param places as for `Tape.backward` */
-  backward(stage: number, micro: number, places?: GradientMap): GradientMap {
-    return this.#mesh.onStage(stage, `backward ${micro}`, () => this.#backward(stage, micro, places));
+  /** Begins a backward pass. */
+  #turnBack(stage: number, micro: number, places?: GradientMap): Returning {
+    const key = `${stage} ${micro}`;
+    const alive = this.#alive.get(key)!;
+    const { tape, exits, outputs, seeds, rank, bytes } = alive;
+    const after = exits.length > 0 ? this.#take(`back ${key}`) : [];
+    this.#held.add(rank, -bytes);
+    this.#alive.delete(key);
+    const walk = tape.walk(
+      [...outputs, ...exits].flatMap(localsOf), [...seeds, ...after].flatMap(localsOf), places);
+    const back = { stage, micro, alive, walk, after };
+    this.#returning = back;
+    return back;
   }
 
-  #backward(stage: number, micro: number, places?: GradientMap): GradientMap {
-    const key = `${stage} ${micro}`;
-    const { tape, entries, exits, outputs, seeds, rank, bytes } = this.#alive.get(key)!;
-    this.#alive.delete(key);
-    this.#held.add(rank, -bytes);
-    const after = exits.length > 0 ? this.#take(`back ${key}`) : [];
-    try {
-      const gradients = tape.backward(
-        [...outputs, ...exits].flatMap(localsOf), [...seeds, ...after].flatMap(localsOf), places);
-      if (entries.length > 0) {
-        scope(() => {
-          const back = entries.map((entry) => localsOf(entry).map(({ key: leaf, shape, device }) => {
-            const gradient = gradients.get(leaf);
-            gradients.delete(leaf);
-            return gradient ?? device.zeros(shape).retain();
-          }));
-          this.#send(`back ${stage - 1} ${micro}`, back.map((locals) => shardedOf(locals)), stage, stage - 1);
-          for (const gradient of back.flat()) gradient.release();
-        });
-      }
-      return gradients;
-    } finally {
-      tape.dispose();
-      for (const gradient of after) gradient.release();
-    }
+  /** A part of a backward pass. @returns the bytes that it added to those in memory */
+  #goBack({ stage, micro }: Returning, body: () => void): number {
+    const before = this.#liveBytes();
+    this.#mesh.onStage(stage, `backward ${micro}`, () => noGrad(body));
+    return this.#liveBytes() - before;
+  }
+
+  /** Ends a backward pass, and sends its result on. */
+  #arrive(back: Returning): GradientMap {
+    const { stage, micro, alive: { entries }, walk } = back;
+    let gradients: GradientMap = new Map();
+    this.#goBack(back, () => {
+      gradients = walk.end();
+      if (entries.length === 0) return;
+      scope(() => {
+        const returned = entries.map((entry) => localsOf(entry).map(({ key: leaf, shape, device }) => {
+          const gradient = gradients.get(leaf);
+          gradients.delete(leaf);
+          return gradient ?? device.zeros(shape).retain();
+        }));
+        this.#send(
+          `back ${stage - 1} ${micro}`, returned.map((locals) => shardedOf(locals)), stage, stage - 1);
+        for (const gradient of returned.flat()) gradient.release();
+      });
+    });
+    this.#returning = null;
+    release(back);
+    return gradients;
   }
 
   /** Runs a micro-batch through all stages without gradients; the last one's losses. */
@@ -160,6 +254,11 @@ export class Passes {
 
   /** Gives back what a step that failed has left. */
   dispose(): void {
+    if (this.#returning) {
+      this.#returning.walk.dispose();
+      release(this.#returning);
+      this.#returning = null;
+    }
     for (const { tape } of this.#alive.values()) tape.dispose();
     for (const tensor of [...this.#sent.values()].flat()) tensor.release();
     this.#alive.clear();
@@ -167,10 +266,11 @@ export class Passes {
   }
 
   #run(
-    stage: number, inputs: StageInputs, entries: readonly Tensor[],
+    stage: number, inputs: StageInputs, entries: readonly Tensor[], border?: (piece: PassPiece) => void,
   ): { loss: Omit<StagePass, "stage">; exits: Tensor[] } {
     const { model } = this.#mesh.stages[stage]!;
-    const context = trainingContext(inputs, this.#options);
+    const plain = trainingContext(inputs, this.#options);
+    const context = border ? { ...plain, border } : plain;
     const routing = context.routing!;
     const [entry, ...deeper] = entries;
     const x = model.part.embedding ? model.embed(inputs.input_ids) : entry!;
@@ -211,6 +311,11 @@ export class Passes {
     this.#sent.delete(key);
     return tensors;
   }
+}
+
+function release({ alive, after }: Returning): void {
+  alive.tape.dispose();
+  for (const gradient of after) gradient.release();
 }
 
 function bytesOf(tensors: readonly Tensor[]): number {

@@ -3,7 +3,7 @@ import type { GradientMap } from "../autograd/tape.ts";
 import { RankLostError } from "../gpu/errors.ts";
 import type { GraphMemory } from "../gpu/pool.ts";
 import { MoE } from "../nn/moe.ts";
-import type { Recompute } from "../nn/recompute.ts";
+import { type Recompute, RECOMPUTE_OFF } from "../nn/recompute.ts";
 import { checkMoETraining, makeMoETraining, type MoETraining } from "../nn/moe_training.ts";
 import type { LossOptions, NemotronH } from "../models/nemotron_h.ts";
 import { accumulate, add, scale } from "../ops/elementwise.ts";
@@ -12,7 +12,7 @@ import { update_expert_bias } from "../ops/moe.ts";
 import { router_quantile, update_quantile_bias } from "../ops/quantile_balance.ts";
 import type { RouterOptions } from "../ops/router.ts";
 import { parseLayout } from "../parallel/layout.ts";
-import { ranksPerStage } from "../parallel/mesh.ts";
+import { broken, ranksPerStage } from "../parallel/mesh.ts";
 import { MeshModel } from "../parallel/model.ts";
 import { interleave, scheduleOf as pipelineSchedule } from "../parallel/schedule.ts";
 import { stageAt } from "../parallel/stages.ts";
@@ -159,16 +159,33 @@ export class Trainer {
       throw new UsageError(
         `The micro-batches of an update must be a multiple of dp = ${dp}, found accumulate = ${micros}.`);
     }
+    this.#checkRecompute();
     this.#moe = makeMoETraining(options.moe ?? {});
     this.#checkRouters();
     this.#rounding = new TrainingPrecision(mesh.stages[0]!.model, precision, steps, seed);
-    const slots = mesh.stages.length > 1 ? micros / dp : 1;
+    const slots = this.#isOneGraph ? micros / dp : 1;
     const sharing = (name: string) => mesh.parameters.get(name)!.sharing;
     [this.optimizers, this.#inputs] = unscoped(() => [
       mesh.stages.map(({ model: { parameters } }) => new AdamW(
         new Map([...parameters].filter(([, parameter]) => parameter.requiresGrad)), { ...options, sharing })),
       Array.from({ length: slots }, () => new RankInputs(mesh, { ...options, random: this.#isRandom })),
     ]);
+  }
+
+  /** Whether the passes of a step depend on each other, so that all of them are captured together. */
+  get #isOneGraph(): boolean {
+    return this.mesh.stages.length > 1 || this.mesh.layout.overlap;
+  }
+
+  /** @throws UsageError where an exchange would run a second time with no pass beside it. */
+  #checkRecompute(): void {
+    const { layers, modules } = this.options.recompute ?? RECOMPUTE_OFF;
+    if (!this.mesh.layout.overlap) return;
+    const found = layers > 0 ? ["whole layers"]
+      : (["moe", "shared_experts"] as const).filter((module) => modules.has(module));
+    if (found.length === 0) return;
+    broken("overlap keeps what experts and shared experts read",
+      "recompute of parts other than whole layers, moe and shared_experts", found.join(" and "));
   }
 
   /** Whether random numbers are drawn in front of routers. */
@@ -371,7 +388,7 @@ export class Trainer {
    */
   #capture(): Captured {
     const { accumulate: micros } = this.options;
-    const isWhole = this.mesh.stages.length > 1 || micros === this.mesh.layout.dp;
+    const isWhole = this.#isOneGraph || micros === this.mesh.layout.dp;
     return unscoped(() => {
       const sums = this.mesh.stages.map((_, stage) => this.#createSums(stage));
       const record = (step: () => void) => captureOn(this.mesh.devices, () => scope(() =>
@@ -417,28 +434,40 @@ export class Trainer {
     const { accumulate: micros } = this.options;
     const { layout, stages } = this.mesh;
     if (isWhole) for (const tensor of sums.flatMap(sumsOf)) tensor.clear();
-    const count = stages.length > 1 ? micros / layout.dp : 1;
+    const count = this.#isOneGraph ? micros / layout.dp : 1;
     const isOne = isWhole && count === 1;
     if (isWhole && !isOne) for (const optimizer of this.optimizers) optimizer.clearGradients();
     const passes = new Passes(this.mesh, this.#lossOptions(sums));
     const found = stages.map((): GradientMap => new Map());
     try {
-      for (const { kind, stage, micro } of this.#order(count)) {
-        if (kind === "forward") {
-          const inputs = this.#inputs[micro]!.stages[stage]!;
-          passes.forward(stage, micro, inputs, (pass) => {
+      const forwards = (stage: number, micro: number) => {
+        const inputs = this.#inputs[micro]!.stages[stage]!;
+        return {
+          stage, micro, inputs, visit: (pass: StagePass) => {
             collect(pass, inputs, sums[stage]!);
             this.#collectEstimates(pass, sums[stage]!);
-          });
-          continue;
-        }
+          },
+        };
+      };
+      const backwards = (stage: number, micro: number, gradients: GradientMap) => {
         const places = this.optimizers[stage]!.gradients;
-        const gradients = passes.backward(stage, micro, isOne ? places : undefined);
         if (isOne) found[stage] = gradients;
         else {
           this.mesh.onStage(stage, `backward ${micro}`, () =>
             addGradients(places, gradients, this.optimizers[stage]!.ranks));
           for (const gradient of gradients.values()) gradient.release();
+        }
+      };
+      const order = this.#order(count);
+      for (let at = 0; at < order.length; at++) {
+        const { kind, stage, micro, pair } = order[at]!;
+        if (pair !== undefined) {
+          const beside = order[++at]!;
+          backwards(beside.stage, beside.micro, passes.pair(forwards(stage, micro), beside));
+        } else if (kind === "forward") passes.forward(forwards(stage, micro));
+        else {
+          const places = isOne ? this.optimizers[stage]!.gradients : undefined;
+          backwards(stage, micro, passes.backward(stage, micro, places));
         }
       }
       if (isWhole) {
@@ -463,14 +492,11 @@ export class Trainer {
     }
   }
 
-  /** The passes of so many micro-batches, one after the other. */
-  #order(count: number): { kind: "forward" | "backward"; stage: number; micro: number }[] {
-    const { layout, stages } = this.mesh;
-    if (stages.length === 1) {
-      return (["forward", "backward"] as const).map((kind) => ({ kind, stage: 0, micro: 0 }));
-    }
-    return interleave(pipelineSchedule(layout, count)).map(({ rank, chunk, kind, micro }) => (
-      { kind, micro, stage: stageAt(layout, rank, chunk) }));
+  /** The passes of so many micro-batches, one after the other; the two of a pair side by side. */
+  #order(count: number): { kind: "forward" | "backward"; stage: number; micro: number; pair?: number }[] {
+    const { layout } = this.mesh;
+    return interleave(pipelineSchedule(layout, count)).map(({ rank, chunk, ...action }) => (
+      { ...action, stage: stageAt(layout, rank, chunk) }));
   }
 
   #lossOptions(sums: readonly StageSums[]): LossOptions {

@@ -1,5 +1,6 @@
 import { afterAll, describe, expect, test } from "vitest";
 import { LAYOUTS } from "../../src/cli/bench/layouts.ts";
+import { parseRecompute } from "../../src/nn/recompute.ts";
 import { openDevice } from "../../src/tensor/device.ts";
 import { testAdapters } from "../support/adapters.ts";
 import { smallBatches, SMALL, trainSmall, worstOf } from "../support/layouts.ts";
@@ -43,6 +44,29 @@ describe("a layout trains as one rank does", () => {
       expect(device.pool.liveBytes).toBe(before);
     });
   }
+});
+
+describe("passes in pairs", () => {
+  test.each([
+    ["dp=2,ep=2", 4], ["tp=2,ep=2,dispatch=flex", 3], ["pp=2,vpp=2,dp=2,ep=2,group=2", 4],
+  ])("give the bits of passes one after the other: %s", async (layout, micros) => {
+    const batches = smallBatches(micros, true);
+    const [plain, paired] = [
+      await trainSmall(device, layout, batches, { steps: 2, clip: 1 }),
+      await trainSmall(device, `${layout},overlap=on`, batches, { steps: 2, clip: 1 }),
+    ];
+    expect(paired.steps).toEqual(plain.steps);
+    expect(worstOf(paired.gradients, plain.gradients).error).toBe(0);
+    expect(worstOf(paired.parameters, plain.parameters).error).toBe(0);
+  });
+
+  test("keep what their exchanges sent", async () => {
+    for (const recompute of ["moe", "shared_experts", "full"]) {
+      await expect(trainSmall(
+        device, "dp=2,ep=2,overlap=on", even, { recompute: parseRecompute(recompute) },
+      )).rejects.toThrow(/overlap keeps what experts .* expected recompute .* found/);
+    }
+  });
 });
 
 describe("rows of unequal length", () => {

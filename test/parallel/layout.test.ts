@@ -21,7 +21,7 @@ describe("a layout's text", () => {
   test("axes that are missing are 1, edp follows, sp is on under tp", () => {
     expect(parseLayout("tp=2,cp=2,pp=2,dp=1,ep=4,etp=1")).toEqual({
       tp: 2, cp: 2, dp: 1, pp: 2, ep: 4, etp: 1, edp: 1, vpp: 1, micro_batch_group: 2, sp: true,
-      cp_kind: "ring", dispatcher: "alltoall", algorithm: "direct", stages: null,
+      cp_kind: "ring", dispatcher: "alltoall", overlap: false, algorithm: "direct", stages: null,
     });
     expect(parseLayout("")).toMatchObject({ tp: 1, cp: 1, dp: 1, pp: 1, ep: 1, etp: 1, edp: 1, sp: false });
     expect(parseLayout("tp=2, sp=off").sp).toBe(false);
@@ -40,6 +40,8 @@ describe("a layout's text", () => {
     ["tp=2,sp=off,pp=2,vpp=3,group=2", "tp=2,cp=1,pp=2,dp=1,ep=1,etp=1,vpp=3,sp=off"],
     ["pp=2,vpp=2,group=4,cp_kind=allgather,dispatch=flex,algorithm=ring",
       "tp=1,cp=1,pp=2,dp=1,ep=1,etp=1,vpp=2,group=4,cp_kind=allgather,dispatch=flex,algorithm=ring"],
+    ["dp=2,ep=2,overlap=on", "tp=1,cp=1,pp=1,dp=2,ep=2,etp=1,overlap=on"],
+    ["dp=2,ep=2,overlap=off", "tp=1,cp=1,pp=1,dp=2,ep=2,etp=1"],
     ["pp=2,stages=Et,|t,L", "tp=1,cp=1,pp=2,dp=1,ep=1,etp=1,stages=Et,|t,L"],
     [" stages = EtL", "tp=1,cp=1,pp=1,dp=1,ep=1,etp=1,stages=EtL"],
     ["pp=2, stages=M-|M*", "tp=1,cp=1,pp=2,dp=1,ep=1,etp=1,stages=M-|M*"],
@@ -73,6 +75,11 @@ describe("a layout's text", () => {
     ["pp=4,vpp=2,group=3", "has at least pp micro-batches\": expected group >= 4, found 3."],
     ["tp=2,dispatch=allgather",
       "\"etp is tp under the allgather dispatcher\": expected etp=2, or dispatch=alltoall or flex, found"],
+    ["dp=2,overlap=on", "\"overlap needs experts on several ranks\": expected ep above 1, found ep=1."],
+    ["dp=2,ep=2,dispatch=allgather,overlap=on",
+      "\"overlap is for tokens that travel\": expected dispatch=alltoall or flex, found dispatch=allgather."],
+    ["pp=2,dp=2,ep=2,overlap=on",
+      "\"paired passes need interleaving or one stage\": expected vpp above 1, found vpp=1 with pp=2."],
     ["stages=EtL,pp=2", "\"EtL,pp=2\" cannot be read: expected E, t, m, L, |, or a repetition of them"],
     ["pp=2,stages=Mx", "\"a pattern has known letters\": expected M*-EGD+, | and /, found \"x\" in \"Mx\"."],
     ["pp=3,stages=M|M", "\"there are pp * vpp stages\": expected 3 * 1, found 2."],

@@ -283,6 +283,10 @@ describe("launch arguments", () => {
     expect(valueOf("tp=1,cp=4,cp_kind=hierarchical", "--cp-comm-type")).toBe("a2a+p2p");
     expect(valueOf("tp=1,cp=4,cp_kind=hierarchical", "--hierarchical-context-parallel-sizes")).toBe("2 2");
     expect(valueOf(text, "--moe-token-dispatcher-type")).toBe("flex");
+    for (const name of ["--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"]) {
+      expect(valueOf("dp=2,ep=2,overlap=on", name)).toBe("");
+      expect(valueOf("dp=2,ep=2", name)).toBeUndefined();
+    }
     expect(valueOf(text, "--hybrid-layer-pattern", null)).toBe("ME*|-ME/*E");
     expect(launchOf(config, parseLayout(text), null).world).toBe(16);
     expect(launchOf(config, parseLayout(text), null).older_releases).toEqual(

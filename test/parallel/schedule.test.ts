@@ -10,7 +10,7 @@ import { preset } from "../../src/models/presets.ts";
 import { UsageError } from "../../src/tensor/errors.ts";
 
 const schedule = (pp: number, vpp: number, micros: number, group = pp, overlap = false) =>
-  scheduleOf({ pp, vpp, micro_batch_group: group }, micros, { overlap });
+  scheduleOf({ pp, vpp, micro_batch_group: group, overlap }, micros);
 /** "F0 B0", and with several chunks "F0.1": micro-batch and chunk. */
 const show = (actions: readonly Action[], chunks = false) => actions.map(({ kind, micro, chunk }) =>
   `${kind === "forward" ? "F" : "B"}${micro}${chunks ? `.${chunk}` : ""}`).join(" ");

@@ -7,6 +7,7 @@ import { constantSchedule } from "../../src/train/schedule.ts";
 import { StepTrace } from "../../src/train/trace.ts";
 import { Trainer } from "../../src/train/trainer.ts";
 import { testAdapters } from "../support/adapters.ts";
+import { startLayout } from "../../src/cli/bench/layouts.ts";
 import { SIZES, SMALL, smallBatches } from "../support/layouts.ts";
 
 const device = await openDevice({ adapter: (await testAdapters())[0]! });
@@ -49,6 +50,27 @@ test("a step is drawn on the clocks of its ranks", async () => {
   expect(traceEvents.find(({ tid }) => tid === 3)!.args!.name).toBe("rank 3 (tp 1, cp 0, dp 0, pp 1)");
   trainer.dispose();
   mesh.dispose();
+});
+
+test("under overlap two passes go hand in hand, around each exchange the other one", async () => {
+  const before = device.pool.liveBytes;
+  const run = startLayout(device, "dp=2,ep=2,overlap=on", 6);
+  const trace = await run.trainer.trace(() => run.trainer.step(smallBatches(6, false)));
+  const pieces = trace.events.filter(({ rank, pass }) => rank === 1 && pass !== "" && pass !== "update");
+  const passes = pieces.map(({ pass }) => pass).filter((pass, i, all) => pass !== all[i - 1]);
+  // One pass of warm-up, two pairs, one left.
+  expect(passes[0]).toBe("forward 0");
+  expect(passes.at(-1)).toBe("backward 2");
+  const at = (pass: string) => [passes.indexOf(pass), passes.lastIndexOf(pass)] as const;
+  for (const [forward, backward] of [["forward 1", "backward 0"], ["forward 2", "backward 1"]] as const) {
+    const [from, to] = [Math.min(at(forward)[0], at(backward)[0]), Math.max(at(forward)[1], at(backward)[1])];
+    const pair = passes.slice(from, to + 1);
+    expect(new Set(pair)).toEqual(new Set([forward, backward]));
+    // Three layers of experts in every pass: on either side of each exchange is the other pass.
+    expect(pair.length).toBeGreaterThan(4 * 3);
+  }
+  run.dispose();
+  expect(device.pool.liveBytes).toBe(before);
 });
 
 test("communication begins when its last rank is ready, and what is sent when its sender is", () => {

@@ -25,8 +25,8 @@ export const layout = defineCommand({
     etp among them (Megatron Core's default for it is tp). A dp that is missing is what is left of --world.
     Further keys: vpp (chunks of a pipeline rank), group (micro-batches per group of an interleaved schedule;
     pp), sp=on|off (on with tp), cp_kind=ring|allgather|alltoall|hierarchical,
-    dispatch=alltoall|allgather|flex, algorithm=direct|ring, and last stages=TEXT (which layers lie in which
-    stage).
+    dispatch=alltoall|allgather|flex, overlap=on|off (passes in pairs, so that one computes while tokens of
+    the other travel), algorithm=direct|ring, and last stages=TEXT (which layers lie in which stage).
 
     With a model, the layers of every stage, and the bytes that a rank holds and sends in a training step in
     f32. These are predictions from formulas, with tokens spread evenly over the experts.
