@@ -12,7 +12,7 @@ import type { NemotronHConfig } from "../models/config.ts";
 import type { Layout } from "../parallel/layout.ts";
 import { MeshModel } from "../parallel/model.ts";
 import type { Device } from "../tensor/device.ts";
-import { FormatError, KraitError } from "../tensor/errors.ts";
+import { ExpertOverflow, FormatError, KraitError } from "../tensor/errors.ts";
 import type { Tokenizer } from "../text/tokenizer.ts";
 import { checkpointFiles, restoreRun, type SavedRun, savedRun } from "../train/checkpoint.ts";
 import { lossCurve } from "../train/curve.ts";
@@ -123,6 +123,10 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
     }
     if (!signal.aborted) await evaluate();
     await save();
+  } catch (error) {
+    // The step was not done: what was learnt before it goes on with other limits.
+    if (error instanceof ExpertOverflow) await save();
+    throw error;
   } finally {
     metrics.close();
   }

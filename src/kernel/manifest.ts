@@ -1776,6 +1776,25 @@ export const manifest = {
       expert_load: ["counts","params","topk_idx"],
     },
   },
+  "moe/overflow": {
+    bindings: {
+      missing: { binding: 0, access: "read" },
+      kept: { binding: 1, access: "read_write" },
+      gate: { binding: 2, access: "read" },
+      held: { binding: 3, access: "read_write" },
+    },
+    params: {
+      count: "u32",
+      at: "u32",
+    },
+    overrides: {
+    },
+    conditions: [],
+    entries: {
+      keep_largest: ["kept","missing","params"],
+      withhold: ["gate","held","missing","params"],
+    },
+  },
   "moe/permute": {
     bindings: {
       x: { binding: 0, access: "read" },

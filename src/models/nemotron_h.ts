@@ -68,6 +68,8 @@ export interface TrainingBatch {
   readonly seq_idx: Tensor | null;
   /** u32 [4]: seed and number of the micro-batch, for random numbers in front of routers. */
   readonly counter?: Tensor;
+  /** u32 [tokens]: where the tokens of a rank stand in the whole rows; null: 0, 1, 2 ... */
+  readonly rows?: Tensor | null;
   /**
    * For every prediction depth d = 1, 2, ...: tokens at t+d and targets at t+d+1 (-100 beyond the document).
    */
@@ -326,7 +328,7 @@ export function trainingContext(batch: TrainingBatch, options: LossOptions): For
   const { recompute = RECOMPUTE_OFF, moe = null, replay = null } = options;
   return {
     seq_idx: batch.seq_idx, step: null, routing: [], recompute, replay,
-    moe: moe && { ...moe, counter: batch.counter },
+    moe: moe && { ...moe, counter: batch.counter, rows: batch.rows ?? null },
   };
 }
 

@@ -1,5 +1,5 @@
 /** What the routers of a model add to its loss. */
-import { sumOverGroup } from "../ops/collectives.ts";
+import { gatherFromGroup, sumOverGroup } from "../ops/collectives.ts";
 import { add } from "../ops/elementwise.ts";
 import { router_aux_counts, router_aux_loss, router_z_loss } from "../ops/router_loss.ts";
 import type { Tensor } from "../tensor/tensor.ts";
@@ -40,6 +40,11 @@ export function countingOf({ tokens, all_tokens }: Division): Counting {
     counts: (counts, span) => sumOverGroup(counts, group(span)),
     ranks: (span) => sizeOfGroup(group(span)),
   };
+}
+
+/** (tokens, D) of all ranks that share a micro-batch, rank after rank. No gradient. */
+export function ofMicroBatch(x: Tensor, { tokens }: Division): Tensor {
+  return gatherFromGroup(x, tokens, 0, false);
 }
 
 export interface BalanceOptions extends BalanceCoefficients {

@@ -4,7 +4,7 @@ import type { Device } from "../tensor/device.ts";
 import { promote, scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { Attention, type KVCache, type KVScales } from "./attention.ts";
-import { type ForwardContext, recomputes, type Routing } from "./context.ts";
+import { type ForwardContext, type Overflow, recomputes, type Routing } from "./context.ts";
 import { Mamba2, type Mamba2Cache } from "./mamba2.ts";
 import type { MLP } from "./mlp.ts";
 import { MoE } from "./moe.ts";
@@ -52,10 +52,10 @@ export class Block {
       const run = ([u, v]: readonly Tensor[], inside: ForwardContext) =>
         mixer instanceof MoE ? mixer.forward(u!, inside, v) : mixer.forward(u!, v);
       if (!recomputes(context, module)) return run([normed, x], context);
-      const [routing, overflow]: [Routing[], Tensor[]] = [[], []];
+      const [routing, overflow]: [Routing[], Overflow[] | null] = [[], context.overflow ? [] : null];
       const y = recomputed([normed, x], { ...context, routing, overflow }, run);
       context.routing?.push(...promote(routing));
-      context.overflow?.push(...promote(overflow));
+      context.overflow?.push(...promote(overflow ?? []));
       return y;
     });
   }
@@ -98,16 +98,22 @@ function recomputed(
   body: (inputs: readonly Tensor[], context: ForwardContext) => Tensor,
 ): Tensor {
   let routing: Routing[] = [];
-  let overflow: Tensor[] = [];
+  let overflow: Overflow[] = [];
   const kept = context.seq_idx ? [...inputs, context.seq_idx] : inputs;
   const [y] = recompute(kept, (choices, same) => {
     routing = [];
     overflow = [];
     // The second run chooses the experts of the first, and takes nothing from what others replay.
     const made = choices && choices.length > 0 ? new RouterReplay(choices) : null;
-    const result = body(same, { ...context, routing, overflow, replay: made ?? context.replay ?? null });
+    const result = body(same, {
+      ...context, routing, overflow: context.overflow ? overflow : null,
+      replay: made ?? context.replay ?? null,
+    });
     made?.dispose();
-    return [result, ...routing.flatMap(({ logits, weight, index }) => [logits, weight, index]), ...overflow];
+    return [
+      result, ...routing.flatMap(({ logits, weight, index }) => [logits, weight, index]),
+      ...overflow.map(({ missing }) => missing),
+    ];
   });
   // Those of the first run; the second one has lists of its own.
   context.routing?.push(...routing);

@@ -23,6 +23,16 @@ export interface Routing {
  */
 export type PassPiece = "before" | "dispatch" | "experts" | "combine";
 
+/** Rows of tokens that a layer's experts had no room for. */
+export interface Overflow {
+  /** Checkpoint path of the layer's mixer. */
+  readonly layer: string;
+  /** Rows there is room for on every rank. */
+  readonly rows: number;
+  /** u32 [1]: rows that came beyond them. */
+  readonly missing: Tensor;
+}
+
 /** One forward call: where it stands in the sequence and what it collects on the way. */
 export interface ForwardContext {
   /** (batch, seqlen) i32: positions of one document share a value; null: every row is one document. */
@@ -32,10 +42,10 @@ export interface ForwardContext {
   /** Filled with one entry per MoE layer when given. */
   readonly routing: Routing[] | null;
   /**
-   * Filled, when given, by MoE layers whose experts have a budget of rows: u32 [1] of rows that found no
-   * place. A step with one above 0 has to be done again with a larger budget.
+   * Filled by MoE layers whose experts have a budget of rows. A pass in which rows are missing has to be done
+   * again with a larger budget. Without this list nobody would know: experts then have room for all.
    */
-  readonly overflow?: Tensor[] | null;
+  readonly overflow?: Overflow[] | null;
   /** Training: what runs a second time in the backward pass; default: nothing. */
   readonly recompute?: Recompute;
   /** Training: what the run asks of MoE layers; else they take every token and route as the model says. */

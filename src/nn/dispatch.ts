@@ -20,7 +20,7 @@ import { moe_weigh } from "../ops/moe_weigh.ts";
 import { UsageError } from "../tensor/errors.ts";
 import { localsOf, perRank, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import type { ForwardContext } from "./context.ts";
+import type { ForwardContext, Overflow } from "./context.ts";
 import { type Division, placesIn, sizeOfGroup } from "./division.ts";
 
 /** Tokens with the experts that a router chose for them, on every rank. */
@@ -56,8 +56,8 @@ export interface Dispatched {
   /** Whether the offsets may end before them. */
   readonly spare: boolean;
   readonly exchanges: readonly Exchange[];
-  /** u32 [1] each, where there is a budget: rows that found no place. The result is then wrong. */
-  readonly missing: readonly Tensor[];
+  /** Where there is a budget: u32 [1], rows beyond those that fit. With one above 0 the result is wrong. */
+  readonly missing: readonly Missing[];
   /** (rows, width): every row times its weight */
   readonly weigh: (rows: Tensor) => Tensor;
   /**
@@ -68,6 +68,7 @@ export interface Dispatched {
 }
 
 type Border = NonNullable<ForwardContext["border"]>;
+type Missing = Pick<Overflow, "rows" | "missing">;
 
 /**
  * @param border that of the context
@@ -154,7 +155,7 @@ function byExpert(choices: Choices, division: Division, border: Border): Dispatc
   border("experts");
   return {
     x: arrived, offsets, rows, spare: true, exchanges,
-    missing: room < most * ETP ? [exchanges.at(-1)!.missing] : [],
+    missing: room < most * ETP ? [{ rows: room, missing: exchanges.at(-1)!.missing }] : [],
     weigh: (y) => moe_weigh(y, there(moe_permute(weight.reshape([-1, 1]), plan, 1)), everyRow(y)),
     combine(y, beside, isWeighed) {
       border("combine");
@@ -184,7 +185,7 @@ function experts(x: Tensor, weight: Tensor, index: Tensor, choices: Choices, div
   const limited = { ...plan, offsets: offsets! };
   return {
     x, offsets: offsets!, permute: { ...limited, topk }, rows, spare: true,
-    missing: missing ? [missing] : [],
+    missing: missing ? [{ rows, missing }] : [],
     weigh: (y: Tensor) => moe_weigh(y, weight, limited),
     combine: (y: Tensor, isWeighed: boolean) => moe_unpermute(y, isWeighed ? topk : weight, limited),
   };
@@ -229,7 +230,7 @@ function byRank(choices: Choices, division: Division, border: Border): Dispatche
   const here = experts(rowsOf!, weights!, indices!, choices, division);
   return {
     ...here, exchanges: [exchange],
-    missing: [...(rows < T * EP * ETP ? [exchange.missing] : []), ...here.missing],
+    missing: [...(rows < T * EP * ETP ? [{ rows, missing: exchange.missing }] : []), ...here.missing],
     combine(y, beside, isWeighed) {
       const part = here.combine(y, isWeighed);
       border("combine");

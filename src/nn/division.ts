@@ -37,7 +37,7 @@ export interface Division {
    * Rows of tokens that a rank's experts have room for, as a multiple of those of a balanced load, tokens *
    * experts per token * ranks of `etp`. Without it for the most that can come.
    */
-  readonly expert_budget?: number;
+  readonly expert_budget?: number | undefined;
   /** Ranks that hold tokens of the same micro-batch, and those of all of an update. */
   readonly tokens: Group;
   readonly all_tokens: Group;

@@ -93,8 +93,10 @@ export class MoE {
     const inner = this.latent ? linear(x_TD, this.latent.fc1, this.latent.fc1_bias) : x_TD;
     const { weight, index } = routed;
     const limit = limitOf(index, E, context.moe);
-    const sent = dispatch({ x: inner, weight, index, E, limit }, this.division, context.border);
-    context.overflow?.push(...promote(sent.missing));
+    const { overflow } = context;
+    const division = overflow ? this.division : { ...this.division, expert_budget: undefined };
+    const sent = dispatch({ x: inner, weight, index, E, limit }, division, context.border);
+    overflow?.push(...promote(sent.missing.map((missing) => ({ layer: this.path, ...missing }))));
     // The two products of the shared expert need nothing of the others: one for each way of the tokens.
     const shared = this.#shared(x_TD, residual && residual.reshape([-1, hidden]), context);
     const isWeighed = context.moe?.weighing === "activation";

@@ -40,7 +40,7 @@ export const MOE_TRAINING: MoETraining = {
 export interface MoERun extends MoETraining {
   /** u32 [4]: seed low word, seed high word, number of the micro-batch, 0. For jitter and forced balance. */
   readonly counter?: Tensor | null | undefined;
-  /** u32 [tokens]: the number of each token in the whole batch; default: 0, 1, 2 ... */
+  /** u32 [tokens]: where each token stands in the whole rows of its micro-batch; default: 0, 1, 2 ... */
   readonly rows?: Tensor | null;
 }
 

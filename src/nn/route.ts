@@ -1,10 +1,14 @@
 /** Which experts a token goes to, and with what weights. */
 import { cast } from "../ops/cast.ts";
+import { scatterToGroup } from "../ops/collectives.ts";
 import { router, type RouterOptions, router_weights } from "../ops/router.ts";
 import { random_logits, router_jitter } from "../ops/router_noise.ts";
 import { sinkhorn } from "../ops/sinkhorn.ts";
+import { localsOf, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import { ofMicroBatch } from "./balance.ts";
 import type { ForwardContext } from "./context.ts";
+import type { Division } from "./division.ts";
 import type { MoERun } from "./moe_training.ts";
 import { linear } from "./product.ts";
 
@@ -17,6 +21,7 @@ export interface RouterParts {
   /** (experts): for the choice alone. */
   readonly correction_bias: Tensor;
   readonly options: RouterOptions;
+  readonly division: Division;
 }
 
 export interface Routed {
@@ -30,9 +35,9 @@ export interface Routed {
 
 /** @param x (tokens, hidden) */
 export function route(x: Tensor, parts: RouterParts, { moe, replay }: ForwardContext): Routed {
-  const { path, gate, correction_bias, options } = parts;
+  const { path, gate, correction_bias, options, division } = parts;
   const logits = moe ? trainingLogits(x, gate, path, moe) : linear(x, gate, null);
-  const made = replay?.next() ?? (moe?.routing === "sinkhorn" ? balanced(logits, options) : null);
+  const made = replay?.next() ?? (moe?.routing === "sinkhorn" ? balanced(logits, options, division) : null);
   const [weight, index] = made
     ? [router_weights(logits, made, options), made]
     : router(logits, correction_bias, options) as [Tensor, Tensor];
@@ -52,8 +57,10 @@ function trainingLogits(x: Tensor, gate: Tensor, path: string, moe: MoERun): Ten
 }
 
 /** The choice by balanced scores; the bias and groups have no part in it. */
-function balanced(logits: Tensor, { topk }: RouterOptions): Tensor {
-  const [, index] = router(sinkhorn(logits), logits.device.zeros([logits.shape[1]!]), {
+function balanced(logits: Tensor, { topk }: RouterOptions, division: Division): Tensor {
+  const scores = scatterToGroup(sinkhorn(ofMicroBatch(logits, division)), division.tokens, 0);
+  const bias = shardedOf(localsOf(logits).map(({ device, shape }) => device.zeros([shape[1]!])));
+  const [, index] = router(scores, bias, {
     topk, n_group: 1, topk_group: 1, norm_topk_prob: false, scaling: 1, choice: "logits",
   });
   return index!;

@@ -29,6 +29,11 @@ export interface Layout extends MeshSizes {
   readonly overlap: boolean;
   /** How collectives move their data. */
   readonly algorithm: Algorithm;
+  /**
+   * Rows of tokens that a rank's experts have room for, as a multiple of those of an even load; null: for all
+   * that can come.
+   */
+  readonly expert_budget: number | null;
   /** Which layers lie in which stage, as a layout or pattern string; null: cut by cost. */
   readonly stages: string | null;
 }
@@ -49,7 +54,7 @@ const CHOICES = {
   sp: ["on", "off"], cp_kind: CONTEXT_KINDS, dispatch: DISPATCHERS, overlap: ["on", "off"],
   algorithm: ALGORITHMS,
 } as const;
-const KEYS: readonly string[] = [...NUMBERS, ...Object.keys(CHOICES), "stages"];
+const KEYS: readonly string[] = [...NUMBERS, ...Object.keys(CHOICES), "expert_budget", "stages"];
 
 /**
  * Reads a layout: `key=value` with commas between. Axes that are missing are 1, etp among them; a missing dp
@@ -78,6 +83,7 @@ export function parseLayout(text: string, world?: number): Layout {
     sp: tp > 1 && choice("sp") !== "off",
     cp_kind: choice("cp_kind") ?? "ring", dispatcher: choice("dispatch") ?? "alltoall",
     overlap: choice("overlap") === "on", algorithm: choice("algorithm") ?? "direct",
+    expert_budget: readBudget(values.get("expert_budget")),
     stages: values.get("stages") ?? null,
   };
   choice("sp");
@@ -98,7 +104,8 @@ export function formatLayout(layout: Layout): string {
     ["vpp", layout.vpp, 1], ["group", layout.micro_batch_group, layout.pp],
     ["sp", layout.sp ? "on" : "off", tp > 1 ? "on" : "off"], ["cp_kind", layout.cp_kind, "ring"],
     ["dispatch", layout.dispatcher, "alltoall"], ["overlap", layout.overlap ? "on" : "off", "off"],
-    ["algorithm", layout.algorithm, "direct"], ["stages", layout.stages, null],
+    ["algorithm", layout.algorithm, "direct"], ["expert_budget", layout.expert_budget, null],
+    ["stages", layout.stages, null],
   ];
   return [
     ...Object.entries({ tp, cp, pp, dp, ep, etp }).map(([key, value]) => `${key}=${value}`),
@@ -137,6 +144,10 @@ export function checkShape(layout: Layout): void {
       broken("overlap is for tokens that travel", "dispatch=alltoall or flex", "dispatch=allgather");
     }
     checkPairing(layout);
+  }
+  if (layout.expert_budget !== null && etp * ep === 1) {
+    const found = `expert_budget=${layout.expert_budget} with etp * ep = 1`;
+    broken("expert_budget needs experts on several ranks", "ep or etp above 1", found);
   }
   checkStages(layout);
 }
@@ -240,6 +251,12 @@ function readNumber(key: string, value: string): number {
   if (/^\d{1,7}$/.test(value) && Number(value) >= 1 && Number(value) <= MAX_WORLD) return Number(value);
   throw new UsageError(
     `The layout's ${key} must be a whole number from 1 to ${MAX_WORLD}, found "${value}".`);
+}
+
+function readBudget(value: string | undefined): number | null {
+  if (value === undefined) return null;
+  if (/^\d{1,6}(\.\d{1,6})?$/.test(value) && Number(value) >= 1) return Number(value);
+  throw new UsageError(`The layout's expert_budget must be a number of at least 1, found "${value}".`);
 }
 
 /** The dp that fills the world. */

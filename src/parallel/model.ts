@@ -241,6 +241,7 @@ export function divisionOf(layout: Layout, groups: Groups = groupsBy(layout)): D
   return {
     tp: groups.tp, sp: layout.sp, cp: groups.cp, cp_kind: layout.cp_kind, ep: groups.ep, etp: groups.etp,
     dispatcher: layout.dispatcher,
+    expert_budget: layout.expert_budget ?? undefined,
     // Without sequence parallel the ranks of tp have the same tokens.
     tokens: groups[layout.sp ? "tp-cp" : "cp"], all_tokens: groups[layout.sp ? "tp-dp-cp" : "dp-cp"],
   };

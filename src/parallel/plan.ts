@@ -114,7 +114,7 @@ export function searchPlans(request: PlanRequest): PlanResult {
               const layout: Layout = {
                 tp, cp, dp, pp, ep, etp, edp, vpp, micro_batch_group: pp, sp: tp > 1, cp_kind: "ring",
                 dispatcher: ep > 1 && (request.deduplicate ?? true) ? "flex" : "alltoall",
-                overlap: false, algorithm: "direct", stages: null,
+                overlap: false, algorithm: "direct", expert_budget: null, stages: null,
               };
               for (const batch of pick(fixed.microBatch, [1, 2, 4, 8])) look(layout, batch);
             }

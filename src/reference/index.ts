@@ -21,6 +21,7 @@ export * from "./linear.ts";
 export * from "./linear_cross_entropy.ts";
 export * from "./matmul.ts";
 export * from "./moe.ts";
+export * from "./overflow.ts";
 export * from "./packed_product.ts";
 export * from "./quantile_balance.ts";
 export * from "./quantize.ts";

@@ -23,6 +23,28 @@ export class FormatError extends KraitError {
   override name = "FormatError";
 }
 
+/** Tokens that a rank's expert buffers have no room for. */
+export interface MissedRows {
+  /** Of the layout. */
+  readonly rank: number;
+  /** Checkpoint path of the layer. */
+  readonly layer: string;
+  /** Most rows that came in a micro-batch, and those that fit. */
+  readonly found: number;
+  readonly fit: number;
+}
+
+/** More tokens came to experts than a layout's expert_budget has room for; nothing was updated. */
+export class ExpertOverflow extends KraitError {
+  override name = "ExpertOverflow";
+  readonly missed: readonly MissedRows[];
+
+  constructor(missed: readonly MissedRows[], message: string) {
+    super(message);
+    this.missed = missed;
+  }
+}
+
 /** A function was called in a way that its documentation rules out. */
 export class UsageError extends KraitError {
   override name = "UsageError";

@@ -2,7 +2,7 @@
 import { forRank } from "../gpu/lane.ts";
 import { type GradientMap, Tape, type Walk } from "../autograd/tape.ts";
 import { type Loss, type LossOptions, trainingContext } from "../models/nemotron_h.ts";
-import type { PassPiece, Routing } from "../nn/context.ts";
+import type { ForwardContext, Overflow, PassPiece, Routing } from "../nn/context.ts";
 import { MoE } from "../nn/moe.ts";
 import { accumulate } from "../ops/elementwise.ts";
 import { noGrad } from "../ops/op.ts";
@@ -21,6 +21,8 @@ export interface StagePass {
   readonly mtp: readonly Tensor[];
   readonly aux: Tensor | null;
   readonly routing: readonly Routing[];
+  /** What its experts had no room for; empty without a budget. */
+  readonly overflow: readonly Overflow[];
 }
 
 /** A pass to be run. */
@@ -174,9 +176,10 @@ export class Passes {
     };
     this.#alive.set(key, empty);
     this.#mesh.onStage(stage, `forward ${micro}`, () => scope(() => {
+      const overflow: Overflow[] = [];
       const { loss, exits } = tape.run(() => {
         border("before");
-        return this.#run(stage, inputs, entries, border);
+        return this.#run(stage, inputs, entries, { border, overflow });
       });
       const { seeds } = inputs;
       const pairs: [Tensor | null, Tensor][] =
@@ -187,7 +190,7 @@ export class Passes {
         ...empty, exits, outputs: known.map(([output]) => output), seeds: known.map(([, seed]) => seed),
       });
       if (exits.length > 0) sent = this.#send(`forth ${stage + 1} ${micro}`, exits, stage, stage + 1);
-      visit({ stage, ...loss });
+      visit({ stage, ...loss, overflow });
     }));
     for (const entry of entries) entry.release(); // the tape keeps what it needs
     const alive = this.#alive.get(key)!;
@@ -246,7 +249,7 @@ export class Passes {
     let entries: readonly Tensor[] = [];
     for (let stage = 0; stage < inputs.length; stage++) {
       const { loss, exits } = this.#run(stage, inputs[stage]!, entries);
-      found = { stage, ...loss };
+      found = { stage, ...loss, overflow: [] };
       entries = exits.map((exit) => this.#mesh.sendTo(exit, stage, stage + 1));
     }
     return found!;
@@ -266,11 +269,11 @@ export class Passes {
   }
 
   #run(
-    stage: number, inputs: StageInputs, entries: readonly Tensor[], border?: (piece: PassPiece) => void,
-  ): { loss: Omit<StagePass, "stage">; exits: Tensor[] } {
+    stage: number, inputs: StageInputs, entries: readonly Tensor[],
+    more: Pick<ForwardContext, "border" | "overflow"> = {},
+  ): { loss: Omit<StagePass, "stage" | "overflow">; exits: Tensor[] } {
     const { model } = this.#mesh.stages[stage]!;
-    const plain = trainingContext(inputs, this.#options);
-    const context = border ? { ...plain, border } : plain;
+    const context = { ...trainingContext(inputs, this.#options), ...more };
     const routing = context.routing!;
     const [entry, ...deeper] = entries;
     const x = model.part.embedding ? model.embed(inputs.input_ids) : entry!;

@@ -14,6 +14,8 @@ import { type Batch, IGNORED, mtpInputs, mtpLabels } from "./packing.ts";
 export interface StageInputs extends TrainingBatch {
   readonly seq_idx: Tensor;
   readonly counter: Tensor;
+  /** u32 [tokens]: numbers of a rank's tokens, for random numbers; null: 0, 1, 2 ... */
+  readonly rows: Tensor | null;
   /**
    * f32 [3 + depths]: what this rank's values count for in those of the step: the loss, the balancing loss,
    * nothing, the losses of the prediction depths. What several ranks have alike counts on one of them.
@@ -92,12 +94,15 @@ export class RankInputs {
     this.#sizes = sizes;
     this.#cp = mesh.layout.cp;
     const perStage = ranksPerStage(mesh.layout);
+    const { cp: parts, tp: cuts, sp } = mesh.layout;
+    const isCut = sizes.random && (parts > 1 || sp);
     this.stages = mesh.stages.map(({ model }) => {
       const [any] = model.parameters.values();
       const ranks = localsOf(any!).map(({ device }, rank) => {
         const { tp, cp, dp } = coordinatesOf({ ...mesh.layout, pp: 1 }, rank % perStage);
         return {
           tokens: this.#tokensOf(device, dp, cp), weighing: this.#weighingOf(device, dp, cp, tp === 0),
+          rows: () => numbersOf(device, sizes, [cp, parts], sp ? [tp, cuts] : [0, 1]),
         };
       });
       const on = (of: (rank: (typeof ranks)[number]) => Tensor) => {
@@ -109,6 +114,7 @@ export class RankInputs {
       return {
         input_ids: on(({ tokens }) => tokens.input_ids), targets: on(({ tokens }) => tokens.targets),
         seq_idx: on(({ tokens }) => tokens.seq_idx), counter: on(({ tokens }) => tokens.counter),
+        rows: isCut ? this.#keep(shardedOf(ranks.map(({ rows }) => this.#keep(rows())))) : null,
         mtp: Array.from({ length: sizes.mtp_depths }, (_, i) => ({
           input_ids: on(({ tokens }) => tokens.mtp[i]!.input_ids),
           targets: on(({ tokens }) => tokens.mtp[i]!.targets),
@@ -183,6 +189,20 @@ export class RankInputs {
     this.#weighings.push(weighing);
     return weighing;
   }
+}
+
+/**
+ * Where a rank's tokens stand in the rows of a micro-batch, one row after the other: u32.
+ * @param among the parts of a row under context parallelism, and of these under sequence parallelism
+ */
+function numbersOf(
+  device: Device, { batch, seqlen }: InputSizes, [cp, parts]: readonly [number, number],
+  [tp, cuts]: readonly [number, number],
+): Tensor {
+  const length = seqlen / parts / cuts;
+  const own = zigzag(parts, seqlen)[cp]!.slice(tp * length, (tp + 1) * length);
+  const numbers = Array.from({ length: batch }, (_, row) => own.map((position) => row * seqlen + position));
+  return device.tensor(Uint32Array.from(numbers.flat()), [batch * length], "u32");
 }
 
 /** A micro-batch of one data-parallel rank, whose positions the ranks of cp share. */

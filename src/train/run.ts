@@ -5,7 +5,8 @@
 import { parseRecompute } from "../nn/recompute.ts";
 import type { NemotronH } from "../models/nemotron_h.ts";
 import type { MeshModel } from "../parallel/model.ts";
-import { BatchPacker, bitsPerByte, type TokenCorpus } from "./packing.ts";
+import { ExpertOverflow } from "../tensor/errors.ts";
+import { BatchPacker, bitsPerByte, type PackingState, type TokenCorpus } from "./packing.ts";
 import { moeTrainingOf, precisionOf, type Recipe, scheduleOf } from "./recipe.ts";
 import { type StepMetrics, Trainer } from "./trainer.ts";
 
@@ -60,17 +61,31 @@ export class TrainingRun {
   /** Steps that this object has done; those of runs it continues do not count. */
   done = 0;
 
-  /** One step. @throws KraitError when `max_skipped` steps in a row had a loss that is not finite. */
+  /**
+   * One step. @throws KraitError when `max_skipped` steps in a row had a loss that is not finite;
+   * ExpertOverflow when experts had no room for a step's tokens: the run then stands where it stood before.
+   */
   async step(): Promise<RunStep> {
     const { accumulate, batch, seqlen } = this.recipe;
     const start = performance.now();
-    const metrics = await this.trainer.step(Array.from({ length: accumulate }, () => this.packer.next()));
+    const before = this.packer.state;
+    const metrics = await this.#onward(before, () =>
+      this.trainer.step(Array.from({ length: accumulate }, () => this.packer.next())));
     this.done++;
     const tokens = accumulate * batch * seqlen;
     return {
       ...metrics, tokens: (metrics.step + 1) * tokens,
       tokens_per_s: (1000 * tokens) / (performance.now() - start),
     };
+  }
+
+  async #onward<T>(before: PackingState, body: () => Promise<T>): Promise<T> {
+    try {
+      return await body();
+    } catch (error) {
+      if (error instanceof ExpertOverflow) this.packer.restore(before);
+      throw error;
+    }
   }
 
   /** Loss on the validation text: `eval_rows` rows spread over it, or all of it. */

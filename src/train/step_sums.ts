@@ -4,6 +4,7 @@ import { accumulate, multiply } from "../ops/elementwise.ts";
 import { expert_load } from "../ops/moe.ts";
 import { localsOf, onRank, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import type { OverflowCounts } from "./overflow.ts";
 import type { StagePass } from "./passes.ts";
 import type { StageInputs } from "./rank_inputs.ts";
 
@@ -17,14 +18,19 @@ export interface StageSums {
   readonly soFar: ReadonlyMap<string, Tensor>;
   /** Where the biases are going by quantiles, f32 [E] by layer; none for other updates. */
   readonly estimates: ReadonlyMap<string, Tensor>;
+  /** Where the layout has an expert_budget. */
+  readonly overflow: OverflowCounts | null;
 }
 
 /** Place of the gradient norm among the scalars. */
 export const NORM = 2;
 
 /** All of them. */
-export function sumsOf({ scalars, loads, soFar, estimates }: StageSums): Tensor[] {
-  return [scalars, ...loads.values(), ...soFar.values(), ...estimates.values()];
+export function sumsOf({ scalars, loads, soFar, estimates, overflow }: StageSums): Tensor[] {
+  return [
+    scalars, ...loads.values(), ...soFar.values(), ...estimates.values(),
+    ...overflow ? [overflow.missing, overflow.total] : [],
+  ];
 }
 
 /** Adds what a pass found to the sums of its stage. */
@@ -39,6 +45,7 @@ export function collect(pass: StagePass, { shares }: Pick<StageInputs, "shares">
     const load = sums.loads.get(layer);
     if (load) expert_load(load, index);
   }
+  sums.overflow?.collect(pass.overflow);
 }
 
 function packScalars(like: Tensor, values: readonly (Tensor | null)[]): Tensor {

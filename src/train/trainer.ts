@@ -2,6 +2,7 @@
 import type { GradientMap } from "../autograd/tape.ts";
 import { RankLostError } from "../gpu/errors.ts";
 import type { GraphMemory } from "../gpu/pool.ts";
+import { ofMicroBatch } from "../nn/balance.ts";
 import { MoE } from "../nn/moe.ts";
 import { type Recompute, RECOMPUTE_OFF } from "../nn/recompute.ts";
 import { checkMoETraining, makeMoETraining, type MoETraining } from "../nn/moe_training.ts";
@@ -9,6 +10,7 @@ import type { LossOptions, NemotronH } from "../models/nemotron_h.ts";
 import { accumulate, add, scale } from "../ops/elementwise.ts";
 import { clip_scale, global_norm } from "../ops/global_norm.ts";
 import { update_expert_bias } from "../ops/moe.ts";
+import { withhold } from "../ops/overflow.ts";
 import { router_quantile, update_quantile_bias } from "../ops/quantile_balance.ts";
 import type { RouterOptions } from "../ops/router.ts";
 import { parseLayout } from "../parallel/layout.ts";
@@ -24,6 +26,7 @@ import { withRoundings } from "../precision/active.ts";
 import { FULL_PRECISION, type PrecisionChoice } from "../precision/plan.ts";
 import type { Precision } from "../precision/precision.ts";
 import { AdamW, type AdamWOptions } from "./optimizer.ts";
+import { expertOverflow, OverflowCounts } from "./overflow.ts";
 import type { Batch } from "./packing.ts";
 import { addGradients, Passes, type StagePass } from "./passes.ts";
 import { inGroups, RankInputs, scoredPositions } from "./rank_inputs.ts";
@@ -201,12 +204,6 @@ export class Trainer {
     for (const { options } of this.mesh.stages.flatMap((_, stage) => this.#moeLayers(stage))) {
       checkMoETraining(this.#moe, options, { quantile, balancing });
     }
-    const { cp, tp, sp } = this.mesh.layout;
-    if (this.#isRandom && (cp > 1 || (tp > 1 && sp))) {
-      throw new UsageError(
-        "Random numbers in front of routers need all tokens of a micro-batch on one rank: cp = 1 and no " +
-        `sequence parallelism, found cp = ${cp}, tp = ${tp}.`);
-    }
   }
 
   /** The model of the first stage: with one rank all of it. */
@@ -219,7 +216,8 @@ export class Trainer {
    * neither parameters, moments nor the experts' correction biases: the device sees to that by itself.
    * @param batches those of data-parallel rank 0, 1, ... for the first pass, then for the second, ...
    * @throws KraitError when `max_skipped` steps in a row were skipped; RankLostError when the device of one
-   *   of several ranks is lost.
+   *   of several ranks is lost; ExpertOverflow when experts got more rows than the layout's expert_budget has
+   *   room for: the step then counts as not done.
    */
   async step(batches: readonly Batch[]): Promise<StepMetrics> {
     try {
@@ -254,6 +252,7 @@ export class Trainer {
     }
     if (this.#inputs.length > 1) micro.replay();
     update?.replay();
+    await this.#checkOverflow(sums);
     const [loss, grad_norm, aux_loss, mtp_loss] = await readScalars(sums, mtp_depths);
     const total = loss + aux_loss + mtp_loss.reduce((sum, one) => sum + one * mtp_scale / mtp_depths, 0);
     const step = this.steps++;
@@ -265,6 +264,14 @@ export class Trainer {
       step, total, loss, aux_loss, grad_norm, lr, mtp_loss,
       max_violation: await maxViolation(sums), skipped, skipped_steps: this.skipped.total,
     };
+  }
+
+  /** @throws ExpertOverflow when rows found no place; the device has withheld the update. */
+  async #checkOverflow(sums: readonly StageSums[]): Promise<void> {
+    const { layout, stages } = this.mesh;
+    const missed = (await Promise.all(sums.map(async ({ overflow }, stage) =>
+      await overflow?.missed(stages[stage]!.rank * ranksPerStage(layout)) ?? []))).flat();
+    if (missed.length > 0) throw expertOverflow(missed, layout.expert_budget!, this.steps);
   }
 
   /** @throws KraitError when so many steps in a row were skipped that a further one is not worth it. */
@@ -418,6 +425,8 @@ export class Trainer {
       soFar: new Map(global ? layers.map(({ path, bias }) => [path, zeros([1, bias.size], "u32")]) : []),
       estimates: new Map(this.options.bias_update === "quantile"
         ? layers.map(({ path, bias }) => [path, zeros(bias.shape, "f32")]) : []),
+      overflow: this.mesh.layout.expert_budget !== null && layers.length > 0
+        ? new OverflowCounts(layers.map(({ path }) => path), (length) => zeros([length], "u32")) : null,
     };
   }
 
@@ -487,7 +496,9 @@ export class Trainer {
       const calls = routing.filter(({ layer }) => layer === path);
       const parts = calls.length * localsOf(scalars).length * this.options.accumulate / this.mesh.layout.dp;
       for (const { logits } of calls) {
-        if (sum) accumulate(sum, scale(router_quantile(logits, bias, { topk }), 1 / parts));
+        if (!sum) continue;
+        const all = ofMicroBatch(logits, this.mesh.stages[stage]!.model.division);
+        accumulate(sum, scale(router_quantile(all, bias, { topk }), 1 / parts));
       }
     }
   }
@@ -512,8 +523,9 @@ export class Trainer {
     const onStages = <T>(body: (stage: number) => T): T[] => stages.map((_, stage) =>
       this.mesh.onStage(stage, "update", () => body(stage)));
     const reduced = onStages((stage) => {
-      const { scalars, loads, estimates } = sums[stage]!;
+      const { scalars, loads, estimates, overflow } = sums[stage]!;
       sumOverRanks([scalars, ...loads.values(), ...estimates.values()]);
+      overflow?.sum();
       return optimizers[stage]!.reduce(gradients[stage]!);
     });
     this.#tie(reduced);
@@ -523,7 +535,9 @@ export class Trainer {
       const { scalars, loads, estimates } = sums[stage]!;
       const here = (x: Tensor, of: number) => (of === stage ? x : this.mesh.sendTo(x, of, stage));
       const norm = norms.length === 1 ? norms[0]! : global_norm(norms.map(here));
-      const gate = clip_scale(norm, this.options.clip, here(loss, stages.length - 1));
+      const gate = sums.reduce(
+        (found, { overflow }, of) => (overflow ? withhold(found, here(overflow.total, of)) : found),
+        clip_scale(norm, this.options.clip, here(loss, stages.length - 1)));
       optimizers[stage]!.apply(reduced[stage]!, gate);
       putInto(scalars, NORM, norm);
       const rate = this.options.bias_rate;
@@ -562,7 +576,7 @@ export class Trainer {
         const pass = this.#precision ? this.#precision.watching(evaluate) : evaluate();
         loss.clear();
         collect(pass, inputs[last]!, {
-          scalars: loss, loads: new Map(), soFar: new Map(), estimates: new Map(),
+          scalars: loss, loads: new Map(), soFar: new Map(), estimates: new Map(), overflow: null,
         });
         sumOverRanks([loss]);
       }));

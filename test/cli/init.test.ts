@@ -41,6 +41,15 @@ test("train --init starts from a checkpoint, upcycled or on other ranks, and ref
     expect(grown.code, grown.stderr).toBe(0);
     expect(Math.abs(loss(grown) / loss(first) - 1)).toBeLessThan(1e-5);
 
+    // Nor do experts without room for their tokens take anything along.
+    const short = await train(
+      "grown", "--resume", "--steps", "2", "--layout", "dp=2,ep=2,expert_budget=1");
+    expect(short.code, short.stderr).toBe(1);
+    expect(short.stderr).toMatch(
+      /experts of backbone\.layers\.2\.mixer on rank \d got \d+ rows .* in step 2, /);
+    expect(short.stderr).not.toMatch(/\n\s+at /);
+    expect(readdirSync(file("grown")).filter((name) => name.startsWith("step-"))).toHaveLength(1);
+
     cpSync(file("experts"), file("other"), { recursive: true });
     writeFileSync(file("other", "config.json"), serialiseConfig({ ...DENSE, hidden_size: 48 }));
     cpSync(file("experts"), file("empty"), { recursive: true });

@@ -3,7 +3,7 @@ import { Tape } from "../../src/autograd/tape.ts";
 import type { Parameter } from "../../src/models/checkpoint_names.ts";
 import { preset } from "../../src/models/presets.ts";
 import { Block, runBlocks } from "../../src/nn/block.ts";
-import type { ForwardContext, Routing } from "../../src/nn/context.ts";
+import type { ForwardContext, Overflow, Routing } from "../../src/nn/context.ts";
 import { type Dispatched, dispatch, expertGroup } from "../../src/nn/dispatch.ts";
 import { type DispatcherKind, DISPATCHERS, type Division, SOLO } from "../../src/nn/division.ts";
 import { MoE, type MoESizes } from "../../src/nn/moe.ts";
@@ -14,12 +14,14 @@ import { type Communication, communicationObservers, type Counted } from "../../
 import { moe_permute } from "../../src/ops/moe.ts";
 import { shardOf } from "../../src/parallel/shards.ts";
 import { openDevice } from "../../src/tensor/device.ts";
+import { ExpertOverflow } from "../../src/tensor/errors.ts";
 import { scope, unscoped } from "../../src/tensor/scope.ts";
 import { localsOf, shardedOf } from "../../src/tensor/sharded.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
+import { stateEntries } from "../../src/train/optimizer_state.ts";
 import { Draw } from "../ops/suite.ts";
 import { testAdapters } from "../support/adapters.ts";
-import { smallBatches, trainSmall, worstOf } from "../support/layouts.ts";
+import { smallBatches, startLayout, trainSmall, worstOf } from "../support/layouts.ts";
 
 /** The kernels are tested one by one on every adapter; one of them is enough for how they work together. */
 const device = await openDevice({ adapter: (await testAdapters())[0]! });
@@ -117,7 +119,7 @@ async function run(
   const block = new Block(D, 1e-5, moe, weights);
   const tape = new Tape();
   const { y, gradients, routing, overflow } = scope(() => {
-    const context: ForwardContext & { routing: Routing[]; overflow: Tensor[] } =
+    const context: ForwardContext & { routing: Routing[]; overflow: Overflow[] } =
       {
         seq_idx: null, step: null, routing: [], overflow: [],
         recompute: parseRecompute(again ? "full" : "off"),
@@ -127,7 +129,9 @@ async function run(
     const { routing: chosen, overflow: missing } = context;
     const seeds = localsOf(parts(dy));
     const gradient_of = tape.backward(localsOf(out), [...seeds]);
-    return { y: out, gradients: gradient_of, routing: chosen, overflow: missing };
+    return {
+      y: out, gradients: gradient_of, routing: chosen, overflow: missing.map((one) => one.missing),
+    };
   });
   const read = async (tensors: readonly Tensor[]) =>
     Promise.all(tensors.map(async (tensor) => await tensor.read() as Float32Array));
@@ -463,15 +467,49 @@ test("groups of all ranks that share experts", () => {
 describe("a model trains as on one rank", () => {
   const batches = smallBatches(4, false);
   let one: ReturnType<typeof trainSmall> | null = null;
-  test.each([
+  const LAYOUTS = [
     "dp=4,ep=4,dispatch=flex", "tp=2,sp=on,dp=2,ep=2,etp=2", "dp=4,ep=2,dispatch=allgather",
-  ])("%s", async (layout) => {
+  ];
+  test.each(LAYOUTS)("%s, with room for its tokens", async (layout) => {
     one ??= trainSmall(device, "tp=1", batches);
     const expected = await one;
     const before = device.pool.liveBytes;
-    const { gradients } = await trainSmall(device, layout, batches);
+    const { gradients, steps } = await trainSmall(device, `${layout},expert_budget=1.9`, batches);
     const { name, error } = worstOf(gradients, expected.gradients);
     expect(error, name).toBeLessThan(1e-5);
+    expect(steps[0]!.max_violation).toBe(expected.steps[0]!.max_violation);
     expect(device.pool.liveBytes).toBe(before);
+  });
+
+  test.each([...LAYOUTS, "dp=2,pp=2,ep=2"])("%s, without room for them: not at all", async (layout) => {
+    const { mesh, trainer, dispose } = startLayout(device, `${layout},expert_budget=1`, batches.length);
+    const everything = async () => {
+      const found: ArrayLike<number>[] = [];
+      for (const name of mesh.parameters.keys()) found.push(await mesh.read(name));
+      for (const { bytes } of stateEntries(mesh, trainer.optimizers)) {
+        found.push(await (bytes as () => Promise<Uint8Array>)());
+      }
+      return found;
+    };
+    const before = await everything();
+    const error = await trainer.step(batches).catch((reason: unknown) => reason) as ExpertOverflow;
+    expect(error).toBeInstanceOf(ExpertOverflow);
+    expect(await everything()).toEqual(before);
+    expect([trainer.steps, trainer.skipped.total]).toEqual([0, 0]);
+    const paths = mesh.stages.flatMap(({ rank, model: { blocks, mtp } }) =>
+      [...blocks, ...mtp?.blocks ?? []].flatMap(({ mixer }) =>
+        (mixer instanceof MoE ? [[rank, mixer.path]] : [])));
+    for (const { rank, layer, found: came, fit } of error.missed) {
+      expect(came).toBeGreaterThan(fit);
+      expect(paths).toContainEqual([Math.floor(rank * mesh.layout.pp / mesh.world), layer]);
+    }
+    const { rank, layer, found: came, fit } = error.missed.reduce((a, b) => (b.found > a.found ? b : a));
+    expect(error.message).toContain(
+      `experts of ${layer} on rank ${rank} got ${came} rows of tokens in step 1, but expert_budget=1 has ` +
+      `room for ${fit}`);
+    expect(error.message).toMatch(/nothing was updated.* larger expert_budget in the layout \(from \d/);
+    // An evaluation has room for all.
+    expect(await trainer.evaluate(batches)).toBeGreaterThan(0);
+    dispose();
   });
 });

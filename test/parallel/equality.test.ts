@@ -2,6 +2,7 @@ import { afterAll, describe, expect, test } from "vitest";
 import { LAYOUTS } from "../../src/cli/bench/layouts.ts";
 import { parseRecompute } from "../../src/nn/recompute.ts";
 import { openDevice } from "../../src/tensor/device.ts";
+import type { Batch } from "../../src/train/packing.ts";
 import { testAdapters } from "../support/adapters.ts";
 import { smallBatches, SMALL, trainSmall, worstOf } from "../support/layouts.ts";
 
@@ -87,6 +88,65 @@ describe("rows of unequal length", () => {
       await trainSmall(device, "dp=2", ragged), await trainSmall(device, "dp=2", ragged, { per_token: true }),
     ];
     expect(worstOf(mean.gradients, token.gradients).error).toBeGreaterThan(1e-3);
+  });
+});
+
+describe("routers of ranks that share tokens", () => {
+  const LAYOUT = "tp=2,cp=2,dp=2,ep=4";
+  const losses = { aux_coeff: 0.1, z_loss: 0.01 };
+  type Options = Parameters<typeof trainSmall>[3];
+  const expectEqual = async (
+    batches: typeof even, options: Options, reference: Options = options, whole = batches,
+  ) => {
+    const one = await trainSmall(device, "tp=1", whole, reference);
+    const many = await trainSmall(device, LAYOUT, batches, options);
+    const { name, error } = worstOf(many.gradients, one.gradients);
+    expect(error, name).toBeLessThan(1e-5);
+    many.steps.forEach(({ loss, aux_loss }, i) => {
+      expect(loss / one.steps[i]!.loss).toBeCloseTo(1, 5);
+      expect(aux_loss).toBeCloseTo(one.steps[i]!.aux_loss, 6);
+    });
+    return { one, many };
+  };
+
+  test.each([
+    ["by micro-batch, with jitter", even, { moe: { jitter: 0.3 } }],
+    ["by position", ragged, { per_token: true }],
+  ] as const)("have the same losses of sequences, micro-batches and logits: %s", async (_, batches, more) => {
+    await expectEqual(batches, { ...losses, aux_loss: 0.1, ...more });
+  });
+
+  test.each([false, true])("count a step as one batch; by position: %s", async (per_token) => {
+    const [first, second] = even as [Batch, Batch, ...Batch[]];
+    const both = (key: "ids" | "labels" | "input_ids" | "seq_idx") =>
+      Int32Array.from([...first[key], ...second[key]]);
+    const whole: Batch = {
+      ...first, batch: 2 * first.batch, scored: first.scored + second.scored, ids: both("ids"),
+      labels: both("labels"), input_ids: both("input_ids"), seq_idx: both("seq_idx"),
+    };
+    await expectEqual(
+      [first, second], { ...losses, per_token, global_aux_loss: 0.1 },
+      { ...losses, per_token, aux_loss: 0.1, batch: whole.batch }, [whole]);
+  });
+
+  test("balance the tokens of a micro-batch together", async () => {
+    const config =
+      { ...SMALL, router_choice: "logits", scoring_func: "softmax", norm_topk_prob: false } as const;
+    const plain = { config, aux_coeff: 0 };
+    const { one } = await expectEqual(even, { ...plain, moe: { routing: "sinkhorn" } });
+    const { steps: [other] } = await trainSmall(device, "tp=1", even, plain);
+    expect(one.steps[0]!.max_violation).toBeLessThan(other!.max_violation!);
+  });
+
+  test("move biases by the quantiles of a micro-batch, and draw the same random logits", async () => {
+    const config = { ...SMALL, router_choice: "logits" } as const;
+    const { one, many } = await expectEqual(
+      even, { config, steps: 2, bias_update: "quantile", bias_rate: 0.5, moe: { forced_balance: true } });
+    const biases = ({ parameters }: typeof one) =>
+      new Map([...parameters].filter(([name]) => name.includes("bias")));
+    expect(Math.max(...[...biases(one).values()].flatMap((bias) => [...bias]))).toBeGreaterThan(0.01);
+    const { name, error } = worstOf(biases(many), biases(one));
+    expect(error, name).toBeLessThan(1e-5);
   });
 });
 

@@ -21,7 +21,8 @@ describe("a layout's text", () => {
   test("axes that are missing are 1, edp follows, sp is on under tp", () => {
     expect(parseLayout("tp=2,cp=2,pp=2,dp=1,ep=4,etp=1")).toEqual({
       tp: 2, cp: 2, dp: 1, pp: 2, ep: 4, etp: 1, edp: 1, vpp: 1, micro_batch_group: 2, sp: true,
-      cp_kind: "ring", dispatcher: "alltoall", overlap: false, algorithm: "direct", stages: null,
+      cp_kind: "ring", dispatcher: "alltoall", overlap: false, algorithm: "direct", expert_budget: null,
+      stages: null,
     });
     expect(parseLayout("")).toMatchObject({ tp: 1, cp: 1, dp: 1, pp: 1, ep: 1, etp: 1, edp: 1, sp: false });
     expect(parseLayout("tp=2, sp=off").sp).toBe(false);

@@ -7,7 +7,7 @@ import type { Device } from "../../src/tensor/device.ts";
 import type { Batch } from "../../src/train/packing.ts";
 import type { HeldBytes, StepMetrics, TrainerOptions } from "../../src/train/trainer.ts";
 
-export { LAYOUT_MODEL as SMALL, LAYOUT_SIZES as SIZES, layoutBatches as smallBatches, worstOf };
+export { LAYOUT_MODEL as SMALL, LAYOUT_SIZES as SIZES, layoutBatches as smallBatches, startLayout, worstOf };
 
 export interface Outcome {
   readonly steps: readonly StepMetrics[];
