@@ -23,10 +23,11 @@ fn nvfp4_global(amax: u32) -> u32 {
   return exact_quotient(amax, NVFP4_RANGE);
 }
 
-// The E4M3 code of a block's scale: (amax / 6) / g, each step rounded.
-fn nvfp4_scale(amax: u32, global: u32) -> u32 {
+// The E4M3 code of a block's scale: (amax / top) / g, each step rounded. `top`, six as a rule, is what amax
+// is mapped to.
+fn nvfp4_scale(amax: u32, top: u32, global: u32) -> u32 {
   if (global == 0u) { return 0u; }
-  return element_code(exact_quotient(exact_quotient(amax, SIX), global), E4M3);
+  return element_code(exact_quotient(exact_quotient(amax, top), global), E4M3);
 }
 
 // What the block's values are divided by; infinity where that would be zero, so that they become zeros. The
@@ -34,6 +35,28 @@ fn nvfp4_scale(amax: u32, global: u32) -> u32 {
 fn nvfp4_divisor(scale: u32, global: u32) -> u32 {
   let product = exact_product(element_value(scale, E4M3), global);
   return select(product, INFINITY, product == 0u);
+}
+
+// The same with reciprocals, in the order of Transformer Engine: S = min(2688 / amax, FLT_MAX), 1 where amax
+// or S is zero; scale = E4M3(min(amax_block * (S * f32(1 / 6)), FLT_MAX)); elements are multiplied with
+// min(1 / (scale * f32(1 / S)), FLT_MAX).
+const FLT_MAX: u32 = 0x7f7fffffu;
+
+fn nvfp4_encoding(amax: u32) -> u32 {
+  let s = min(exact_quotient(NVFP4_RANGE, amax), FLT_MAX);
+  return select(s, 0x3f800000u, amax == 0u || s == 0u);
+}
+
+fn reciprocal_scale(amax: u32, encoding: u32) -> u32 {
+  return element_code(min(exact_product(amax, exact_product(encoding, 0x3e2aaaabu)), FLT_MAX), E4M3);
+}
+
+fn reciprocal_factor(scale: u32, decoding: u32) -> u32 {
+  return min(exact_quotient(0x3f800000u, exact_product(element_value(scale, E4M3), decoding)), FLT_MAX);
+}
+
+fn product_code(x: u32, factor: u32, f: Format) -> u32 {
+  return element_code((x & 0x80000000u) | exact_product(x & 0x7fffffffu, factor), f);
 }
 
 // The scale of values that share one in f32: amax / most, 1 where that is 0. `most` is 448 or 57344 in f32.

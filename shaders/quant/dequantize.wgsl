@@ -1,10 +1,12 @@
-// values = code * scale (* outer scale): a matrix of codes, or chosen rows of it, in f32.
+// values = code * scale (* outer scale, with `divides` / outer scale): a matrix of codes, or rows of it, in
+// f32.
 //
 // codes and scales as in lib/blocks.wgsl, values f32 [rows, K]. `gather`: row i is row ids[i] of the matrix;
 // an id outside 0 .. limit - 1 gives zeros. The product of a code and a scale is exact, that with the outer
-// scale rounds once. One invocation makes the values of one unit.
+// scale, or the quotient, rounds once. One invocation makes the values of one unit.
 
 import package::lib::index::workgroup_index;
+@if(divides) import package::lib::exact::exact_quotient;
 import package::lib::blocks::{raw, small_values, scale_index, scale_value, STEP, OFFSET, UNIT, WORDS};
 
 // units per row; rows of the matrix; rows that share an outer scale
@@ -18,6 +20,17 @@ struct Params { rows: u32, units: u32, limit: u32, outer_rows: u32 }
 @group(1) @binding(0) var<uniform> params: Params;
 
 override WG: u32 = 32;
+
+fn finished(v: vec4f, outer_scale: f32) -> vec4f {
+  @if(divides) {
+    let bits = bitcast<vec4u>(v);
+    let most = bits & vec4u(0x7fffffffu);
+    let by = bitcast<u32>(outer_scale);
+    return bitcast<vec4f>((bits & vec4u(0x80000000u)) | vec4u(exact_quotient(most.x, by),
+      exact_quotient(most.y, by), exact_quotient(most.z, by), exact_quotient(most.w, by)));
+  }
+  @else return v * outer_scale;
+}
 
 @compute @workgroup_size(WG)
 fn dequantize(
@@ -39,10 +52,10 @@ fn dequantize(
   for (var j = 0u; j < WORDS; j++) {
     let word = codes[at * WORDS + j];
     @if(e2m1) {
-      values[first + 2u * j] = small_values(word) * scale * factor;
-      values[first + 2u * j + 1u] = small_values(word >> 16u) * scale * factor;
+      values[first + 2u * j] = finished(small_values(word) * scale, factor);
+      values[first + 2u * j + 1u] = finished(small_values(word >> 16u) * scale, factor);
     }
-    @elif(e4m3 || e5m2) values[first + j] = small_values(word) * scale * factor;
+    @elif(e4m3 || e5m2) values[first + j] = finished(small_values(word) * scale, factor);
     @elif(q4) {
       values[first + 2u * j] = (raw(word) * STEP - OFFSET) * scale;
       values[first + 2u * j + 1u] = (raw(word >> 4u) * STEP - OFFSET) * scale;

@@ -41,7 +41,7 @@ export function encodeMatrix(
   values: Float32Array, shape: readonly number[], format: TargetFormat, mse = false,
 ): CodedWeight {
   const encode = { fp8: encodeFp8, mxfp8: encodeMxfp8, nvfp4: encodeNvfp4 }[format];
-  return { format: CODED[format], shape, ...encode(values, shape, mse) };
+  return { format: CODED[format], shape, divides: false, ...encode(values, shape, mse) };
 }
 
 /** Bits of a weight with its part of the block's scale; the one scale of a tensor does not count. */

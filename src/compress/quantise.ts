@@ -13,7 +13,7 @@ import { global_norm } from "../ops/global_norm.ts";
 import { linear } from "../ops/linear.ts";
 import type { Device } from "../tensor/device.ts";
 import { byteLengthOf, encodeFloat } from "../tensor/dtype.ts";
-import { UsageError } from "../tensor/errors.ts";
+import { FormatError, KraitError, UsageError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { scope } from "../tensor/scope.ts";
 import { assignFormats, type Choice } from "./assign.ts";
@@ -84,7 +84,8 @@ type AnyFormat = TargetFormat | "bf16";
 /**
  * Chooses codes and scales for a model's matrices.
  * @param model f32 weights of the checkpoint that `reader` reads; worthless afterwards
- * @throws UsageError for rows that are no whole blocks of the format, or a budget that cannot be met
+ * @throws UsageError for rows that are no whole blocks of the format, or a budget that cannot be met;
+ *   FormatError for weights, KraitError for a loss that is not finite
  */
 export async function quantiseModel(
   model: NemotronH, reader: TensorReader, data: CalibrationData, options: QuantiseOptions,
@@ -97,17 +98,22 @@ export async function quantiseModel(
     throw new UsageError("Distillation rounds by the largest value, which the method mse does not.");
   }
   if (format !== "mixed") for (const module of selection.chosen) checkBlocks(module, format);
-  const loss_before = await meanLoss(model, data.evaluation);
-  const calibration = await calibrate(model, data.calibration, (done) =>
-    onProgress("calibrating", done, data.calibration.length));
   const values = new Map<string, Float32Array>();
   await readParameters(config, reader, async (_, read, parameter) => {
     const whole = await read();
     for (const { name, shape, expert } of tensorsOf(parameter)) {
       const size = sizeOf(shape);
       values.set(name, expert === null ? whole : whole.slice(expert * size, (expert + 1) * size));
+      checkFinite(name, values.get(name)!);
     }
   });
+  const loss_before = await meanLoss(model, data.evaluation);
+  if (!Number.isFinite(loss_before)) {
+    throw new KraitError(
+      `The model's loss on the calibration text is ${loss_before}: expected a finite number to quantise by.`);
+  }
+  const calibration = await calibrate(model, data.calibration, (done) =>
+    onProgress("calibrating", done, data.calibration.length));
 
   const changed = new Set<string>();
   if (method === "awq") {
@@ -186,6 +192,12 @@ export async function quantiseModel(
     module_bits: (8 * chosenBytes) / size(selection.chosen.map(({ tensor }) => tensor.name)),
     bits: (8 * bytes) / size(values.keys()),
   };
+}
+
+function checkFinite(name: string, values: Float32Array): void {
+  const at = values.findIndex((value) => !Number.isFinite(value));
+  if (at < 0) return;
+  throw new FormatError(`tensor "${name}": expected finite weights, found ${values[at]} at ${at}`);
 }
 
 function checkBlocks(module: Module, format: TargetFormat): void {

@@ -41,6 +41,8 @@ export interface CodedWeight {
   readonly scales: Uint8Array;
   /** NVFP4: the scale of the whole tensor; else 1. */
   readonly global: number;
+  /** Whether values are divided by it instead. */
+  readonly divides: boolean;
 }
 
 /** A weight as a checkpoint stores it: codes with scales, or plain values. */
@@ -85,18 +87,21 @@ export async function readStoredWeight(reader: TensorReader, name: string): Prom
     ? await readBlockScales(reader, name, format, [...shape.slice(0, -1), columns / block])
     : await readRowScales(reader, name, shape[0] ?? 1);
   const global = format === "nvfp4" ? await readGlobalScale(reader, name) : 1;
-  return { format, shape, codes: await reader.read(name), scales, global };
+  const divides = format === "nvfp4" && isDivided(name);
+  return { format, shape, codes: await reader.read(name), scales, global, divides };
 }
 
 /** The values that codes and scales stand for. */
-export function dequantised({ format, shape, codes, scales, global }: CodedWeight): Float32Array {
+export function dequantised({ format, shape, codes, scales, global, divides }: CodedWeight): Float32Array {
   const { bits, block, scale } = CODED_FORMATS[format];
   const values = decodeFloat32(bits === 8 ? "F8_E4M3" : "F4", codes);
   const factors = decodeFloat32(scale, scales);
   const perScale = block > 0 ? block : sizeOf(shape) / factors.length;
-  // Code times block scale has few bits and is exact; the last factor makes the one rounding, on storing.
+  // Code times block scale has few bits and is exact; the last factor makes the one rounding, on storing. A
+  // quotient of so few bits by 24 is no closer to the middle of two float32 than float64 can tell.
   for (let i = 0; i < values.length; i++) {
-    values[i] = values[i]! * factors[Math.floor(i / perScale)]! * global;
+    const value = values[i]! * factors[Math.floor(i / perScale)]!;
+    values[i] = divides ? value / global : value * global;
   }
   return values;
 }
@@ -154,12 +159,15 @@ async function readBlockScales(
 }
 
 async function readGlobalScale(reader: TensorReader, name: string): Promise<number> {
-  const divides = name.endsWith(".weight_packed");
-  const scaleName = scaleOf(reader, name, divides ? "weight_global_scale" : "weight_scale_2");
+  const scaleName = scaleOf(reader, name, isDivided(name) ? "weight_global_scale" : "weight_scale_2");
   const { size } = reader.info(scaleName);
   if (size !== 1) throw new FormatError(`tensor "${scaleName}": expected 1 scale, found ${size}`);
-  const scale = (await readFloatScales(reader, scaleName))[0]!;
-  return divides ? Math.fround(1 / scale) : scale;
+  return (await readFloatScales(reader, scaleName))[0]!;
+}
+
+/** Whether the scale of the tensor is one to divide by. */
+function isDivided(name: string): boolean {
+  return name.endsWith(".weight_packed");
 }
 
 /**

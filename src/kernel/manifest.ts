@@ -2350,7 +2350,7 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: ["e2m1","e4m3","e5m2","e8m0","gather","outer","q4"],
+    conditions: ["divides","e2m1","e4m3","e5m2","e8m0","gather","outer","q4"],
     entries: {
       dequantize: ["codes","ids","outer","params","scales","values"],
     },
@@ -2508,21 +2508,25 @@ export const manifest = {
       outer_bits: { binding: 4, access: "read" },
       codes: { binding: 5, access: "read_write" },
       scales: { binding: 6, access: "read_write" },
+      tile_magnitudes: { binding: 7, access: "read_write" },
+      tile_bits: { binding: 8, access: "read" },
     },
     params: {
       count: "u32",
       span: "u32",
       pieces: "u32",
       up: "u32",
+      across: "u32",
     },
     overrides: {
       WG: "u32",
     },
-    conditions: ["e2m1","e5m2","e8m0","outer"],
+    conditions: ["e2m1","e5m2","e8m0","four_over_six","outer","reciprocals","square","squared"],
     entries: {
       largest: ["magnitudes","params","values"],
       tensor_scales: ["largest_bits","outer","params"],
-      quantize_scaled: ["codes","outer_bits","params","scales","values"],
+      tile_largest: ["params","tile_magnitudes","values"],
+      quantize_scaled: ["codes","largest_bits","outer_bits","params","scales","tile_bits","values"],
     },
   },
   "quant/update_scales": {

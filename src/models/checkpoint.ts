@@ -79,9 +79,10 @@ export function keptFormats(
 ): KeptFormats {
   const kept = new Map<string, CodedFormat>();
   for (const { parameter, tensors } of resolveTensors(config, found, what ? { what } : {})) {
-    const formats = new Set(tensors.map((name) => storedFormat(found, name)));
-    const [format] = formats;
-    if (formats.size === 1 && format && canBeCoded(parameter, format)) kept.set(parameter.name, format);
+    const layouts = new Set(tensors.map((name) =>
+      `${storedFormat(found, name)} ${name.endsWith(".weight_packed")}`));
+    const format = storedFormat(found, tensors[0]!);
+    if (layouts.size === 1 && format && canBeCoded(parameter, format)) kept.set(parameter.name, format);
   }
   return kept;
 }
@@ -142,13 +143,13 @@ async function loadCoded(
 ): Promise<BlockTensor> {
   const parts: CodedWeight[] = [];
   for (const tensor of tensors) parts.push(await readStoredWeight(reader, tensor) as CodedWeight);
-  const { format } = parts[0]!;
+  const { format, divides } = parts[0]!;
   const codes = joined(parts.map((part) => part.codes));
   const global = Float32Array.from(parts, (part) => part.global);
   if (CODED_FORMATS[format].scale !== "F32") {
     const scales = joined(parts.map((part) => part.scales));
     return unscoped(() => BlockTensor.fromCodes(
-      device, format, shape, { codes, scales, global: format === "nvfp4" ? global : null, name }));
+      device, format, shape, { codes, scales, global: format === "nvfp4" ? global : null, divides, name }));
   }
   // One scale for each expert, or, where one of them has a scale for every row, all have.
   const lists = parts.map((part) => decodeFloat32("F32", part.scales));

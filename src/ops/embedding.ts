@@ -63,7 +63,7 @@ function vectors(D: number): { cols: number; conditions: "vec4"[] } {
  * @throws ShapeError when weight is not a matrix
  */
 export const embedding = orBlocks(
-  dense, (ids, { codes, scales, format, global }, begin = 0) => {
+  dense, (ids, { codes, scales, format, global, divisor }, begin = 0) => {
     check(begin === 0, "embedding", "begin", "0 for a block-quantised weight", begin);
-    return embedding_blocks(ids, codes, scales, format, global);
+    return embedding_blocks(ids, codes, scales, format, divisor ?? global, divisor !== null);
   });

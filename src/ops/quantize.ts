@@ -31,6 +31,11 @@ export interface QuantizeOptions {
   readonly scaleRule?: ScaleRule;
   /** fp8_e4m3, fp8_e5m2: one scale per row instead of one per matrix. */
   readonly perRow?: boolean;
+  /** nvfp4: a scale for every tile of 16 x 16, as nvfp4_16x16; each of its rows holds it. */
+  readonly tiles?: boolean;
+  /** nvfp4: see `ScaledOptions`; one at a time, and fourOverSix not with tiles. */
+  readonly reciprocals?: boolean;
+  readonly fourOverSix?: "absolute" | "squared";
 }
 
 /**
@@ -41,7 +46,8 @@ export interface QuantizeOptions {
  *
  * @param values  f32 [..., K], finite; K a multiple of the format's block
  * @returns codes u32 [..., K * bits / 32], scales (see `BlockTensor`), and for nvfp4 the global scales
- * @throws ShapeError when K is not a multiple of the block, UsageError for an option of another format
+ * @throws ShapeError when K, or with `tiles` the number of rows, is not a multiple of the block, UsageError
+ *   for an option of another format and for options that do not go together
  */
 export const quantize_blocks = defineOp({
   name: "quantize_blocks",
@@ -57,6 +63,7 @@ export const quantize_blocks = defineOp({
     if (options.scaleRule && !format.startsWith("mx")) {
       throw new UsageError(`quantize: scaleRule is for the MX formats, found ${format}.`);
     }
+    checkNvfp4(values, format, options);
     const codes = values.device.empty([...values.shape.slice(0, -1), codeWords(K, format)], "u32");
     if (format !== "q8" && format !== "q4") return quantizeScaledBlocks(values, format, codes, options);
     const scales = values.device.empty(blockScaleShape(values.shape, format), "f16");
@@ -68,19 +75,41 @@ export const quantize_blocks = defineOp({
   },
 });
 
+function checkNvfp4(values: Tensor, format: BlockFormat, options: QuantizeOptions): void {
+  const asked = (["tiles", "reciprocals", "fourOverSix"] as const).filter((name) => options[name]);
+  if (asked.length > 0 && format !== "nvfp4") {
+    throw new UsageError(`quantize: ${asked[0]} is for nvfp4, found ${format}.`);
+  }
+  if (options.fourOverSix && asked.length > 1) {
+    throw new UsageError(`quantize: fourOverSix does not go together with ${asked[0]}.`);
+  }
+  if (!options.tiles) return;
+  check(values.shape.length > 1 && values.shape.at(-2)! % 16 === 0, "quantize", "values",
+    "[..., N, K] with N a multiple of 16 for tiles", values);
+}
+
 function quantizeScaledBlocks(
   values: Tensor, format: Exclude<BlockFormat, "q8" | "q4">, codes: Tensor, options: QuantizeOptions,
 ): Tensor[] {
   const { device, shape } = values;
   const { block, scale } = BLOCK_LAYOUTS[format];
-  const conditions = blockConditions(format).filter((each) => each !== "e4m3" && each !== "q4");
+  const { tiles = false, reciprocals = false, fourOverSix } = options;
+  const conditions = [
+    ...blockConditions(format).filter((each) => each !== "e4m3" && each !== "q4"),
+    ...(tiles ? ["square" as const] : []), ...(reciprocals ? ["reciprocals" as const] : []),
+    ...(fourOverSix ? ["four_over_six" as const] : []),
+    ...(fourOverSix === "squared" ? ["squared" as const] : []),
+  ];
   const rows = sizeOf(shape.slice(0, -1));
   const groups = options.perRow ? rows : shape.length === 3 ? shape[0]! : 1;
   const span = values.size / Math.max(groups, 1);
-  const params = { count: groups, span, pieces: 1, up: options.scaleRule === "ceil" ? 1 : 0 };
-  let outer: Tensor | null = null;
+  const params = {
+    count: groups, span, pieces: 1, up: options.scaleRule === "ceil" ? 1 : 0,
+    across: Math.max((shape.at(-1) ?? 0) / block, 1),
+  };
+  let [outer, amax]: [Tensor | null, Tensor | null] = [null, null];
   if (scale === "rows" || format === "nvfp4") {
-    const amax = device.zeros([groups], "u32");
+    amax = device.zeros([groups], "u32");
     outer = device.empty([groups]);
     const pieces = Math.max(Math.ceil(span / LARGEST_SPAN), 1);
     launch("quant/quantize_scaled", {
@@ -96,8 +125,20 @@ function quantizeScaledBlocks(
     ? device.empty([1], "u32")
     : device.empty(blockScaleShape(shape, format), scale === "f32" ? "f32" : "u32");
   const count = values.size / block;
+  const squares = tiles ? device.empty([count / 16], "u32") : null;
+  if (squares) {
+    launch("quant/quantize_scaled", {
+      entry: "tile_largest", bind: { values, tile_magnitudes: squares },
+      params: { ...params, count: count / 16 }, constants: { WG }, conditions,
+      workgroups: [Math.ceil(count / 16 / WG)],
+    });
+  }
   launch("quant/quantize_scaled", {
-    entry: "quantize_scaled", bind: { values, outer_bits: outer ?? values, codes, scales: stored },
+    entry: "quantize_scaled",
+    bind: {
+      values, outer_bits: outer ?? values, codes, scales: stored, largest_bits: amax ?? values,
+      tile_bits: squares ?? values,
+    },
     params: { ...params, count }, constants: { WG }, conditions,
     workgroups: [Math.ceil(count / (scale === "bytes" ? 4 : 1) / WG)],
   });
@@ -111,6 +152,7 @@ function quantizeScaledBlocks(
  * @param codes   u32 [..., K * bits / 32]
  * @param scales  as in `BlockTensor`
  * @param global  f32 [1] or [E] for nvfp4, else null
+ * @param divides  whether values are divided by `global`; default: they are multiplied with it
  * @returns f32 [..., K]
  * @throws ShapeError when codes and scales do not belong together
  */
@@ -119,10 +161,11 @@ export const dequantize_blocks = defineOp({
   halves: [1],
   forward(
     _ctx, codes: Tensor, scales: Tensor, format: BlockFormat, global: Tensor | null = null,
+    divides: boolean = false,
   ): Tensor {
     const shape = valueShape("dequantize", codes, scales, format, global);
     const rows = sizeOf(shape.slice(0, -1));
-    return decode(codes, scales, format, shape, rows, null, global);
+    return decode(codes, scales, format, shape, rows, null, global, divides);
   },
 });
 
@@ -132,6 +175,7 @@ export const dequantize_blocks = defineOp({
  * @param ids     i32 [...]
  * @param codes   u32 [V, K * bits / 32]
  * @param scales, global  as in `BlockTensor`
+ * @param divides  whether values are divided by `global`
  * @returns f32 [..., K]
  */
 export const embedding_blocks = defineOp({
@@ -139,10 +183,11 @@ export const embedding_blocks = defineOp({
   halves: [2],
   forward(
     _ctx, ids: Tensor, codes: Tensor, scales: Tensor, format: BlockFormat, global: Tensor | null = null,
+    divides: boolean = false,
   ): Tensor {
     const [V, K] = valueShape("embedding", codes, scales, format, global) as [number, number];
     check(codes.shape.length === 2, "embedding", "weight", "[V, D]", codes);
-    return decode(codes, scales, format, [...ids.shape, K], V, ids, global);
+    return decode(codes, scales, format, [...ids.shape, K], V, ids, global, divides);
   },
 });
 
@@ -180,7 +225,7 @@ export function outerScale(
 
 function decode(
   codes: Tensor, scales: Tensor, format: BlockFormat, shape: readonly number[], limit: number,
-  ids: Tensor | null, global: Tensor | null,
+  ids: Tensor | null, global: Tensor | null, divides: boolean,
 ): Tensor {
   const values = codes.device.empty(shape);
   const rows = sizeOf(shape.slice(0, -1));
@@ -188,7 +233,10 @@ function decode(
   const { outer, outer_rows } = outerScale(scales, format, global, limit);
   launch("quant/dequantize", {
     bind: { codes, scales, values, ids: ids ?? codes, outer }, params: { rows, units, limit, outer_rows },
-    conditions: [...blockConditions(format), ...(ids ? ["gather" as const] : [])],
+    conditions: [
+      ...blockConditions(format), ...(ids ? ["gather" as const] : []),
+      ...(divides ? ["divides" as const] : []),
+    ],
     workgroups: [limit === 0 ? 0 : Math.ceil((rows * units) / WG)],
   });
   return values;
@@ -211,7 +259,8 @@ export function quantize(values: Tensor, format: BlockFormat, options: QuantizeO
 
 /** The values of a block tensor: f32 of the same shape. */
 export function dequantize(blocks: BlockTensor): Tensor {
-  return dequantize_blocks(blocks.codes, blocks.scales, blocks.format, blocks.global);
+  const { codes, scales, format, global, divisor } = blocks;
+  return dequantize_blocks(codes, scales, format, divisor ?? global, divisor !== null);
 }
 
 /** The same weight as a dense f32 tensor, for ops that need one. */

@@ -10,6 +10,9 @@ export type Format = Integers | Exclude<ScaledFormat, "nvfp4_16x16">;
 interface Options {
   readonly scaleRule?: ScaleRule;
   readonly perRow?: boolean;
+  readonly tiles?: boolean;
+  readonly reciprocals?: boolean;
+  readonly fourOverSix?: "absolute" | "squared";
 }
 
 const BLOCK = 32;
@@ -88,14 +91,20 @@ export function quantize_blocks(values: NdArray, format: Format, options: Option
   const matrices = shape.length === 3 ? shape[0]! : 1;
   const own = shape.length === 3 ? shape.slice(1) : shape;
   const size = values.data.length / Math.max(matrices, 1);
+  const { tiles, ...others } = options;
   const parts = Array.from({ length: matrices }, (_, e) => quantizeScaled(
-    Float32Array.from(values.data.subarray(e * size, (e + 1) * size)), own, format,
-    { ...options, ...(format === "fp8_blockwise" ? { blockRows: 1 } : {}) }));
+    Float32Array.from(values.data.subarray(e * size, (e + 1) * size)), own, tiles ? "nvfp4_16x16" : format,
+    { ...others, ...(format === "fp8_blockwise" ? { blockRows: 1 } : {}) }));
   const join = (of: (part: Scaled) => Uint8Array) => Uint8Array.from(parts.flatMap((part) => [...of(part)]));
   const half = SCALED_LAYOUTS[format].element === "e2m1";
   const packed = words(join(({ codes }) => half ? packNibbles(codes, shape.at(-1)!) : codes));
   const codes = ndarray([...shape.slice(0, -1), shape.at(-1)! / (half ? 8 : 4)], packed);
-  const list = parts.flatMap((part) => [...part.scales]);
+  // Every row of a tile holds its scale.
+  const across = shape.at(-1)! / 16;
+  const list = parts.flatMap(({ scales: all }) => (tiles
+    ? Array.from({ length: 16 * all.length }, (_, i) =>
+      all[Math.floor(i / across / 16) * across + (i % across)]!)
+    : [...all]));
   if (SCALED_LAYOUTS[format].scale === "f32") {
     const width = shape.at(-1)! / 128;
     const scaleShape = format === "fp8_blockwise" ? [...shape.slice(0, -1), width] : [list.length];
@@ -108,10 +117,16 @@ export function quantize_blocks(values: NdArray, format: Format, options: Option
   ];
 }
 
-/** The values of what `quantize_blocks` gives. */
+/** The values of what `quantize_blocks` gives; `divides`: the global scale is one to divide by. */
 export function dequantize_blocks(
-  codes: NdArray, scales: NdArray, format: Format, global: NdArray | null = null,
+  codes: NdArray, scales: NdArray, format: Format, global: NdArray | null = null, divides = false,
 ): NdArray {
+  if (divides) {
+    const values = dequantize_blocks(codes, scales, format, ndarray([1], [1]));
+    const each = values.data.length / global!.data.length;
+    return ndarray(values.shape, [...values.data].map(
+      (value, i) => Math.fround(value / global!.data[Math.floor(i / each)]!)));
+  }
   if (format === "q8" || format === "q4") return dequantizeIntegers(codes, scales, format);
   const { element, scale, block } = SCALED_LAYOUTS[format];
   const half = element === "e2m1";
@@ -136,8 +151,9 @@ export function dequantize_blocks(
 /** y[t] = row ids[t] of the values, zero outside of the table. */
 export function embedding_blocks(
   ids: NdArray, codes: NdArray, scales: NdArray, format: Format, global: NdArray | null = null,
+  divides = false,
 ): NdArray {
-  const table = dequantize_blocks(codes, scales, format, global);
+  const table = dequantize_blocks(codes, scales, format, global, divides);
   const [V, D] = table.shape as [number, number];
   const y = ndarray([...ids.shape, D]);
   ids.data.forEach((id, t) => {

@@ -78,6 +78,8 @@ export interface RawBlocks {
   readonly scales: Uint8Array | Float32Array;
   /** NVFP4: the tensor's scale, or one per matrix of a stack. */
   readonly global?: number | Float32Array | null;
+  /** Whether values are divided by the tensor's scale. */
+  readonly divides?: boolean;
   /** Name of the tensor in errors. */
   readonly name?: string;
 }
@@ -97,8 +99,10 @@ export class BlockTensor {
    * f16 or f32 [..., K / block]; u32 [ceil(blocks / 4)] of packed bytes; or f32 [1], [E], [N] or [E * N].
    */
   readonly scales: Tensor;
-  /** f32 [1] or [E]; null for formats without. */
+  /** f32 [1] or [E], the factor of sums; null for formats without. */
   readonly global: Tensor | null;
+  /** f32 [1] or [E] where values are divided by the tensor's scale; `global` holds its reciprocal. */
+  readonly divisor: Tensor | null;
   /** Quantised weights are not trained. */
   readonly requiresGrad = false;
   #refs = 1;
@@ -106,13 +110,14 @@ export class BlockTensor {
   /** Internal: use `quantize`. Takes over one reference to each part, beside any that a scope holds. */
   constructor(
     shape: readonly number[], format: BlockFormat, codes: Tensor, scales: Tensor,
-    global: Tensor | null = null,
+    global: Tensor | null = null, divisor: Tensor | null = null,
   ) {
     this.shape = [...shape];
     this.format = format;
     this.codes = codes;
     this.scales = scales;
     this.global = global;
+    this.divisor = divisor;
     register(this);
   }
 
@@ -137,7 +142,9 @@ export class BlockTensor {
       : make(raw.scales as Float32Array,
         scale === "rows" ? [raw.scales.length] : blockScaleShape(shape, format));
     const list = globalList(raw);
-    return new BlockTensor(shape, format, codes, scales, global ? make(list, [list.length]) : null);
+    const of = (values: Float32Array) => (global ? make(values, [list.length]) : null);
+    if (!raw.divides) return new BlockTensor(shape, format, codes, scales, of(list));
+    return new BlockTensor(shape, format, codes, scales, of(list.map((each) => 1 / each)), of(list));
   }
 
   /** A tensor quantised on the host, tiles of several rows too: see `fromCodes`. */
@@ -163,7 +170,8 @@ export class BlockTensor {
   }
 
   get byteLength(): number {
-    return this.codes.byteLength + this.scales.byteLength + (this.global?.byteLength ?? 0);
+    const more = (this.global?.byteLength ?? 0) + (this.divisor?.byteLength ?? 0);
+    return this.codes.byteLength + this.scales.byteLength + more;
   }
 
   retain(): this {
@@ -177,6 +185,7 @@ export class BlockTensor {
       this.codes.release();
       this.scales.release();
       this.global?.release();
+      this.divisor?.release();
     }
     if (this.#refs < 0) {
       throw new Error(`A block tensor [${this.shape}] was released more often than it was retained.`);

@@ -154,6 +154,12 @@ export interface ScaledOptions {
    * amax / 1536.
    */
   readonly fourOverSix?: "absolute" | "squared";
+  /**
+   * NVFP4: products with reciprocals instead of quotients, the order of operations of Transformer Engine. All
+   * in float32: S = min(2688 / amax, FLT_MAX), or 1 where amax or that is 0; s = E4M3(amax_block * (S / 6));
+   * element = x * min(1 / (s * g), FLT_MAX) with g = 1 / S. Not with `tensorScale` or `fourOverSix`.
+   */
+  readonly reciprocals?: boolean;
   /** fp8_e4m3, fp8_e5m2: one scale per row (all dimensions but the last) instead of one for the tensor. */
   readonly perRow?: boolean;
   /** fp8_blockwise: rows that share a scale; default 128. */
@@ -176,6 +182,8 @@ export interface Scaled {
   readonly scaleShape: readonly number[];
   /** NVFP4's g. */
   readonly global: number | null;
+  /** NVFP4: values are element * (scale * g), as with the option of that name. */
+  readonly reciprocals?: boolean;
 }
 
 const { fround } = Math;
@@ -183,6 +191,7 @@ const { fround } = Math;
 const E8M0_LIMIT = 127;
 /** 448 * 6, and 256 * 6 where 1.5 times the scale must fit as well. */
 const NVFP4_RANGE = { six: 2688, fourOverSix: 1536 } as const;
+const FLT_MAX = (2 - 2 ** -23) * 2 ** 127;
 
 /** Rows and columns of the blocks of a format for a shape. Throws ShapeError when they do not divide it. */
 export function blockOf(
@@ -228,6 +237,7 @@ export function scaleShapeOf(
  *   MX          scale code = clamp(e, -127, 127) + 127, 0 for a block of zeros; element = x / 2^e, exact
  *   NVFP4       in float32: g = amax / 2688; s = E4M3((amax_block / 6) / g); d = s * g; element = x / d, a
  *               zero with the sign of x where d is 0
+ *               (with `reciprocals` otherwise, see there)
  *   FP8         in float32: scale = amax / max, 1 when that is 0; element = x / scale
  *   blockwise   2^-e with 2^e = 448 / amax in float32, less its fraction; element = x * 2^e, exact
  *
@@ -252,17 +262,29 @@ export function quantizeScaled(
   const encode = (x: number, i: number) =>
     random ? encodeStochastic(layout.element, x, random(i)) : element.encode(x);
   let global: number | null = null;
+  let encoding = 1;
+  let whole = 0;
   if (layout.global) {
     const range = options.fourOverSix ? NVFP4_RANGE.fourOverSix : NVFP4_RANGE.six;
-    global = fround(options.tensorScale ?? fround(largest(values, 0, values.length) / range));
+    whole = largest(values, 0, values.length);
+    encoding = Math.min(fround(range / whole), FLT_MAX);
+    if (whole === 0 || encoding === 0) encoding = 1;
+    global = options.reciprocals ? fround(1 / encoding)
+      : fround(options.tensorScale ?? fround(whole / range));
   }
   forBlocks(format, shape, options, (number, rows) => {
     const amax = rows.reduce((most, [start, end]) => worse(most, largest(values, start, end)), 0);
     // `factor` is what elements are divided by; powers of two divide exactly, in float64.
     let factor: number;
+    let multiplier = 1;
     if (layout.scale === "e8m0") {
       scales[number] = mxScale(amax, element, options.scaleRule ?? "floor");
       factor = e8m0ToF32(scales[number]!);
+    } else if (options.reciprocals) {
+      const scale = fround(amax * fround(encoding * fround(1 / 6)));
+      scales[number] = f32ToE4m3(Math.min(scale, FLT_MAX));
+      multiplier = Math.min(fround(1 / fround(e4m3ToF32(scales[number]!) * global!)), FLT_MAX);
+      factor = 1;
     } else if (layout.scale === "e4m3fn") {
       scales[number] = options.fourOverSix
         ? closerScale(values, rows[0]!, amax, global!, options.fourOverSix) : nvfp4Scale(amax, global!);
@@ -277,16 +299,24 @@ export function quantizeScaled(
     const divisor = factor === 0 ? Infinity : factor;
     for (const [start, end] of rows) {
       for (let i = start; i < end; i++) {
-        const quotient = values[i]! / divisor;
+        const quotient = values[i]! * multiplier / divisor;
         codes[i] = encode(exact ? quotient : fround(quotient), i);
       }
     }
   });
-  return { format, shape: [...shape], codes, scales, scaleShape, global };
+  return {
+    format, shape: [...shape], codes, scales, scaleShape, global,
+    ...(options.reciprocals ? { reciprocals: true } : {}),
+  };
 }
 
-/** The values that codes and scales stand for: element * scale is exact, the product with g rounds once. */
-export function dequantizeScaled({ format, shape, codes, scales, scaleShape, global }: Scaled): Float32Array {
+/**
+ * The values that codes and scales stand for: element * scale is exact, the product with g rounds once. With
+ * `reciprocals` scale * g is rounded first, as it was for the codes; on a device g comes last for all.
+ */
+export function dequantizeScaled(
+  { format, shape, codes, scales, scaleShape, global, reciprocals = false }: Scaled,
+): Float32Array {
   const layout = SCALED_LAYOUTS[format];
   const { decode } = ELEMENTS[layout.element];
   const table = Float64Array.from({ length: 2 ** ELEMENTS[layout.element].bits }, (_, code) => decode(code));
@@ -299,7 +329,8 @@ export function dequantizeScaled({ format, shape, codes, scales, scaleShape, glo
     const code = scales[number]!;
     const scale = layout.scale === "f32" ? code : ELEMENTS[layout.scale].decode(code);
     for (const [start, end] of rows) {
-      for (let i = start; i < end; i++) values[i] = table[codes[i]!]! * scale * (global ?? 1);
+      const [first, last] = reciprocals ? [fround(scale * global!), 1] : [scale, global ?? 1];
+      for (let i = start; i < end; i++) values[i] = table[codes[i]!]! * first * last;
     }
   });
   return values;
@@ -394,7 +425,7 @@ function checkOptions(format: ScaledFormat, options: ScaledOptions): void {
   const { scale, block } = SCALED_LAYOUTS[format];
   const fits: Readonly<Record<string, boolean>> = {
     scaleRule: scale === "e8m0", tensorScale: scale === "e4m3fn" || !block, fourOverSix: format === "nvfp4",
-    perRow: !block, blockRows: format === "fp8_blockwise",
+    perRow: !block, blockRows: format === "fp8_blockwise", reciprocals: scale === "e4m3fn",
   };
   for (const [key, applies] of Object.entries(fits)) {
     if (options[key as keyof ScaledOptions] !== undefined && !applies) {
@@ -402,6 +433,11 @@ function checkOptions(format: ScaledFormat, options: ScaledOptions): void {
     }
   }
   const { tensorScale } = options;
+  for (const other of ["tensorScale", "fourOverSix"] as const) {
+    if (options.reciprocals && options[other] !== undefined) {
+      throw new UsageError(`${format}: the options reciprocals and ${other} do not go together.`);
+    }
+  }
   if (tensorScale !== undefined && !(fround(tensorScale) > 0 && Number.isFinite(fround(tensorScale)))) {
     throw new UsageError(`${format}: tensorScale must be positive and finite, found ${tensorScale}.`);
   }

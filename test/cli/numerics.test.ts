@@ -87,6 +87,17 @@ describe("krait numerics", () => {
     }
     expect(found.info("x.nvfp4_16x16.scales").shape).toEqual([4, 8]);
     expect(found.info("x.fp8_e4m3.scales")).toMatchObject({ dtype: "F32", shape: [] });
+    // The matrix has the same codes in either order of operations; the tensor's scale may be another float.
+    writeFileSync(input, await encodeSafetensors([
+      tensor("x", [64, 128], await golden.readTensorF32("block.x_normal"))]));
+    await krait(["numerics", "--input", input, "--out", out, "--formats", "nvfp4", "--reciprocals"]);
+    const other = await reader(out);
+    expect(await other.read("x.nvfp4.codes")).toEqual(await golden.read("block.x_normal.nvfp4.codes"));
+    const normal = await golden.readTensorF32("block.x_normal");
+    const amax = normal.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
+    expect((await other.readTensorF32("x.nvfp4.global_scale"))[0]).toBe(
+      Math.fround(1 / Math.fround(2688 / amax)));
+    await other.close();
     await found.close();
     await golden.close();
   }));
@@ -107,11 +118,13 @@ describe("krait numerics", () => {
       [ids, "e5m2", 1, /ids: expected a tensor of dtype F32, found ids \(I32\)/],
       [join(folder, "missing"), "e5m2", 2, /input file .*missing does not exist/],
       [odd, "e5m2,nvfp", 2, /a format must be one of .*, found "nvfp"; did you mean "nvfp4"\?/],
+      [odd, "e5m2 --reciprocals", 2, /--reciprocals is for nvfp4 and nvfp4_16x16, found e5m2/],
       [odd, ",", 2, /--formats needs one of e4m3fn, .*, found ","/],
     ] as const;
     await Promise.all(cases.map(async ([input, formats, code, message], i) => {
       const out = join(folder, `out${i}`);
-      const run = await krait(["numerics", "--input", input, "--out", out, "--formats", formats]);
+      const run = await krait(
+        ["numerics", "--input", input, "--out", out, "--formats", ...formats.split(" ")]);
       expect([run.code, run.stdout]).toEqual([code, ""]);
       expect(run.stderr).toMatch(message);
     }));

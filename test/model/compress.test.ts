@@ -265,7 +265,7 @@ await onEveryAdapter((device) => {
     test("learns its teacher's predictions, and nothing else changes", async () => {
       const taught = await run({ distill: { steps: 8, lr: 1e-3 } });
       const { before: first, after } = taught.quantised.distilled!;
-      expect(after).toBeLessThan(0.8 * first);
+      expect(after).toBeLessThan(0.7 * first);
       // What the written codes stand for predicts as well as training said.
       const before = device.pool.liveBytes;
       const decoded = new Map<string, Float32Array>();
@@ -296,6 +296,19 @@ await onEveryAdapter((device) => {
       await expect(run({ format: "mixed", bits: 2 })).rejects.toThrow(/budget must be from .* found 2/);
       await expect(run({ method: "mse", distill: { steps: 1, lr: 1e-4 } })).rejects.toThrow(
         /Distillation rounds by the largest value, which the method mse does not/);
+      const model = create(device, config);
+      const name = "backbone.layers.2.mixer.up_proj.weight";
+      for (const [of, value, message] of [
+        ["lm_head.weight", 3e38, "The model's loss on the calibration text is NaN: expected a finite number"],
+        [name, NaN, `tensor "${name}": expected finite weights, found NaN at 0`],
+      ] as const) {
+        const weights = model.parameters.get(of)!;
+        weights.write(new Float32Array(weights.size).fill(value));
+        const source = await openSafetensors(
+          memorySource("model", await encodeSafetensors(parameterEntries(model))));
+        await expect(quantiseModel(model, source, data, options)).rejects.toThrow(message);
+      }
+      model.dispose();
     });
   });
 });

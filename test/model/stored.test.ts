@@ -16,6 +16,7 @@ import { uploadWeights } from "../../src/models/parameters.ts";
 import { dequantize } from "../../src/ops/quantize.ts";
 import { encodeFloat } from "../../src/tensor/dtype.ts";
 import { quantizeScaled } from "../../src/tensor/formats.ts";
+import { decodeByHand, type Stored } from "../support/decode.ts";
 import { onEveryAdapter } from "../support/devices.ts";
 
 type Kind = "fp8" | "fp8_rows" | "nvfp4" | "mxfp8" | null;
@@ -128,8 +129,17 @@ await onEveryAdapter((device) => {
       const reader = await openTensors(folder);
       const values = new Map<string, Float32Array>();
       await readParameters(config, reader, async (name, read) => void values.set(name, await read()));
+      const stored = new Map<string, Stored>();
+      for (const [name, { dtype, shape }] of reader.tensors) {
+        stored.set(name, { dtype, shape, bytes: (await reader.read(name)).slice() });
+      }
       const coded = new Set<string>();
-      for (const { name, parameter } of listCheckpointTensors(config)) {
+      for (const { name, parameter, expert } of listCheckpointTensors(config)) {
+        if (kindOf(name) !== null) {
+          const byHand = decodeByHand(stored, name.replace(/\.weight$/, ""));
+          const first = (expert ?? 0) * byHand.length;
+          expect(values.get(parameter.name)!.slice(first, first + byHand.length), name).toEqual(byHand);
+        }
         const fits = parameter.shape.at(-1)! % 16 === 0;
         if (kindOf(name) !== null && fits) coded.add(parameter.name);
       }

@@ -157,6 +157,34 @@ describe("NVFP4", () => {
       "15 15 15 14 14 14 14 13 13 12 12 11 10 10 9 0 15 15 14 14 13 12 11 9 0 1 3 4 5 6 6 7");
   });
 
+  test("with reciprocals, the values and edges of that library's definition", () => {
+    const example = Float32Array.from({ length: 32 }, (_, i) => i < 16 ? (i - 15) / 8 : (i - 24) / 100);
+    const found = quantizeScaled(example, [32], "nvfp4", { reciprocals: true });
+    expect([...found.scales]).toEqual([0x7e, 0x5a]);
+    expect([...new Uint32Array(packNibbles(found.codes, 32).buffer)]).toEqual(
+      [0xdeeeefff, 0x09aabccd, 0x9bcdeeff, 0x76654310]);
+    expect(found.global).toBe(Math.fround(1 / Math.fround(2688 / 1.875)));
+    const values = dequantizeScaled(found).subarray(16, 21);
+    [-0.08370537, -0.08370537, -0.05580357, -0.05580357, -0.04185268].forEach((value, i) =>
+      expect(values[i]).toBeCloseTo(value, 8));
+    // A block of zeros; one whose scale is 0, whose codes are the largest and stand for 0; a zero tensor.
+    const low = new Float32Array(48);
+    low[0] = 1;
+    low[16] = -1e-6;
+    const [codes, zero] = [quantizeScaled(low, [48], "nvfp4", { reciprocals: true }),
+      quantizeScaled(new Float32Array(16), [16], "nvfp4", { reciprocals: true })];
+    expect([...codes.scales]).toEqual([0x7e, 0, 0]);
+    expect([codes.codes[0], codes.codes[16], codes.codes[17], codes.codes[32]]).toEqual([7, 15, 0, 0]);
+    expect(dequantizeScaled(codes)[16]).toBeCloseTo(0, 30);
+    expect([zero.global, zero.scales[0], zero.codes[0]]).toEqual([1, 0, 0]);
+    // Both orders agree almost everywhere, and not everywhere.
+    const many = noise(16 * 4000, 3);
+    const [a, b] = [{}, { reciprocals: true }].map((options) =>
+      quantizeScaled(many, [16 * 4000], "nvfp4", options).codes) as [Uint8Array, Uint8Array];
+    const differ = a.filter((code, i) => code !== b[i]).length;
+    expect(differ).toBeLessThan(100);
+  });
+
   test("tiles of 16 x 16: a matrix and its transpose have the same codes", () => {
     const n = 48;
     const values = noise(n * n, 3);
@@ -281,6 +309,9 @@ describe("what does not fit is refused", () => {
     expect(() => quantizeScaled(values, [32], "nvfp4", { scaleRule: "ceil" })).toThrow(
       "nvfp4: the option scaleRule is for other formats.");
     expect(() => quantizeScaled(values, [32], "mxfp4", { fourOverSix: "absolute" })).toThrow(/fourOverSix/);
+    expect(() => quantizeScaled(values, [32], "mxfp4", { reciprocals: true })).toThrow(/reciprocals/);
+    expect(() => quantizeScaled(values, [32], "nvfp4", { reciprocals: true, tensorScale: 1 })).toThrow(
+      "nvfp4: the options reciprocals and tensorScale do not go together.");
     expect(() => quantizeScaled(values, [64], "mxfp4")).toThrow("[64] holds 64 elements, found 32");
     expect(() => packNibbles(new Uint8Array(3), 3)).toThrow(/even width, found 3/);
   });

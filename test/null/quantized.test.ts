@@ -7,6 +7,7 @@ import type { TensorEntry, TensorReader } from "../../src/io/safetensors.ts";
 import { encodeFloat } from "../../src/tensor/dtype.ts";
 import type { DType } from "../../src/tensor/dtype.ts";
 import { FormatError } from "../../src/tensor/errors.ts";
+import { decodeByHand } from "../support/decode.ts";
 
 const f32 = (...values: number[]) => encodeFloat("F32", Float32Array.from(values));
 
@@ -51,6 +52,47 @@ describe("NVFP4", () => {
     const divided = await make("m.weight_packed", "weight_global_scale", 1 / power);
     expect(divided).toEqual(await make("m.weight", "weight_scale_2", power));
     expect(divided.some((value) => value !== 0)).toBe(true);
+  });
+
+  test("all layouts give what their definitions say, bit for bit, for every code", async () => {
+    // A linear congruential generator, whose upper bytes fall evenly enough.
+    let state = 7;
+    const bytes = (count: number, most = 255) => Uint8Array.from({ length: count }, () => {
+      state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+      return (state >>> 24) % (most + 1);
+    });
+    const codes = bytes(64 * 64).map((code) => ((code & 0x7f) === 0x7f ? code - 1 : code));
+    const scale = (count: number): [DType, number[], Uint8Array] =>
+      ["F8_E4M3", [64, count], bytes(64 * count, 0x7e)];
+    const odd = [1 / 3e3, 1.2345e-5, 0.7, 1531.125, 3.3e5];
+    const tensors: Record<string, [DType, number[], Uint8Array]> = {};
+    odd.forEach((global, i) => {
+      tensors[`n${i}.weight`] = ["U8", [64, 64], bytes(64 * 64)];
+      tensors[`n${i}.weight_scale`] = scale(8);
+      tensors[`n${i}.weight_scale_2`] = ["F32", [], f32(global)];
+      tensors[`p${i}.weight_packed`] = ["U8", [64, 64], bytes(64 * 64)];
+      tensors[`p${i}.weight_scale`] = scale(8);
+      tensors[`p${i}.weight_global_scale`] = ["F32", [1], f32(global)];
+      tensors[`e${i}.weight`] = ["F8_E4M3", [64, 64], codes];
+      tensors[`e${i}.weight_scale`] = ["F32", [1], f32(global)];
+    });
+    tensors["r.weight"] = ["F8_E4M3", [64, 64], codes];
+    tensors["r.weight_scale"] = ["BF16", [64, 1],
+      encodeFloat("BF16", Float32Array.from({ length: 64 }, (_, i) => 0.37 ** (i % 9)))];
+    tensors["x.weight"] = ["F8_E4M3", [64, 64], codes];
+    tensors["x.weight_scale"] = ["U8", [64, 2], bytes(128, 240)];
+    tensors["y.weight_packed"] = ["U8", [64, 32], bytes(64 * 32)];
+    tensors["y.weight_scale"] = ["U8", [64, 2], bytes(128, 240)];
+    const reader = await readerOf(tensors);
+    const stored = new Map(Object.entries(tensors).map(([name, [dtype, shape, content]]) =>
+      [name, { dtype, shape, bytes: content }]));
+    const names = Object.keys(tensors).filter((name) => /weight(?:_packed)?$/.test(name));
+    expect(names).toHaveLength(18);
+    for (const name of names) {
+      const expected = decodeByHand(stored, name.replace(/\.weight.*$/, ""));
+      expect(expected.every(Number.isFinite), name).toBe(true);
+      expect(await readWeightF32(reader, name), name).toEqual(expected);
+    }
   });
 
   test("missing or misshapen scales are named", async () => {

@@ -75,6 +75,19 @@ export default [
       }] : []),
       ...(format === "nvfp4" ? [
         { name: "nvfp4, an odd number of blocks", args: (r: Draw) => [r.normal([3, 48]), format] },
+        ...[{ tiles: true }, { reciprocals: true }, { tiles: true, reciprocals: true },
+          { fourOverSix: "absolute" }, { fourOverSix: "squared" }].flatMap((options): Sample[] => [
+          {
+            name: `nvfp4, ${JSON.stringify(options)}`,
+            args: (r: Draw) => [r.normal([2, 32, 48], 0.02), format, options],
+          },
+          // A tile or block of zeros, and one below what the tensor's scale can reach.
+          {
+            name: `nvfp4, ${JSON.stringify(options)}, uneven`,
+            args: (r: Draw) => [r.of([16, 64], Array.from({ length: 1024 }, (_, i) =>
+              Math.fround(Math.sin(i) * [0, 1e-9, 1, 300][(i >> 4) % 4]!))), format, options],
+          },
+        ]),
         { name: "nvfp4, zeros", args: (r: Draw) => [r.of([2, 16], new Array<number>(32).fill(-0)), format] },
       ] : []),
     ]).map(exactly), ...each((format) => [
@@ -95,6 +108,19 @@ export default [
         message: /quantize: perRow is for fp8_e4m3 and fp8_e5m2, found nvfp4/,
       },
       {
+        name: "tiles of too few rows", args: (r) => [r.normal([24, 32]), "nvfp4", { tiles: true }],
+        message: /quantize: values must be \[\.\.\., N, K\] with N a multiple of 16 .*, found \[24, 32\]/,
+      },
+      {
+        name: "tiles of another format", args: (r) => [r.normal([16, 32]), "mxfp4", { tiles: true }],
+        message: /quantize: tiles is for nvfp4, found mxfp4/,
+      },
+      {
+        name: "four over six of tiles",
+        args: (r) => [r.normal([16, 32]), "nvfp4", { tiles: true, fourOverSix: "squared" }],
+        message: /quantize: fourOverSix does not go together with tiles/,
+      },
+      {
         name: "a scale rule for another format",
         args: (r) => [r.normal([4, 32]), "q8", { scaleRule: "ceil" }],
         message: /quantize: scaleRule is for the MX formats, found q8/,
@@ -109,6 +135,11 @@ export default [
       ...(format === "fp8_e5m2" ? [{
         name: "fp8_e5m2, a scale per row",
         args: (r: Draw) => asArguments(r, [7, 48], format, { perRow: true }),
+      }] : []),
+      ...(format === "nvfp4" ? [{
+        name: "nvfp4, a stack whose values are divided",
+        args: (r: Draw) =>
+          [...asArguments(r, [3, 5, 64], format).slice(0, 3), r.of([3], [1e3, 0.7, 41]), true],
       }] : []),
     ]).map(exactly), ...each((format) => [
       { name: "one block", args: (r) => asArguments(r, [32], format) },
@@ -126,7 +157,12 @@ export default [
     samples: [...SCALED.map((format): Sample => exactly({
       name: `${format}, rows`,
       args: (r) => [r.integers([9], -1, 12), ...asArguments(r, [11, 128], format)],
-    })), ...each((format) => [
+    })), exactly({
+      name: "nvfp4, rows that are divided",
+      args: (r) => [
+        r.integers([9], -1, 12), ...asArguments(r, [11, 64], "nvfp4").slice(0, 3), r.of([1], [1234.5]), true,
+      ],
+    }), ...each((format) => [
       { name: "rows", args: (r) => [r.integers([2, 9], 0, 11), ...asArguments(r, [11, 96], format)] },
       {
         name: "ids outside of the table",

@@ -34,6 +34,10 @@ export const numerics = defineCommand({
       type: "string", choices: ["floor", "ceil"], default: "floor",
       help: "MX formats: a scale's exponent is floor(log2 amax) - emax, or the least without saturation.",
     },
+    reciprocals: {
+      type: "boolean",
+      help: "NVFP4: products with reciprocals, as Transformer Engine rounds, instead of quotients.",
+    },
     json: { type: "boolean", help: "Print a JSON summary instead of a line." },
   },
   examples: ["krait numerics --input x.safetensors --out codes.safetensors --formats e4m3fn,mxfp4,nvfp4"],
@@ -52,10 +56,13 @@ export const numerics = defineCommand({
         throw new FormatError(`${options.input}: expected a tensor of dtype F32, found ${found}.`);
       }
       // What cannot be done is found before anything is written.
-      for (const tensor of tensors) await check(reader, tensor, formats, options.scaleRule);
+      if (options.reciprocals && !formats.some((format) => format.startsWith("nvfp4"))) {
+        throw new UsageError(`--reciprocals is for nvfp4 and nvfp4_16x16, found ${formats.join(", ")}.`);
+      }
+      for (const tensor of tensors) await check(reader, tensor, formats, options);
       const entries = tensors.flatMap((tensor) => formats.flatMap((format) =>
         isElement(format) ? [elementEntry(reader, tensor, format)]
-          : scaledEntries(reader, tensor, format, optionsOf(format, options.scaleRule))));
+          : scaledEntries(reader, tensor, format, optionsOf(format, options))));
       await writeFile(options.out, entries);
       const summary = {
         out: options.out, tensors: tensors.length, formats, written: entries.length, skipped,
@@ -90,17 +97,24 @@ function parseFormats(list: string): Format[] {
   return [...new Set(names)] as Format[];
 }
 
-function optionsOf(format: ScaledFormat, scaleRule: "floor" | "ceil"): ScaledOptions {
-  return SCALED_LAYOUTS[format].scale === "e8m0" ? { scaleRule } : {};
+/** What was asked of the formats that have a choice. */
+interface Rules {
+  readonly scaleRule: "floor" | "ceil";
+  readonly reciprocals: boolean;
+}
+
+function optionsOf(format: ScaledFormat, { scaleRule, reciprocals }: Rules): ScaledOptions {
+  const { scale } = SCALED_LAYOUTS[format];
+  return { ...(scale === "e8m0" ? { scaleRule } : {}), ...(scale === "e4m3fn" ? { reciprocals } : {}) };
 }
 
 /** Throws when the blocks of a format do not divide a tensor, or it holds what no scale can cover. */
 async function check(
-  reader: TensorReader, { name, shape }: TensorInfo, formats: readonly Format[], scaleRule: "floor" | "ceil",
+  reader: TensorReader, { name, shape }: TensorInfo, formats: readonly Format[], rules: Rules,
 ): Promise<void> {
   const scaled = formats.filter((format) => !isElement(format)) as ScaledFormat[];
   if (scaled.length === 0) return;
-  for (const format of scaled) blockOf(format, shape, { ...optionsOf(format, scaleRule), name });
+  for (const format of scaled) blockOf(format, shape, { ...optionsOf(format, rules), name });
   const values = await reader.readTensorF32(name);
   const at = values.findIndex((value) => !Number.isFinite(value));
   if (at >= 0) {
