@@ -48,8 +48,8 @@ export interface TrainingOptions {
   /** Called before the first step. */
   readonly onStart?: (run: TrainingRun, baselines: NgramBaselines) => void;
   readonly onStep?: (step: RunStep) => void;
-  /** Called once, after a step on several ranks that was traced. */
-  readonly onTrace?: (trace: StepTrace, run: TrainingRun) => void;
+  /** Called once, after the step that was traced, which is number `step` from 1; without it none is. */
+  readonly onTrace?: ((trace: StepTrace, run: TrainingRun, step: number) => void) | undefined;
   readonly onEvaluation?: (step: number, evaluation: Evaluation) => void;
 }
 
@@ -154,7 +154,7 @@ async function tracedStep(run: TrainingRun, onTrace: TrainingOptions["onTrace"])
   const trace = await trainer.trace(async () => {
     step = await run.step();
   });
-  onTrace(trace, run);
+  onTrace(trace, run, trainer.steps);
   return step!;
 }
 

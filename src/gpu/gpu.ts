@@ -156,6 +156,18 @@ export class Gpu {
     }
   }
 
+  /** What memory holds now, whatever has been recorded: for a tracer, between two stretches. */
+  async peek({ storage, byteOffset, byteLength }: BufferView): Promise<ArrayBuffer> {
+    const staging = this.#staging.create(byteLength);
+    const encoder = this.gpuDevice.createCommandEncoder();
+    encoder.copyBufferToBuffer(storage.buffer, byteOffset, staging, 0, byteLength);
+    this.gpuDevice.queue.submit([encoder.finish()]);
+    await this.#race(staging.mapAsync(1, 0, byteLength));
+    const bytes = staging.getMappedRange(0, byteLength).slice(0);
+    staging.destroy();
+    return bytes;
+  }
+
   /** Milliseconds spent waiting for values to be read back. */
   waitedMs = 0;
   readonly #staging: StagingBuffers;

@@ -1,4 +1,5 @@
-/** Whose work is being recorded: what a trace of ranks draws beside what. */
+/** Whose work is being recorded, and what passes between ranks: what a trace draws beside what. */
+import type { BufferView } from "./gpu.ts";
 
 export interface Lane {
   /** Ranks that the work belongs to; those that communicate, with the sender first. */
@@ -8,6 +9,28 @@ export interface Lane {
   readonly kind: "compute" | "communication";
   /** The pass of a micro-batch that it belongs to; empty outside of one. */
   readonly pass: string;
+}
+
+/** One collective of one group of ranks, or a message between two. */
+export interface Traffic {
+  readonly kind: string;
+  /** The axes that the ranks differ in. */
+  readonly group: string;
+  readonly algorithm: string;
+  /** In the order of the group; of a message the sender and who receives it. */
+  readonly ranks: readonly number[];
+  /** Bytes that each of them sends. */
+  readonly sent: readonly number[];
+  readonly backward: boolean;
+  /** Where only the GPU knows how many rows there are: `sent` is then the most there can be. */
+  readonly counted?: Counted;
+}
+
+export interface Counted {
+  /** What each rank of the group has counted, u32. */
+  readonly counts: readonly BufferView[];
+  /** Bytes that each of them really sends, from the values of the counts. */
+  sent(counts: readonly ArrayLike<number>[]): number[];
 }
 
 /** The stage and the pass whose work is recorded, and the rank of it that an op runs for. */
@@ -37,9 +60,12 @@ export function forRank<T>(rank: number, body: () => T): T {
 
 /** Runs `body` as an op of the rank, unless it is part of another one. */
 export function asOp<T>(what: string, body: () => T): T {
-  return lane ? body() : onLane({
-    ranks: [place.first + place.rank], what, kind: "compute", pass: place.pass,
-  }, body);
+  return lane ? body() : asComputing(what, place.rank, body);
+}
+
+/** Runs `body` as computing of one rank of the stage, in the midst of communication too. */
+export function asComputing<T>(what: string, rank: number, body: () => T): T {
+  return onLane({ ranks: [place.first + rank], what, kind: "compute", pass: place.pass }, body);
 }
 
 /** Runs `body` as communication between ranks of the stage. */

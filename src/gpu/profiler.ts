@@ -1,8 +1,10 @@
 const CAPACITY = 512; // dispatches per resolve; a query set holds two timestamps each
 
-/** One timed dispatch: microseconds on the GPU's own clock. */
+/** One timed dispatch, or copies in a row: microseconds on the GPU's own clock. */
 export interface ProfileEvent {
+  /** The kernel; "copy" of copies and clears. */
   readonly name: string;
+  /** 0 x 0 x 0 of copies. */
   readonly workgroups: readonly [number, number, number];
   readonly startUs: number;
   readonly durationUs: number;
@@ -94,18 +96,6 @@ export class Profiler {
       totals.set(name, total);
     }
     return [...totals.values()].sort((a, b) => b.totalUs - a.totalUs);
-  }
-
-  /** The events as a Chrome trace (JSON text), which chrome://tracing and Perfetto open. */
-  async chromeTrace(adapterName: string): Promise<string> {
-    await this.settle();
-    const first = this.events.reduce((least, event) => Math.min(least, event.startUs), Infinity);
-    const events = this.events.map((event) => ({
-      name: event.name, cat: "gpu", ph: "X", pid: 1, tid: 1, ts: event.startUs - first, dur: event.durationUs,
-      args: { workgroups: event.workgroups.join(" x ") },
-    }));
-    const meta = { name: "process_name", ph: "M", pid: 1, args: { name: adapterName } };
-    return JSON.stringify({ displayTimeUnit: "ms", traceEvents: [meta, ...events] });
   }
 
   destroy(): void {

@@ -1,7 +1,7 @@
 import { GpuError } from "./errors.ts";
-import { currentLane, type Lane } from "./lane.ts";
+import { currentLane, type Lane, type Traffic } from "./lane.ts";
 import { type Arena, type BufferPool, type GraphMemory, type PooledBuffer, sizeClass } from "./pool.ts";
-import type { Profiler } from "./profiler.ts";
+import type { ProfileEvent, Profiler } from "./profiler.ts";
 import { StagingBuffers } from "./staging.ts";
 import type { Parcel } from "./transfer.ts";
 
@@ -48,10 +48,24 @@ type Command = Owned & (
   | { kind: "write"; buffer: PooledBuffer; offset: number; bytes: Uint8Array<ArrayBuffer> }
   | { kind: "send"; buffer: PooledBuffer; offset: number; size: number; parcels: readonly Parcel[] }
   | { kind: "receive"; buffer: PooledBuffer; offset: number; parcel: Parcel }
+  /** Does nothing: what follows on its lane is this collective. */
+  | { kind: "note"; traffic: Traffic }
 );
 
-/** Told of every stretch of commands that belong together how long it took by itself, in milliseconds. */
-export type Tracer = (lane: Lane | null, milliseconds: number) => void;
+/** Commands that belong together, as they ran by themselves. */
+export interface Stretch {
+  readonly lane: Lane | null;
+  /** The collective that begins with it. */
+  readonly traffic: Traffic | null;
+  readonly milliseconds: number;
+  /** Whose that is: the host's where the GPU has no timestamps, and where bytes cross between devices. */
+  readonly clock: "gpu" | "host";
+  /** Kernels and copies one by one, where the GPU has timestamps. */
+  readonly kernels: readonly ProfileEvent[];
+}
+
+/** Told of every stretch; the next one begins when it is done. */
+export type Tracer = (stretch: Stretch) => Promise<void> | void;
 
 /** A recorded step that can be run again: same buffers, same bind groups, no op-level work. */
 export class Graph {
@@ -82,7 +96,13 @@ export class Graph {
 
   /** Launches in one replay. */
   get launches(): number {
-    return this.commands.length;
+    return this.commands.reduce((n, { kind }) => n + (kind === "note" ? 0 : 1), 0);
+  }
+
+  /** What passes between ranks in one replay, in order, with the pass that it belongs to. */
+  get traffic(): { readonly traffic: Traffic; readonly pass: string }[] {
+    return this.commands.flatMap((command) => command.kind !== "note" ? []
+      : [{ traffic: command.traffic, pass: command.lane?.pass ?? "" }]);
   }
 }
 
@@ -211,6 +231,11 @@ export class Stream {
   /** Records that bytes arrive from another device: see `transfer`. */
   receive(buffer: PooledBuffer, offset: number, parcel: Parcel): void {
     this.#record({ kind: "receive", buffer, offset, parcel }, [buffer]);
+  }
+
+  /** Notes what follows on the lane that is recorded, for tracers. */
+  note(traffic: Traffic): void {
+    this.#record({ kind: "note", traffic }, []);
   }
 
   /** Buffers that bytes leave through ever created: constant in a steady state. */
@@ -384,13 +409,17 @@ export class Stream {
   /** Runs one lane's commands after the other, each when the last are done. */
   async #traced(commands: readonly Command[], tracer: Tracer): Promise<void> {
     const { queue } = this.#device;
+    const { profiler } = this;
     for (let from = 0; from < commands.length;) {
-      const lane = commands[from]!.lane ?? null;
+      const first = commands[from]!;
+      const lane = first.lane ?? null;
       let to = from + 1;
-      while (to < commands.length && (commands[to]!.lane ?? null) === lane) to++;
-      await queue.onSubmittedWorkDone();
-      let since = performance.now();
+      const isSame = ({ lane: other, kind }: Command) => (other ?? null) === lane && kind !== "note";
+      while (to < commands.length && isSame(commands[to]!)) to++;
       const stretch = commands.slice(from, to);
+      await queue.onSubmittedWorkDone();
+      const seen = profiler?.events.length ?? 0;
+      let since = performance.now();
       const at = this.#encode(stretch, 0);
       if (at < stretch.length) {
         const paused = performance.now();
@@ -398,7 +427,16 @@ export class Stream {
         since += performance.now() - paused; // what others do is no time of its own
       }
       await queue.onSubmittedWorkDone();
-      tracer(lane, performance.now() - since);
+      const hostTime = performance.now() - since;
+      await profiler?.settle();
+      const kernels = profiler?.events.slice(seen) ?? [];
+      const isOnGpu = kernels.length > 0 && stretch.every(({ kind }) => STAMPED.has(kind));
+      await tracer({
+        lane, traffic: first.kind === "note" ? first.traffic : null, kernels,
+        ...(stretch.every(({ kind }) => kind === "note") ? { milliseconds: 0, clock: "gpu" as const }
+          : isOnGpu ? { milliseconds: spanOf(kernels), clock: "gpu" as const }
+            : { milliseconds: hostTime, clock: "host" as const }),
+      });
       from = to;
     }
   }
@@ -423,6 +461,8 @@ export class Stream {
   #encode(commands: readonly Command[], start: number): number {
     if (this.#stopped) return commands.length;
     const { profiler } = this;
+    // Only a trace wants to know of copies too.
+    const timed = this.tracer ? profiler : null;
     const leaving: { staging: GPUBuffer; size: number; deliver: ((bytes: ArrayBuffer) => void)[] }[] = [];
     let encoder: GPUCommandEncoder | null = null;
     let pass: GPUComputePassEncoder | null = null;
@@ -431,13 +471,30 @@ export class Stream {
     let uniforms: UniformBlock | null = null;
     let offset = -1;
     let load = 0;
+    let copies: GPUComputePassTimestampWrites | null = null;
     const open = () => (encoder ??= this.#device.createCommandEncoder());
     const endPass = () => {
       pass?.end();
       pass = pipeline = group = uniforms = null;
     };
+    /** An empty pass, for a timestamp beside copies. */
+    const stamp = (timestampWrites: GPUComputePassTimestampWrites) =>
+      open().beginComputePass({ timestampWrites }).end();
+    const beginCopy = () => {
+      endPass();
+      if (!timed || copies) return;
+      copies = timed.timestamps("copy", [0, 0, 0]);
+      const { querySet, beginningOfPassWriteIndex } = copies;
+      stamp({ querySet, beginningOfPassWriteIndex: beginningOfPassWriteIndex! });
+    };
+    const endCopies = () => {
+      if (copies) stamp({ querySet: copies.querySet, endOfPassWriteIndex: copies.endOfPassWriteIndex! });
+      copies = null;
+      if (timed?.full) submit();
+    };
     const submit = () => {
       endPass();
+      if (copies) endCopies();
       load = 0;
       if (!encoder) return;
       profiler?.resolve(encoder);
@@ -452,6 +509,7 @@ export class Stream {
       switch (command.kind) {
         case "dispatch": {
           const [x, y, z] = command.workgroups;
+          if (copies) endCopies();
           if (profiler) {
             endPass();
             const timestampWrites = profiler.timestamps(command.pipeline.label, command.workgroups);
@@ -473,15 +531,17 @@ export class Stream {
           break;
         }
         case "copy":
-          endPass();
+          beginCopy();
           open().copyBufferToBuffer(
             command.from.buffer, command.fromOffset, command.to.buffer, command.toOffset, command.size);
           load++;
           break;
         case "clear":
-          endPass();
+          beginCopy();
           open().clearBuffer(command.buffer.buffer, command.offset, command.size);
           load++;
+          break;
+        case "note":
           break;
         case "write":
           submit(); // queue writes happen between submissions
@@ -546,6 +606,15 @@ export class Stream {
     }
     blocks.length = 0;
   }
+}
+
+/** Commands between timestamps; what else there is waits for the host. */
+const STAMPED: ReadonlySet<Command["kind"]> = new Set(["dispatch", "copy", "clear", "note"]);
+
+/** Milliseconds from the first start to the last end. */
+function spanOf(events: readonly ProfileEvent[]): number {
+  const ends = events.map(({ startUs, durationUs }) => startUs + durationUs);
+  return (Math.max(...ends) - Math.min(...events.map(({ startUs }) => startUs))) / 1000;
 }
 
 /** Whether the last parameters of a block are these. */

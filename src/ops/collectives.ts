@@ -13,7 +13,7 @@
  *
  * Sums add f32 in the order of the ranks, whoever sends what to whom. Spec: Megatron Core's mappings.
  */
-import { asCommunication } from "../gpu/lane.ts";
+import { asCommunication, type Counted, currentLane, type Traffic } from "../gpu/lane.ts";
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import { UsageError } from "../tensor/errors.ts";
@@ -47,28 +47,21 @@ export const ALONE: Group = { name: "none", members: [[0]], algorithm: "direct" 
 export type CollectiveKind =
   "broadcast" | "reduce" | "all_reduce" | "all_gather" | "reduce_scatter" | "all_to_all" | "send";
 
-/** One collective of one group as an observer sees it. */
-export interface Communication {
+/**
+ * One collective of one group as an observer sees it. It is recorded with the work itself, so that graphs
+ * list theirs and a trace times them. Ranks are those of the whole layout where a stage of it is at work.
+ * Whoever wants what is counted reads the counts before anything else runs, or keeps them (`retain`).
+ */
+export interface Communication extends Traffic {
   readonly kind: CollectiveKind;
-  readonly group: string;
   readonly algorithm: Algorithm;
-  /** Ranks of the group by the position of their tensors; filled in by the caller of the op. */
-  readonly ranks: readonly number[];
   /** Bytes that all ranks of the group together send. */
   readonly bytes: number;
-  readonly backward: boolean;
-  /**
-   * Where only the GPU knows how many rows there are: `bytes` is then the most there can be. Whoever wants
-   * the real number keeps the counts (`retain`) and reads them after the step.
-   */
-  readonly counted?: Counted;
+  readonly counted?: CountedRows;
 }
 
-export interface Counted {
-  /** A tensor per rank of the group. */
+export interface CountedRows extends Counted {
   readonly counts: readonly Tensor[];
-  /** Bytes sent, from the values of the counts. */
-  bytes(counts: readonly ArrayLike<number>[]): number;
 }
 
 /** Called for every collective that is recorded. */
@@ -96,30 +89,58 @@ export interface BroadcastOptions extends Call {
   readonly root: number;
 }
 
-/** Bytes sent by the `g` ranks of a group together where each holds `bytes` before the collective. */
-export function bytesSent(kind: CollectiveKind, algorithm: Algorithm, g: number, bytes: number): number {
+/**
+ * Bytes that each of the `g` ranks of a group sends where each holds `bytes` before the collective.
+ * @param root place of the rank that has what is broadcast, or gets the sum
+ */
+export function sentByRank(
+  kind: CollectiveKind, algorithm: Algorithm, g: number, bytes: number, root = 0,
+): number[] {
+  const isRing = algorithm === "ring";
+  const last = g - 1;
+  const slice = bytes / g;
+  const each = (of: (rank: number) => number) => Array.from({ length: g }, (_, rank) => of(rank));
   switch (kind) {
-    case "broadcast": case "reduce": return (g - 1) * bytes;
-    // In a ring a sum travels from the first rank to the last, which keeps the order of additions, and back.
-    case "all_reduce": return algorithm === "ring" ? 2 * (g - 1) * bytes : g * (g - 1) * bytes;
-    case "all_gather": return g * (g - 1) * bytes;
-    case "reduce_scatter": return algorithm === "ring" ? (g - 1) * (g + 1) * bytes / g : (g - 1) * bytes;
-    case "all_to_all": return (g - 1) * bytes;
-    case "send": return bytes;
+    case "broadcast": return each((rank) =>
+      bytes * (isRing ? Number((rank + 1) % g !== root) : rank === root ? last : 0));
+    // In a ring a sum travels from the first rank to the last, which keeps the order of additions.
+    case "reduce": return each((rank) => bytes * Number(isRing ? rank < last || root < last : rank !== root));
+    case "all_reduce": return each((rank) =>
+      bytes * (isRing ? Number(rank < last) + Number(rank > 0) : last));
+    case "all_gather": return each(() => last * bytes);
+    case "reduce_scatter": return each((rank) => (isRing && rank < last ? bytes : last * slice));
+    case "all_to_all": return each(() => last * slice);
+    case "send": return each((rank) => (rank === 0 ? bytes : 0));
   }
 }
 
-/** Tells the observers of a collective before which every rank holds `bytes`. */
-export function report(kind: CollectiveKind, call: Call, bytes: number, backward = false): void {
-  announce(kind, call, bytesSent(kind, call.algorithm, call.ranks.length, bytes), backward);
+/** Bytes that the `g` ranks of a group send together. */
+export function bytesSent(kind: CollectiveKind, algorithm: Algorithm, g: number, bytes: number): number {
+  return sentByRank(kind, algorithm, g, bytes).reduce((sum, one) => sum + one, 0);
 }
 
-/** Shows a collective to the observers. */
-export function announce(
-  kind: CollectiveKind, { group, algorithm, ranks }: Call, bytes: number, backward: boolean,
-  counted?: Counted,
+/** What lies on a device. */
+type Placed = Pick<Tensor, "device">;
+
+/** Tells of a collective between these tensors, before which every rank holds `bytes`. */
+export function report(
+  kind: CollectiveKind, call: Call, xs: readonly Placed[], bytes: number, backward = false, root = 0,
 ): void {
-  const communication = { kind, group, algorithm, ranks, backward, bytes, ...(counted && { counted }) };
+  const sent = sentByRank(kind, call.algorithm, call.ranks.length, bytes, root);
+  announce(kind, call, xs, sent, backward);
+}
+
+/** Shows a collective to the observers, and notes it where it is recorded: on the devices of its tensors. */
+export function announce(
+  kind: CollectiveKind, { group, algorithm, ranks }: Call, xs: readonly Placed[], sent: readonly number[],
+  backward: boolean, counted?: CountedRows,
+): void {
+  const lane = currentLane();
+  const communication: Communication = {
+    kind, group, algorithm, ranks: lane?.kind === "communication" ? lane.ranks : ranks, backward, sent,
+    bytes: sent.reduce((sum, one) => sum + one, 0), ...(counted && { counted }),
+  };
+  for (const device of new Set(xs.map((x) => x.device))) device.stream.note(communication);
   for (const observer of communicationObservers) observer(communication);
 }
 
@@ -302,7 +323,7 @@ const broadcastFrom = defineOp({
     checkAlike("broadcast", xs);
     const { root, algorithm } = options;
     check(xs[root] !== undefined, "broadcast", "root", `below ${xs.length}`, root);
-    report("broadcast", options, xs[root]!.byteLength);
+    report("broadcast", options, xs, xs[root]!.byteLength, false, root);
     const devices = xs.map(({ device }) => device);
     ctx.save({ options, devices });
     if (algorithm === "direct") return devices.map((device) => sent(xs[root]!, device));
@@ -315,8 +336,8 @@ const broadcastFrom = defineOp({
   },
   backward({ options, devices }: Saved<BroadcastOptions>, grads) {
     const dys = whole(grads, devices);
-    report("reduce", options, dys[0]!.byteLength, true);
     const { root, algorithm } = options;
+    report("reduce", options, dys, dys[0]!.byteLength, true, root);
     const sum = algorithm === "direct" || isShared(dys)
       ? sumOf(dys.map((dy) => onDevice(dy, devices[root]!))) : onDevice(sumAlong(dys), devices[root]!);
     return [null, ...dys.map((_, i) => (i === root ? sum : null))];
@@ -332,7 +353,7 @@ const copyTo = defineOp({
   },
   backward({ options, devices }: Saved<Call>, grads) {
     const dys = whole(grads, devices);
-    report("all_reduce", options, dys[0]!.byteLength, true);
+    report("all_reduce", options, dys, dys[0]!.byteLength, true);
     return [null, ...summed(dys, options.algorithm)];
   },
 });
@@ -341,7 +362,7 @@ const reduceFrom = defineOp({
   name: "reduce_from",
   forward(_ctx, options: Call, ...xs: Tensor[]): Tensor[] {
     checkAlike("reduce_from", xs);
-    report("all_reduce", options, xs[0]!.byteLength);
+    report("all_reduce", options, xs, xs[0]!.byteLength);
     return summed(xs, options.algorithm);
   },
   backward: (_saved, grads) => [null, ...grads],
@@ -357,7 +378,7 @@ const scatterTo = defineOp({
   },
   backward({ options, devices }: Saved<SliceOptions>, grads) {
     const dys = whole(grads, devices);
-    report("all_gather", options, dys[0]!.byteLength, true);
+    report("all_gather", options, dys, dys[0]!.byteLength, true);
     return [null, ...allSlices(dys, options.dim, options.algorithm)];
   },
 });
@@ -366,14 +387,14 @@ const gatherFrom = defineOp({
   name: "gather",
   forward(ctx, options: GatherOptions, ...xs: Tensor[]): Tensor[] {
     checkAlike("gather", xs);
-    report("all_gather", options, xs[0]!.byteLength);
+    report("all_gather", options, xs, xs[0]!.byteLength);
     ctx.save({ options, devices: xs.map(({ device }) => device) });
     return allSlices(xs, options.dim, options.algorithm);
   },
   backward({ options, devices }: Saved<GatherOptions>, grads) {
     const dys = whole(grads, devices);
     if (!options.sum) return [null, ...ownSlices(dys, options.dim)];
-    report("reduce_scatter", options, dys[0]!.byteLength, true);
+    report("reduce_scatter", options, dys, dys[0]!.byteLength, true);
     return [null, ...summedSlices(dys, options.dim, options.algorithm)];
   },
 });
@@ -383,13 +404,13 @@ const reduceScatter = defineOp({
   forward(ctx, options: SliceOptions, ...xs: Tensor[]): Tensor[] {
     checkAlike("reduce_scatter", xs);
     checkSlices("reduce_scatter", xs, options.dim, xs.length);
-    report("reduce_scatter", options, xs[0]!.byteLength);
+    report("reduce_scatter", options, xs, xs[0]!.byteLength);
     ctx.save({ options, devices: xs.map(({ device }) => device) });
     return summedSlices(xs, options.dim, options.algorithm);
   },
   backward({ options, devices }: Saved<SliceOptions>, grads) {
     const dys = whole(grads, devices);
-    report("all_gather", options, dys[0]!.byteLength, true);
+    report("all_gather", options, dys, dys[0]!.byteLength, true);
     return [null, ...allSlices(dys, options.dim, options.algorithm)];
   },
 });
@@ -433,13 +454,13 @@ const allToAll = defineOp({
     checkAlike("all_to_all", xs);
     check(xs[0]!.shape.length === 3, "all_to_all", "x", "[B, L, C]", xs[0]!);
     checkSlices("all_to_all", xs, options.cut, xs.length);
-    report("all_to_all", options, xs[0]!.byteLength);
+    report("all_to_all", options, xs, xs[0]!.byteLength);
     ctx.save({ options, devices: xs.map(({ device }) => device) });
     return exchanged(xs, options.cut);
   },
   backward({ options, devices }: Saved<AllToAllOptions>, grads) {
     const dys = whole(grads, devices);
-    report("all_to_all", options, dys[0]!.byteLength, true);
+    report("all_to_all", options, dys, dys[0]!.byteLength, true);
     return [null, ...exchanged(dys, options.cut === 1 ? 2 : 1)];
   },
 });
@@ -447,13 +468,14 @@ const allToAll = defineOp({
 const sendTo = defineOp({
   name: "send",
   forward(ctx, options: Call, x: Tensor, to: Device | null): Tensor {
-    report("send", options, x.byteLength);
+    const there = to ?? x.device;
+    report("send", options, [x, { device: there }], x.byteLength);
     ctx.save({ options, from: x.device });
-    return sent(x, to ?? x.device);
+    return sent(x, there);
   },
   backward({ options, from }: { options: Call; from: Device }, [dy]) {
     if (!dy) return [];
-    report("send", options, dy.byteLength, true);
+    announce("send", options, [dy, { device: from }], [0, dy.byteLength], true);
     return [null, sent(dy, from)];
   },
 });
@@ -538,5 +560,5 @@ export function exchangeInGroup(x: Tensor, group: Group, keep: "columns" | "posi
  */
 export function sendToStage(x: Tensor, devices: readonly Device[], apart: number): Tensor {
   return shardedOf(localsOf(x).map((local, rank) => asCommunication("pp", [rank, rank + apart], () =>
-    sendTo({ group: "pp", algorithm: "direct", ranks: [rank] }, local, devices[rank]!))));
+    sendTo({ group: "pp", algorithm: "direct", ranks: [rank, rank + apart] }, local, devices[rank]!))));
 }

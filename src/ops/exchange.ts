@@ -5,11 +5,11 @@
  */
 import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
-import { localsOf, perRank, shardedOf } from "../tensor/sharded.ts";
+import { perRank } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import {
-  type Algorithm, announce, type Call, circulated, type CollectiveKind, type Counted, gatherFromGroup,
-  type Group, whole,
+  type Algorithm, announce, type Call, circulated, type CollectiveKind, type CountedRows, forEachGroup,
+  gatherFromGroup, type Group, whole,
 } from "./collectives.ts";
 import { defineOp } from "./op.ts";
 
@@ -147,14 +147,17 @@ function rowsOf(tables: readonly Tensor[], all: readonly Tensor[], algorithm: Al
 }
 
 /** Rows that the ranks of a group send to each other, by the counts of `row_tables`. */
-function countedRows(counts: readonly Tensor[], blocks: number, copies: number, row_bytes: number): Counted {
+function countedRows(
+  counts: readonly Tensor[], blocks: number, copies: number, row_bytes: number,
+): CountedRows {
   return {
     counts,
-    bytes: (values) => row_bytes * values.reduce((sum, splits, rank) => {
+    sent: (values) => values.map((splits, rank) => {
       const own = Math.floor(rank / copies);
-      for (let b = 0; b < blocks; b++) sum += splits[b]! * (b === own ? copies - 1 : copies);
-      return sum;
-    }, 0),
+      let rows = 0;
+      for (let b = 0; b < blocks; b++) rows += splits[b]! * (b === own ? copies - 1 : copies);
+      return row_bytes * rows;
+    }),
   };
 }
 
@@ -188,7 +191,7 @@ export const exchange_rows = defineOp({
       check(table.shape[0] === shape[0], "exchange_rows", "back", `[${shape[0]}, m]`, table);
     }
     const saved = { options, back, splits, shape, rows: tables[0]!.shape[0]! };
-    say(saved, xs[0]!, false);
+    say(saved, xs, false);
     ctx.save(saved);
     return rowsOf(tables, xs, options.algorithm);
   },
@@ -198,17 +201,17 @@ export const exchange_rows = defineOp({
     const some = grads.find((grad) => grad !== null);
     if (!some) return [];
     const dys = whole(grads, back.map(({ device }) => device));
-    say(saved, some, true);
+    say(saved, dys, true);
     return [...Array.from({ length: 1 + 3 * g }, () => null), ...rowsOf(back, dys, options.algorithm)];
   },
 });
 
-function say({ options, splits }: SavedExchange, x: Tensor, backward: boolean): void {
-  const { kind, backward_kind, blocks, copies, ranks, sends } = options;
-  const row_bytes = 4 * x.shape[1]!;
+function say({ options, splits }: SavedExchange, xs: readonly Tensor[], backward: boolean): void {
+  const { kind, backward_kind, blocks, copies, sends } = options;
+  const row_bytes = 4 * xs[0]!.shape[1]!;
   // At most every row goes to others: with one block alone they are in it, and the sender too.
   const others = blocks > 1 ? copies : copies - 1;
-  announce(backward ? backward_kind : kind, options, ranks.length * sends * others * row_bytes, backward,
+  announce(backward ? backward_kind : kind, options, xs, xs.map(() => sends * others * row_bytes), backward,
     countedRows(splits, blocks, copies, row_bytes));
 }
 
@@ -262,16 +265,6 @@ function exchanged(
   x: Tensor, { group, blocks, copies, sends, splits }: Exchange, table: Tensor, back: Tensor,
   kind: CollectiveKind, backward_kind: CollectiveKind,
 ): Tensor {
-  const { name, algorithm, members } = group;
-  const results: Tensor[] = [];
-  for (const ranks of members) {
-    const of = (value: Tensor) => ranks.map((rank) => localsOf(value)[rank]!);
-    const ys = exchange_rows(
-      { group: name, algorithm, ranks, kind, backward_kind, blocks, copies, sends },
-      ...of(table), ...of(back), ...of(splits), ...of(x));
-    ranks.forEach((rank, i) => {
-      results[rank] = ys[i]!;
-    });
-  }
-  return shardedOf(results);
+  return forEachGroup([table, back, splits, x], group, (call, locals) =>
+    exchange_rows({ ...call, kind, backward_kind, blocks, copies, sends }, ...locals.flat()));
 }

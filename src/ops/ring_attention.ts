@@ -1,3 +1,4 @@
+import { asCommunication, asComputing } from "../gpu/lane.ts";
 import { check } from "../tensor/check.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Device } from "../tensor/device.ts";
@@ -6,7 +7,7 @@ import { onDevice } from "../tensor/transfer.ts";
 import {
   attend, attendBackward, type AttentionCall, type Attended, listed, merge, resized, statistics, widened,
 } from "./attention_kernels.ts";
-import { type Call, checkAlike, circulated, report, whole } from "./collectives.ts";
+import { announce, type Call, checkAlike, circulated, whole } from "./collectives.ts";
 import { accumulate } from "./elementwise.ts";
 import { defineOp } from "./op.ts";
 
@@ -56,15 +57,22 @@ function callOf(
   };
 }
 
-/** A hop of the ring: every rank hands on so many bytes. */
-function reportHop(options: RingAttentionOptions, bytes: number, backward: boolean): void {
-  report("send", { ...options, algorithm: "ring" }, options.ranks.length * bytes, backward);
-}
-
-/** Puts the block of every rank s where it is after so many hops: with rank s + hop (mod n). */
-function handOn(blocks: Tensor[], devices: readonly Device[], hop: number): void {
-  blocks.forEach((block, s) => {
-    blocks[s] = onDevice(block, devices[(s + hop) % devices.length]!);
+/**
+ * A hop of the ring, in which every rank hands on so many bytes: puts the block of every rank s where it is
+ * after so many hops, with rank s + hop (mod n).
+ */
+function handOn(
+  options: RingAttentionOptions, lists: readonly Tensor[][], devices: readonly Device[], hop: number,
+  bytes: number, backward: boolean,
+): void {
+  asCommunication(options.group, options.ranks, () => {
+    const call = { ...options, algorithm: "ring" as const };
+    announce("send", call, lists[0]!, devices.map(() => bytes), backward);
+    for (const blocks of lists) {
+      blocks.forEach((block, s) => {
+        blocks[s] = onDevice(block, devices[(s + hop) % devices.length]!);
+      });
+    }
   });
 }
 
@@ -119,14 +127,14 @@ export const ring_attention = defineOp({
     const devices = qs.map(({ device }) => device);
     const numbers = options.seq_idx && numbersOfAll(options.seq_idx).map((all) => all.reshape([n, B * L]));
     const [wideQs, wideKs, wideVs] = [qs.map(widened), ks.map(widened), vs.map(widened)];
+    const as = <T>(r: number, body: () => T) => asComputing("ring_attention", options.ranks[r]!, body);
     const attendTo = (r: number, s: number): Attended =>
       attend(wideQs[r]!, wideKs[s]!, wideVs[s]!, callOf(options, numbers?.[r] ?? null, q.shape, r, s));
     const bytes = { kv: 2 * k.byteLength, numbers: options.seq_idx?.[0]!.byteLength ?? 0 };
-    let all = wideQs.map((_, r) => attendTo(r, r));
+    let all = wideQs.map((_, r) => as(r, () => attendTo(r, r)));
     for (let hop = 1; hop < n; hop++) {
-      reportHop(options, bytes.kv + bytes.numbers, false);
-      for (const list of [wideKs, wideVs]) handOn(list, devices, hop);
-      all = all.map((found, r) => scope(() => merge(found, attendTo(r, (r - hop + n) % n))));
+      handOn(options, [wideKs, wideVs], devices, hop, bytes.kv + bytes.numbers, false);
+      all = all.map((found, r) => as(r, () => scope(() => merge(found, attendTo(r, (r - hop + n) % n)))));
     }
     const outs = all.map(({ out }) => out);
     ctx.save({
@@ -139,7 +147,9 @@ export const ring_attention = defineOp({
     const n = qs.length;
     const devices = qs.map(({ device }) => device);
     const douts = whole(grads, devices).map(widened);
-    const stats = outs.map((out, r) => statistics({ out, lse: lses[r]! }, douts[r]!));
+    const as = <T>(r: number, body: () => T) =>
+      asComputing("ring_attention backward", options.ranks[r]!, body);
+    const stats = outs.map((out, r) => as(r, () => statistics({ out, lse: lses[r]! }, douts[r]!)));
     const sums: { dq: Tensor[]; dk: Tensor[]; dv: Tensor[] } = { dq: [], dk: [], dv: [] };
     const travelling: Tensor[][] = [[...ks], [...vs]];
     const add = (to: Tensor[], i: number, part: Tensor): void => {
@@ -149,11 +159,11 @@ export const ring_attention = defineOp({
     for (let hop = n - 1; hop >= 0; hop--) {
       // What came last is still here; with every hop back the blocks bring along what they gathered so far.
       if (hop < n - 1) {
-        reportHop(options, 2 * bytes.kv + bytes.numbers, true);
-        for (const list of [...travelling, sums.dk, sums.dv]) handOn(list, devices, hop);
+        const lists = [...travelling, sums.dk, sums.dv];
+        handOn(options, lists, devices, hop, 2 * bytes.kv + bytes.numbers, true);
       }
       for (let r = 0; r < n; r++) {
-        scope(() => {
+        as(r, () => scope(() => {
           const s = (r - hop + n) % n;
           const [k, v] = travelling.map((list) => list[s]!) as [Tensor, Tensor];
           const block = { q: qs[r]!, k, v, dout: douts[r]!, stats: stats[r]! };
@@ -163,7 +173,7 @@ export const ring_attention = defineOp({
           add(sums.dk, s, part.dk!);
           add(sums.dv, s, part.dv!);
           return hop === n - 1 ? part : null;
-        });
+        }));
       }
     }
     return [null, ...[sums.dq, sums.dk, sums.dv].flat().map((gradient) => resized(gradient, width))];

@@ -1,5 +1,6 @@
 /** A step of ranks on one or several devices, captured on all of them at once. */
 import type { GraphMemory } from "../gpu/pool.ts";
+import type { Traffic } from "../gpu/lane.ts";
 import type { Graph } from "../gpu/stream.ts";
 import type { Device } from "../tensor/device.ts";
 
@@ -7,6 +8,8 @@ export interface StepGraph {
   /** Of all devices together. */
   readonly memory: GraphMemory;
   readonly launches: number;
+  /** What passes between ranks in a replay, and in which pass. */
+  readonly traffic: readonly { readonly traffic: Traffic; readonly pass: string }[];
   replay(): void;
   dispose(): void;
 }
@@ -35,6 +38,9 @@ export function captureOn(devices: readonly Device[], step: () => void): StepGra
       peak: total("peak"), live: total("live"), total: total("total"), tensors: total("tensors"),
       buffers: total("buffers"),
     },
+    // Devices that take part note a collective each.
+    traffic: [...new Map(graphs.flatMap(({ graph }) => graph.traffic).map((one) =>
+      [one.traffic, one])).values()],
     launches: graphs.reduce((sum, { graph }) => sum + graph.launches, 0),
     replay() {
       for (const { device, graph } of graphs) device.replay(graph);

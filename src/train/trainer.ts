@@ -37,7 +37,7 @@ import { captureOn, type StepGraph } from "./step_graph.ts";
 import {
   collect, maxViolation, NORM, putInto, readScalars, type StageSums, sumOverRanks, sumsOf,
 } from "./step_sums.ts";
-import { StepTrace } from "./trace.ts";
+import { recordedCollective, type SentCollective, StepTrace } from "./trace.ts";
 
 export interface TrainerOptions extends AdamWOptions {
   /** Rows and positions of one micro-batch. */
@@ -298,17 +298,33 @@ export class Trainer {
   /** Runs a step piece by piece and tells when each rank would do what, had it a device of its own. */
   async trace(step: () => Promise<unknown>): Promise<StepTrace> {
     const trace = new StepTrace(this.mesh.world);
-    const streams = this.mesh.devices.map(({ stream }) => stream);
-    for (const stream of streams) {
-      stream.flush();
-      stream.tracer = (lane, milliseconds) => trace.add(lane, milliseconds);
+    const { devices } = this.mesh;
+    const profilers = devices.map((device) => device.stream.profiler ? null : device.profile());
+    for (const device of devices) {
+      device.stream.flush();
+      device.stream.tracer = trace.reporter((view) => view.device === device, (view) => device.peek(view));
     }
     try {
       await step();
+      for (const device of devices) await device.settle();
     } finally {
-      for (const stream of streams) stream.tracer = null;
+      devices.forEach(({ stream }, i) => {
+        stream.tracer = null;
+        if (!profilers[i]) return;
+        stream.profiler = null;
+        profilers[i].destroy();
+      });
     }
     return trace;
+  }
+
+  /** What passes between ranks in a step; empty before the first one. */
+  get collectives(): SentCollective[] {
+    if (!this.#captured) return [];
+    const { micro, update } = this.#captured;
+    const replays = this.#inputs.length > 1 ? 1 : this.options.accumulate / this.mesh.layout.dp;
+    return [...Array<StepGraph>(replays).fill(micro), ...update ? [update] : []].flatMap(({ traffic }) =>
+      traffic.map((one) => recordedCollective(one.traffic, one.pass)));
   }
 
   /** Memory of a micro-batch's activations, of all those of a pipeline; null before the first step. */

@@ -31,14 +31,35 @@ test("train --init starts from a checkpoint, upcycled or on other ranks, and ref
     const still = ["--lr", "1e-60"]; // 0 in f32: the run ends with what it started from
     const again = await train("again", "--init", file("dense"), ...still, "--layout", "tp=2,pp=2");
     expect(again.code, again.stderr).toBe(0);
+    const sums = (run: { stdout: string }) => jsonLines(run.stdout).find((line) => "collectives" in line)![
+      "collectives"] as { group: string; bytes: number; at_most: boolean; milliseconds: number | null }[];
+    expect([...new Set(sums(again).map(({ group }) => group))].sort()).toEqual(
+      ["pp", "stage", "tp", "tp-dp-cp"]);
+    expect(sums(again).map(({ at_most, milliseconds }) => at_most || milliseconds)).not.toContain(true);
     expect(weights("again").equals(weights("dense"))).toBe(true);
     const sparse = await krait([
       "upcycle", "--model", file("dense"), "--experts", "4", "--topk", "2", "--out", file("experts"),
     ]);
     expect(sparse.code, sparse.stderr).toBe(0);
     const grown = await train(
-      "grown", "--init", file("experts"), ...still, "--bias-rate", "0", "--layout", "dp=2,ep=2");
+      "grown", "--init", file("experts"), ...still, "--bias-rate", "0", "--layout", "dp=2,ep=2",
+      "--log-collectives", file("log.jsonl"));
     expect(grown.code, grown.stderr).toBe(0);
+    const log = jsonLines(readFileSync(file("log.jsonl"), "utf8")) as unknown as {
+      step: number; group: string; ranks: number[]; sent: number[]; bytes: number; room: number | null;
+      milliseconds: number; clock: string;
+    }[];
+    for (const { step, ranks, sent, bytes, room, milliseconds, clock } of log) {
+      expect([step, sent.length, sent.reduce((a, b) => a + b)]).toEqual([1, ranks.length, bytes]);
+      expect(bytes).toBeLessThanOrEqual(room ?? bytes);
+      expect(["gpu", "host"]).toContain(clock);
+      expect(milliseconds).toBeGreaterThan(0);
+    }
+    const dispatched = log.filter(({ group, room }) => group === "ep" && room !== null);
+    expect(dispatched.length).toBeGreaterThan(0);
+    expect(dispatched.some(({ bytes, room }) => bytes < room!)).toBe(true);
+    const ofAll = (list: readonly { bytes: number }[]) => list.reduce((total, { bytes }) => total + bytes, 0);
+    expect(ofAll(sums(grown))).toBe(ofAll(log));
     expect(Math.abs(loss(grown) / loss(first) - 1)).toBeLessThan(1e-5);
 
     // Nor do experts without room for their tokens take anything along.

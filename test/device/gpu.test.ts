@@ -160,7 +160,7 @@ await onEveryAdapter((device, open) => {
     for (const tensor of [x, y]) tensor.dispose();
   });
 
-  test("the profiler's events and its Chrome trace name kernels and give times that make sense", async () => {
+  test("the profiler's events name kernels and give times that make sense", async () => {
     const timed = await open();
     const profiler = timed.profile();
     expect(profiler !== null).toBe(timed.gpuDevice.features.has("timestamp-query"));
@@ -177,17 +177,10 @@ await onEveryAdapter((device, open) => {
       expect(name.split(":")[0]! in manifest).toBe(true);
       expect(totalUs).toBeGreaterThan(0);
     }
-    const trace = JSON.parse(await profiler.chromeTrace("an adapter")) as {
-      traceEvents: { name: string; ph: string; ts?: number; dur?: number; args: Record<string, string> }[];
-    };
-    expect(trace.traceEvents[0]).toMatchObject({ ph: "M", args: { name: "an adapter" } });
-    const events = trace.traceEvents.slice(1);
-    expect(events).toHaveLength(140);
-    for (const { ph, ts, dur, args } of events) {
-      expect(ph).toBe("X");
-      expect(ts).toBeGreaterThanOrEqual(0);
-      expect(dur).toBeGreaterThanOrEqual(0);
-      expect(args["workgroups"]).toMatch(/^\d+ x \d+ x \d+$/);
+    for (const { startUs, durationUs, workgroups } of profiler.events) {
+      expect(startUs).toBeGreaterThanOrEqual(0);
+      expect(durationUs).toBeGreaterThanOrEqual(0);
+      expect(workgroups.every((n) => n > 0)).toBe(true);
     }
   });
 });

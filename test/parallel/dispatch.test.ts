@@ -10,7 +10,7 @@ import { MoE, type MoESizes } from "../../src/nn/moe.ts";
 import { MOE_TRAINING, type MoETraining } from "../../src/nn/moe_training.ts";
 import { parseRecompute } from "../../src/nn/recompute.ts";
 import { Weights } from "../../src/nn/weights.ts";
-import { type Communication, communicationObservers, type Counted } from "../../src/ops/collectives.ts";
+import { type Communication, communicationObservers, type CountedRows } from "../../src/ops/collectives.ts";
 import { moe_permute } from "../../src/ops/moe.ts";
 import { shardOf } from "../../src/parallel/shards.ts";
 import { openDevice } from "../../src/tensor/device.ts";
@@ -384,7 +384,7 @@ interface Traffic {
 
 /** Exact bytes of the exchanges that `body` makes. */
 async function trafficOf(body: () => Promise<unknown>): Promise<Traffic[]> {
-  const seen: (Communication & { counted: Counted })[] = [];
+  const seen: (Communication & { counted: CountedRows })[] = [];
   const observer = (communication: Communication): void => {
     const { counted } = communication;
     if (!counted) return;
@@ -397,7 +397,7 @@ async function trafficOf(body: () => Promise<unknown>): Promise<Traffic[]> {
     return await Promise.all(seen.map(async ({ kind, bytes: most, counted }) => {
       const counts = await Promise.all(counted.counts.map((count) => count.read()));
       for (const count of counted.counts) count.release();
-      return { kind, most, bytes: counted.bytes(counts) };
+      return { kind, most, bytes: counted.sent(counts).reduce((sum, sent) => sum + sent) };
     }));
   } finally {
     communicationObservers.delete(observer);

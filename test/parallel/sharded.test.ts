@@ -62,8 +62,9 @@ for (const handle of await testAdapters()) {
       } finally {
         communicationObservers.delete(observer);
       }
-      expect(seen).toEqual([[0, 2], [1, 3]].map((ranks) => (
-        { kind: "all_reduce", group: "tp", algorithm: "direct", ranks, bytes: 8, backward: false })));
+      expect(seen).toEqual([[0, 2], [1, 3]].map((ranks) => ({
+        kind: "all_reduce", group: "tp", algorithm: "direct", ranks, sent: [4, 4], bytes: 8, backward: false,
+      })));
     });
 
     test("refuses memory of its own and ranks that differ", () => {

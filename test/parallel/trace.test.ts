@@ -1,10 +1,12 @@
 import { afterAll, expect, test } from "vitest";
+import type { BufferView } from "../../src/gpu/gpu.ts";
+import type { Lane } from "../../src/gpu/lane.ts";
 import { parseLayout, worldOf } from "../../src/parallel/layout.ts";
 import { MeshModel } from "../../src/parallel/model.ts";
 import { scheduleOf } from "../../src/parallel/schedule.ts";
 import { type Device, openDevice } from "../../src/tensor/device.ts";
 import { constantSchedule } from "../../src/train/schedule.ts";
-import { StepTrace } from "../../src/train/trace.ts";
+import { StepTrace, sumCollectives } from "../../src/train/trace.ts";
 import { Trainer } from "../../src/train/trainer.ts";
 import { testAdapters } from "../support/adapters.ts";
 import { startLayout } from "../../src/cli/bench/layouts.ts";
@@ -43,11 +45,28 @@ test("a step is drawn on the clocks of its ranks", async () => {
   const first = (of: number) => trace.events.find(({ rank, kind }) => rank === of && kind === "compute")!;
   expect(first(2).start).toBeGreaterThan(first(0).end);
   const { traceEvents } = JSON.parse(trace.chromeTrace(mesh)) as {
-    traceEvents: { tid: number; cat?: string; args?: { name: string } }[];
+    traceEvents: { tid: number; name: string; cat?: string; args?: Record<string, string | number> }[];
   };
+  const isTimed = device.gpuDevice.features.has("timestamp-query");
   expect(new Set(traceEvents.map(({ cat }) => cat))).toEqual(
-    new Set([undefined, "pass", "compute", "communication", "wait"]));
-  expect(traceEvents.find(({ tid }) => tid === 3)!.args!.name).toBe("rank 3 (tp 1, cp 0, dp 0, pp 1)");
+    new Set([undefined, "pass", "compute", "communication", "wait", ...isTimed ? ["kernel"] : []]));
+  expect(traceEvents.find(({ tid }) => tid === 3)!.args!["name"]).toBe("rank 3 (tp 1, cp 0, dp 0, pp 1)");
+  // The log is what was recorded, with times; the trace shows the same bytes.
+  const { collectives } = trace;
+  expect(collectives).toMatchObject(trainer.collectives);
+  for (const { clock, milliseconds } of collectives) {
+    expect(clock).toBe(isTimed ? "gpu" : "host");
+    expect(milliseconds).toBeGreaterThan(0);
+  }
+  const all = sumCollectives(collectives);
+  expect(all.map(({ kind, group }) => `${kind} ${group}`)).toEqual(expect.arrayContaining(
+    ["reduce_scatter tp", "all_gather tp", "send pp"]));
+  const drawn = traceEvents.filter(({ args }) => args?.["group"] !== undefined);
+  expect(drawn.reduce((bytes, { args }) => bytes + (args!["bytes_sent"] as number), 0)).toBe(
+    all.reduce((total, { bytes }) => total + bytes, 0));
+  const own = collectives.flatMap(({ ranks, sent }) => sent[ranks.indexOf(3)] ?? 0);
+  expect(own.reduce((a, b) => a + b, 0)).toBe(drawn.filter(({ tid }) => tid === 3).reduce(
+    (bytes, { args }) => bytes + (args!["bytes_sent"] as number), 0));
   trainer.dispose();
   mesh.dispose();
 });
@@ -73,17 +92,66 @@ test("under overlap two passes go hand in hand, around each exchange the other o
   expect(device.pool.liveBytes).toBe(before);
 });
 
-test("communication begins when its last rank is ready, and what is sent when its sender is", () => {
+test("communication begins when its last rank is ready, and what is sent when its sender is", async () => {
   const trace = new StepTrace(3);
+  const take = trace.reporter();
+  const stretch = (lane: Lane | null, milliseconds: number, sent: number[] | null = null) => take({
+    lane, milliseconds, clock: "gpu", kernels: [], traffic: lane && sent && {
+      kind: lane.what === "pp" ? "send" : "all_reduce", group: lane.what, algorithm: "direct",
+      ranks: lane.ranks, sent, backward: false,
+    },
+  });
   const compute = (rank: number, ms: number) =>
-    trace.add({ ranks: [rank], what: "work", kind: "compute", pass: "" }, ms);
-  compute(0, 5);
-  compute(1, 2);
-  trace.add({ ranks: [0, 1], what: "tp", kind: "communication", pass: "" }, 1);
-  trace.add({ ranks: [1, 2], what: "pp", kind: "communication", pass: "" }, 3);
-  compute(2, 1);
-  trace.add(null, 100);
-  expect(trace.events.map(({ rank, start, end }) => [rank, start, end])).toEqual(
-    [[0, 0, 5], [1, 0, 2], [0, 5, 6], [1, 5, 6], [1, 6, 9], [2, 6, 9], [2, 9, 10]]);
-  expect(trace.times[2]).toEqual({ rank: 2, compute: 1, communication: 3, idle: 6 });
+    stretch({ ranks: [rank], what: "work", kind: "compute", pass: "" }, ms);
+  await compute(0, 5);
+  await compute(1, 2);
+  const tp = { ranks: [0, 1], what: "tp", kind: "communication", pass: "update" } as const;
+  await stretch(tp, 1, [8, 8]);
+  await stretch(tp, 0.5); // its commands may run in pieces
+  await stretch({ ranks: [1, 2], what: "pp", kind: "communication", pass: "" }, 3, [4, 0]);
+  await compute(2, 1);
+  await stretch(null, 100);
+  expect(trace.events.map(({ rank, start, end }) => [rank, start, end])).toEqual([
+    [0, 0, 5], [1, 0, 2], [0, 5, 6], [1, 5, 6], [0, 6, 6.5], [1, 6, 6.5], [1, 6.5, 9.5], [2, 6.5, 9.5],
+    [2, 9.5, 10.5],
+  ]);
+  expect(trace.times[2]).toEqual({ rank: 2, compute: 1, communication: 3, idle: 6.5 });
+  expect(trace.collectives).toEqual([
+    {
+      kind: "all_reduce", group: "tp", algorithm: "direct", ranks: [0, 1], pass: "update", backward: false,
+      sent: [8, 8], bytes: 16, room: null, milliseconds: 1.5, clock: "gpu",
+    },
+    {
+      kind: "send", group: "pp", algorithm: "direct", ranks: [1, 2], pass: "", backward: false, sent: [4, 0],
+      bytes: 4, room: null, milliseconds: 3, clock: "gpu",
+    },
+  ]);
+});
+
+test("devices that take part tell of a collective together, and each of its own counts", async () => {
+  const trace = new StepTrace(2);
+  const view = (rank: number) => ({ rank }) as unknown as BufferView & { rank: number };
+  const counts = [view(0), view(1)];
+  let rows = 1;
+  const take = counts.map((own, rank) =>
+    trace.reporter((other) => other === own, () => Promise.resolve(Uint32Array.of(rows + rank).buffer)));
+  const lane = { ranks: [0, 1], what: "ep", kind: "communication", pass: "forward 0" } as const;
+  const traffic = {
+    kind: "all_to_all", group: "ep", algorithm: "direct", ranks: [0, 1], sent: [40, 40], backward: false,
+    counted: { counts, sent: (values: readonly ArrayLike<number>[]) => values.map((of) => 4 * of[0]!) },
+  };
+  const run = async (rank: number, clock: "gpu" | "host") => {
+    await take[rank]!({ lane, traffic, milliseconds: 2, clock, kernels: [] });
+    await take[rank]!({ lane: null, traffic: null, milliseconds: 1, clock: "gpu", kernels: [] });
+  };
+  // The first device is a replay ahead.
+  await run(0, "gpu");
+  rows = 5;
+  await run(0, "gpu");
+  rows = 1;
+  await run(1, "host");
+  rows = 5;
+  await run(1, "gpu");
+  expect(trace.collectives.map(({ sent, room, milliseconds, clock }) => [sent, room, milliseconds, clock]))
+    .toEqual([[[4, 8], 80, 4, "host"], [[20, 24], 80, 4, "gpu"]]);
 });

@@ -141,7 +141,7 @@ async function medianTime(device: Device, op: () => Tensor): Promise<number> {
 const CONSEQUENCES = {
   "shader-f16": "nothing is lost, since everything is computed in f32 so far",
   subgroups: "kernels use their plain variants",
-  "timestamp-query": "--trace is not available",
+  "timestamp-query": "--trace has the host's times, without kernels",
 } as const;
 
 function advise(adapters: readonly AdapterHandle[], chosen?: AdapterHandle, device?: Device): string[] {

@@ -16,8 +16,11 @@ import { readDocuments } from "../../train/data.node.ts";
 import { formatMetric } from "../../train/metrics.ts";
 import { makeRecipe, RECIPE, type Recipe } from "../../train/recipe.ts";
 import type { TrainingRun } from "../../train/run.ts";
-import type { RankTime, StepTrace } from "../../train/trace.ts";
+import {
+  collectiveLog, type CollectiveSum, type RankTime, type StepTrace, sumCollectives,
+} from "../../train/trace.ts";
 import { defineCommand } from "../args.ts";
+import { collectiveTable } from "../collective_table.ts";
 import { findConfig, findTokenizer, modelFolder } from "../models.ts";
 import { Progress } from "../progress.ts";
 import { colours, formatBytes, formatCount, wantsColour } from "../terminal.ts";
@@ -144,7 +147,12 @@ export const train = defineCommand({
     },
     trace: {
       type: "string", value: "FILE",
-      help: "Write a Chrome trace (opens in Perfetto): of the GPU's work, or with a layout of every rank's.",
+      help: "Write a Chrome trace of one step (opens in Perfetto): every rank's ops, kernels, collectives " +
+        "and waiting.",
+    },
+    logCollectives: {
+      type: "string", value: "FILE",
+      help: "Write the collectives of one step, a JSON line each: kind, group, ranks, bytes sent, time.",
     },
     json: { type: "boolean", help: "Print one JSON line per step to standard output." },
   },
@@ -169,10 +177,8 @@ export const train = defineCommand({
     const devices = await openRankDevices(worldOf(layout), options.ranksOn as RanksOn, options.adapter);
     const device = devices[0]!;
     const isSolo = worldOf(layout) === 1;
-    const profiler = options.trace && isSolo ? device.profile() : null;
-    if (options.trace && isSolo && !profiler) {
-      throw new KraitError(`The adapter ${device.info.id} offers no timestamps, which --trace needs.`);
-    }
+    const { trace: traceFile, logCollectives: logFile } = options;
+    let measured: CollectiveSum[] | null = null;
     const progress = new Progress({
       total: recipe.steps, start: doneBefore, silent: options.json, stream: stderr, env,
     });
@@ -217,9 +223,13 @@ export const train = defineCommand({
             note: skipped_steps > 0 ? `${skipped_steps} skipped` : undefined,
           });
         },
-        ...(options.trace && !isSolo ? {
-          onTrace(trace: StepTrace, { mesh }: TrainingRun) {
-            writeFileSync(options.trace!, trace.chromeTrace(mesh));
+        ...(traceFile || logFile ? {
+          onTrace(trace: StepTrace, { mesh }: TrainingRun, step: number) {
+            const { collectives } = trace;
+            measured = sumCollectives(collectives);
+            if (traceFile) writeFileSync(traceFile, trace.chromeTrace(mesh));
+            if (logFile) writeFileSync(logFile, collectiveLog(step, collectives));
+            if (isSolo) return;
             const share = (of: (time: RankTime) => number) => trace.times.map((time) =>
               `${Math.round(100 * of(time) / trace.length)}`).join(" ");
             say(`one step on the ranks' clocks: ${trace.length.toFixed(1)} ms; ` +
@@ -237,8 +247,11 @@ export const train = defineCommand({
         },
       });
       progress.done();
-      if (profiler && options.trace) {
-        writeFileSync(options.trace, await profiler.chromeTrace(device.info.name));
+      const sums = measured ?? sumCollectives(result.run.trainer.collectives);
+      if (options.json) {
+        if (sums.length > 0) stdout.write(`${JSON.stringify({ collectives: sums })}\n`);
+      } else if (sums.length > 0) {
+        say(`between ranks in ${measured ? "one" : "each"} step:\n${collectiveTable(sums)}`);
       }
       say(
         `checkpoint ${result.checkpoint}; peak memory ${formatBytes(bytesOn(devices, "peakBytes"))}; curve ` +
