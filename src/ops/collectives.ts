@@ -19,11 +19,12 @@ import { check } from "../tensor/check.ts";
 import { UsageError } from "../tensor/errors.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
 import { localsOf, shardedOf } from "../tensor/sharded.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import type { Tensor, TensorDType } from "../tensor/tensor.ts";
 import type { Device } from "../tensor/device.ts";
 import { onDevice, onDevices } from "../tensor/transfer.ts";
 import { copyColumns } from "./elementwise.ts";
 import { defineOp } from "./op.ts";
+import { inputsOf, MOST, movePieces, outputsOf, partsOf } from "./pieces.ts";
 
 /**
  * How bytes travel: from everyone to everyone who needs them, or from neighbour to neighbour. Of ranks on one
@@ -166,31 +167,35 @@ function checkSlices(op: string, [x]: readonly Tensor[], dim: number, g: number)
 }
 
 const WG = 64;
-const INPUTS = 6;
 
-/** y[r, c] = sum over xs of x[r, first + c], in order. */
+/** ys[j][r, c] = sum over xs of x[r, (first + j) * step + c], in order. Ranks of one device. */
 function sumColumns(
-  xs: readonly Tensor[], { rows, cols }: { rows: number; cols: number }, first: number, y: Tensor,
+  xs: readonly Tensor[], { rows, cols }: { rows: number; cols: number }, step: number,
+  ys: readonly Tensor[],
 ): void {
-  const width = y.size / Math.max(rows, 1);
-  const isWide = [cols, first, width].every((n) => n % 4 === 0);
+  const { size, device, dtype } = ys[0]!;
+  const width = size / Math.max(rows, 1);
+  const isWide = [cols, step, width].every((n) => n % 4 === 0);
   const unit = isWide ? 4 : 1;
-  const parts = Math.max(1, Math.ceil(width / unit / (y.device.info.isSoftware ? 16 : 2)));
-  for (let i = 0; i < xs.length; i += INPUTS) {
-    const inputs = xs.slice(i, i + INPUTS);
-    const at = (n: number) => inputs[n] ?? inputs[0]!;
-    launch("comm/sum", {
-      bind: { x0: at(0), x1: at(1), x2: at(2), x3: at(3), x4: at(4), x5: at(5), y },
-      params: {
-        rows, width: width / unit, cols: cols / unit, first: first / unit, parts, inputs: inputs.length,
-      },
-      constants: { WG },
-      conditions: [
-        ...isWide ? ["vec4" as const] : [], ...i > 0 ? ["more" as const] : [],
-        ...y.dtype === "f32" ? [] : ["integers" as const],
-      ],
-      workgroups: [width === 0 ? 0 : Math.ceil((rows * parts) / WG)],
-    });
+  const parts = partsOf(width / unit, device);
+  for (let j = 0; j < ys.length; j += MOST) {
+    const outputs = ys.slice(j, j + MOST);
+    for (let i = 0; i < xs.length; i += MOST) {
+      const inputs = xs.slice(i, i + MOST);
+      launch("comm/sum", {
+        bind: { ...inputsOf(inputs), ...outputsOf(outputs) },
+        params: {
+          rows, width: width / unit, cols: cols / unit, first: j * step / unit, step: step / unit, parts,
+          inputs: inputs.length, outputs: outputs.length,
+        },
+        constants: { WG },
+        conditions: [
+          ...isWide ? ["vec4" as const] : [], ...i > 0 ? ["more" as const] : [],
+          ...dtype === "f32" ? [] : ["integers" as const],
+        ],
+        workgroups: [width === 0 ? 0 : Math.ceil((rows * parts) / WG)],
+      });
+    }
   }
 }
 
@@ -222,23 +227,35 @@ export function circulated(xs: readonly Tensor[], algorithm: Algorithm): Tensor[
   return here;
 }
 
-/** What all ranks come to alike: one rank of each device makes it, the others copy it. */
-function alike(devices: readonly Device[], make: (rank: number) => Tensor): Tensor[] {
-  const made = new Map<Device, Tensor>();
-  return devices.map((device, rank) => {
-    const first = made.get(device);
-    if (first) return sent(first, device);
-    const y = make(rank);
-    made.set(device, y);
-    return y;
-  });
+/** What all ranks come to alike: one rank of each device makes it, for all of that device at once. */
+function alike(
+  devices: readonly Device[], make: (rank: number, count: number) => readonly Tensor[],
+): Tensor[] {
+  const ys: Tensor[] = [];
+  for (const device of new Set(devices)) {
+    const ranks = devices.flatMap((one, rank) => (one === device ? [rank] : []));
+    make(ranks[0]!, ranks.length).forEach((y, i) => {
+      ys[ranks[i]!] = y;
+    });
+  }
+  return ys;
+}
+
+/** So many tensors for what comes out. */
+function several(count: number, device: Device, shape: readonly number[], dtype: TensorDType): Tensor[] {
+  return Array.from({ length: count }, () => device.empty(shape, dtype));
+}
+
+/** The sum, as often as wanted. */
+function sumsOf(xs: readonly Tensor[], count: number): Tensor[] {
+  const { device, shape, dtype, size } = xs[0]!;
+  const ys = several(count, device, shape, dtype);
+  sumColumns(xs, { rows: 1, cols: size }, 0, ys);
+  return ys;
 }
 
 function sumOf(xs: readonly Tensor[]): Tensor {
-  const { device, shape, dtype, size } = xs[0]!;
-  const y = device.empty(shape, dtype);
-  sumColumns(xs, { rows: 1, cols: size }, 0, y);
-  return y;
+  return sumsOf(xs, 1)[0]!;
 }
 
 /** The sum on the device of the last rank: it goes from rank to rank, which keeps the order of additions. */
@@ -250,7 +267,7 @@ function sumAlong(xs: readonly Tensor[]): Tensor {
 function summed(xs: readonly Tensor[], algorithm: Algorithm): Tensor[] {
   if (algorithm === "direct" || isShared(xs)) {
     const here = circulated(xs, "direct");
-    return alike(xs.map(({ device }) => device), (rank) => sumOf(here[rank]!));
+    return alike(xs.map(({ device }) => device), (rank, count) => sumsOf(here[rank]!, count));
   }
   const ys = [sumAlong(xs)];
   for (const { device } of [...xs].reverse().slice(1)) ys.unshift(sent(ys[0]!, device));
@@ -260,36 +277,34 @@ function summed(xs: readonly Tensor[], algorithm: Algorithm): Tensor[] {
 /** Every rank's slice of the sum: in a ring the last rank, who has all of it, hands out the slices. */
 function summedSlices(xs: readonly Tensor[], dim: number, algorithm: Algorithm): Tensor[] {
   const g = xs.length;
+  const { device, shape, dtype } = xs[0]!;
   if (isShared(xs)) {
-    const matrix = blocks(xs[0]!.shape, dim);
-    return xs.map(({ device, shape, dtype }, i) => {
-      const y = device.empty(withExtent(shape, dim, shape[dim]! / g), dtype);
-      sumColumns(xs, matrix, i * (matrix.cols / g), y);
-      return y;
-    });
+    const matrix = blocks(shape, dim);
+    const ys = several(g, device, withExtent(shape, dim, shape[dim]! / g), dtype);
+    sumColumns(xs, matrix, matrix.cols / g, ys);
+    return ys;
   }
   if (algorithm === "ring") {
     const sum = sumAlong(xs);
-    return xs.map(({ device }, i) => onDevice(sliceOf(sum, dim, i, g), device));
+    return xs.map((x, i) => onDevice(sliceOf(sum, dim, i, g), x.device));
   }
-  return xs.map(({ device }, i) => sumOf(xs.map((x) => onDevice(sliceOf(x, dim, i, g), device))));
+  return xs.map((own, i) => sumOf(xs.map((x) => onDevice(sliceOf(x, dim, i, g), own.device))));
 }
 
 /** All ranks' slices side by side, on every rank. */
 function allSlices(xs: readonly Tensor[], dim: number, algorithm: Algorithm): Tensor[] {
   const here = circulated(xs, algorithm);
-  return alike(xs.map(({ device }) => device), (rank) => joined(here[rank]!, dim));
+  return alike(xs.map(({ device }) => device), (rank, count) => joined(here[rank]!, dim, count));
 }
 
-/** Slices side by side. */
-function joined(xs: readonly Tensor[], dim: number): Tensor {
+/** Slices side by side, as often as wanted. */
+function joined(xs: readonly Tensor[], dim: number, count = 1): Tensor[] {
   const { device, shape, dtype } = xs[0]!;
   const { rows, cols: width } = blocks(shape, dim);
-  const y = device.empty(withExtent(shape, dim, xs.length * shape[dim]!), dtype);
-  const cols = xs.length * width;
-  xs.forEach((x, i) => copyColumns(
-    rows, width, { tensor: x, cols: width, first: 0 }, { tensor: y, cols, first: i * width }));
-  return y;
+  const ys = several(count, device, withExtent(shape, dim, xs.length * shape[dim]!), dtype);
+  movePieces(xs, ys, { inner: rows, width }, { step: 0, row: width },
+    { step: width, row: xs.length * width });
+  return ys;
 }
 
 /** Slice i of g. */
@@ -303,7 +318,14 @@ function sliceOf(x: Tensor, dim: number, i: number, g: number): Tensor {
 
 /** Of every rank's tensor the slice that is its own. */
 function ownSlices(xs: readonly Tensor[], dim: number): Tensor[] {
-  return xs.map((x, i) => sliceOf(x, dim, i, xs.length));
+  const g = xs.length;
+  if (!isShared(xs)) return xs.map((x, i) => sliceOf(x, dim, i, g));
+  const { device, shape, dtype } = xs[0]!;
+  const { rows, cols } = blocks(shape, dim);
+  const ys = several(g, device, withExtent(shape, dim, shape[dim]! / g), dtype);
+  movePieces(xs, ys, { inner: rows, width: cols / g }, { step: cols / g, row: cols },
+    { step: 0, row: cols / g }, true);
+  return ys;
 }
 
 /** A gradient for every rank: zeros where an output was not used. */
@@ -425,27 +447,20 @@ function exchanged(xs: readonly Tensor[], cut: 1 | 2): Tensor[] {
   const g = xs.length;
   if (!isShared(xs)) {
     return xs.map(({ device }, j) =>
-      joined(xs.map((x) => onDevice(sliceOf(x, cut, j, g), device)), cut === 1 ? 2 : 1));
+      joined(xs.map((x) => onDevice(sliceOf(x, cut, j, g), device)), cut === 1 ? 2 : 1)[0]!);
   }
+  const { device, dtype } = xs[0]!;
   const [B, L, C] = xs[0]!.shape as [number, number, number];
-  return xs.map(({ device, dtype }, j) => {
-    const y = device.empty(cut === 2 ? [B, g * L, C / g] : [B, L / g, g * C], dtype);
-    xs.forEach((x, i) => {
-      if (cut === 1) {
-        const width = (L / g) * C;
-        for (let b = 0; b < B; b++) {
-          copyColumns(L / g, C, { tensor: x, cols: C, first: b * L * C + j * width },
-            { tensor: y, cols: g * C, first: b * L * C + i * C });
-        }
-        return;
-      }
-      for (let b = 0; b < B; b++) {
-        copyColumns(L, C / g, { tensor: x, cols: C, first: b * L * C + j * (C / g) },
-          { tensor: y, cols: C / g, first: (b * g + i) * L * (C / g) });
-      }
-    });
-    return y;
-  });
+  if (cut === 1) {
+    const ys = several(g, device, [B, L / g, g * C], dtype);
+    movePieces(xs, ys, { blocks: B, inner: L / g, width: C }, { step: (L / g) * C, block: L * C, row: C },
+      { step: C, block: L * C, row: g * C });
+    return ys;
+  }
+  const ys = several(g, device, [B, g * L, C / g], dtype);
+  movePieces(xs, ys, { blocks: B, inner: L, width: C / g }, { step: C / g, block: L * C, row: C },
+    { step: L * (C / g), block: L * C, row: C / g });
+  return ys;
 }
 
 const allToAll = defineOp({

@@ -18,7 +18,7 @@ export interface NormInput {
 
 /**
  * How rows are shared out: `rows` four to an invocation, the others one to a workgroup of so many. A
- * workgroup per row needs barriers, which are dear on a CPU; with only a few rows they are the smaller evil.
+ * workgroup per row needs barriers, which are dear on a CPU; for a few long rows they are the smaller evil.
  */
 type NormKernel = "rows" | "row_32" | "row_64" | "row_256";
 
@@ -38,7 +38,7 @@ const normTuning = defineTunable({
     return n > 256 ? ["row_64", "row_256"] : ["row_64"]; // vectors of four for every invocation
   },
   fallback: (device, { tokens, ngroups, n }) => {
-    if (device.info.isSoftware) return tokens * ngroups >= 64 ? "rows" : "row_32";
+    if (device.info.isSoftware) return tokens * ngroups < 8 && n >= 1024 ? "row_32" : "rows";
     return n > 1024 ? "row_256" : "row_64";
   },
   trial: (device, { tokens, ngroups, n, gated, training }) => trial(() => ({

@@ -10,6 +10,10 @@ export default opSamples({
     { name: "all of a vector", args: (r) => [r.normal([7]), 0, [[3, 4], [0, 3]]] },
     { name: "repeats, whole vec4s", args: (r) => [r.normal([3, 8]), 1, [[0, 4], [0, 4], [4, 4], [4, 4]]] },
     { name: "repeats, odd widths", args: (r) => [r.normal([2, 6, 1]), 1, [[3, 3], [3, 3], [3, 3]]] },
+    {
+      name: "series of ranges",
+      args: (r) => [r.normal([3, 12]), 1, [[0, 2], [6, 1], [9, 1], [2, 2], [7, 1], [10, 1], [4, 2], [8, 1]]],
+    },
     { name: "nothing", args: (r) => [r.normal([2, 6]), 1, []] },
   ],
   errors: [

@@ -42,14 +42,21 @@ export const LAYOUTS: readonly string[] = [
 ];
 
 /** Rows and positions of a micro-batch. */
-export const LAYOUT_SIZES = { batch: 2, seqlen: 32 } as const;
+export interface LayoutSizes {
+  readonly batch: number;
+  readonly seqlen: number;
+}
+
+export const LAYOUT_SIZES: LayoutSizes = { batch: 2, seqlen: 32 };
 
 /**
  * Micro-batches of random tokens, two documents a row.
  * @param ragged rows end early, each elsewhere: what is behind is not scored
  */
-export function layoutBatches(count: number, ragged = false): Batch[] {
-  const { batch, seqlen } = LAYOUT_SIZES;
+export function layoutBatches(
+  count: number, ragged = false, { batch, seqlen }: LayoutSizes = LAYOUT_SIZES,
+  vocab = LAYOUT_MODEL.vocab_size,
+): Batch[] {
   let state = 17;
   const next = () => {
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
@@ -57,7 +64,7 @@ export function layoutBatches(count: number, ragged = false): Batch[] {
   };
   return Array.from({ length: count }, (_, n) => {
     const ids = Int32Array.from(
-      { length: batch * (seqlen + 1) }, () => Math.floor(next() * LAYOUT_MODEL.vocab_size));
+      { length: batch * (seqlen + 1) }, () => Math.floor(next() * vocab));
     const rows = (value: (b: number, t: number) => number) =>
       Int32Array.from({ length: batch * seqlen }, (_value, i) => value(Math.floor(i / seqlen), i % seqlen));
     const cut = (b: number) => 9 + 5 * b + (n % 4);
