@@ -1,12 +1,19 @@
 // Matrices in strips, for the kernels of quantised values: which part of which matrix a workgroup takes, and
 // where its elements lie.
 //
-// The importing file declares x, y, tiles, table, jobs, params and WG, and V by the condition `vec4` (rows of
-// whole vectors). Conditions:
+// The importing file declares x (of X), y (of V), tiles, table, jobs, params and WG. Conditions:
+//   vec4     rows of whole vectors
+//   halves   x is bf16, two to a word
 //   jobs     many matrices in one launch: a record of 8 u32 per workgroup, the fields of Matrix
 //   grouped  blocks of a column start anew in every group of rows. Block b holds source rows
 //            tiles[b] = (group, first, end, 0) and becomes rows b * block .. of y, zeros past its end
 //   gather   source row s is row floor(table[s] / per) of x
+
+@if(vec4) alias V = vec4f;
+@else alias V = f32;
+@if(halves && vec4) alias X = vec2u;
+@elif(halves) alias X = u32;
+@else alias X = V;
 
 // A workgroup's part of a matrix: its first elements in x and y, its strips, and its entries of amax.
 struct Matrix {
@@ -28,10 +35,19 @@ fn matrix_of(group: u32) -> Matrix {
 
 fn load4(m: Matrix, row: u32, col: u32) -> vec4f {
   let at = m.x + row * m.cols + col;
-  @if(vec4) return x[at / 4u];
+  @if(halves && vec4) {
+    let pair = x[at / 4u];
+    return bitcast<vec4f>(vec4u(pair.x << 16u, pair.x & 0xffff0000u, pair.y << 16u, pair.y & 0xffff0000u));
+  }
+  @elif(vec4) return x[at / 4u];
   @else {
     var v = vec4f();
-    for (var i = 0u; i < 4u; i++) { if (col + i < m.cols) { v[i] = x[at + i]; } }
+    for (var i = 0u; i < 4u; i++) {
+      if (col + i < m.cols) {
+        @if(halves) v[i] = bitcast<f32>((x[(at + i) / 2u] >> ((at + i) % 2u * 16u)) << 16u);
+        @else v[i] = x[at + i];
+      }
+    }
     return v;
   }
 }

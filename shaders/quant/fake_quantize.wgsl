@@ -8,7 +8,7 @@
 //                 with 2^-floor(log2(max / amax)), or `whole_scale`: amax / max); bf16 has none
 //   the block     params.block neighbours in a row; `columns`: in a column; `square`: block x block. The last
 //                 of a line may be shorter. Without blocks the matrix is one row
-//   the rows      `grouped`, `gather` and `jobs` as in lib/strips
+//   the rows      `grouped`, `gather`, `jobs` and, for x in bf16, `halves` as in lib/strips
 //   `given`       scales[params.first] (of a job: its own) instead of what follows from the largest
 //                 magnitudes in amax
 //
@@ -17,15 +17,13 @@
 // Formats: src/tensor/formats.ts.
 
 import package::lib::index::workgroup_index;
-import package::lib::strips::{matrix_of, store4, fetch, magnitudes, largest_of, Matrix};
+import package::lib::strips::{matrix_of, store4, fetch, magnitudes, largest_of, Matrix, V, X};
 @if(bf16) import package::lib::half::bf16_bits;
 import package::lib::formats::{E4M3, E5M2, E2M1, element_value, element_code, scaled_code};
 import package::lib::exact::{exact_quotient, exact_product, quotient_code, random_quotient_code};
 @if(stochastic) import package::lib::philox::philox4x32;
 
 override WG: u32 = 16;
-@if(vec4) alias V = vec4f;
-@else alias V = f32;
 
 struct Params {
   rows: u32, cols: u32, block: u32,
@@ -35,7 +33,7 @@ struct Params {
   stream: u32, per: u32,
 }
 
-@group(0) @binding(0) var<storage, read> x: array<V>;
+@group(0) @binding(0) var<storage, read> x: array<X>;
 @group(0) @binding(1) var<storage, read_write> y: array<V>;
 @group(0) @binding(2) var<storage, read> amax: array<u32>;
 @group(0) @binding(3) var<storage, read> jobs: array<u32>;

@@ -1,7 +1,8 @@
 // The largest magnitudes of a matrix, which its scale follows from; and its columns rotated by the random
 // Hadamard transform.
 //
-// x f32 [rows, cols]; magnitudes are bits, which are ordered as the numbers are, NaN above all.
+// x f32 [rows, cols], or bf16 with `halves`; magnitudes are bits, which are ordered as the numbers are, NaN
+// above all.
 // largest  a stretch of x: one entry of partial per workgroup; `accumulate`: unless a larger one is there
 // rotate   y = columns of x, 16 rows at a time, times diag(signs) H / 4, rounded to bf16. H[i][j] is
 //          (-1)^popcount(i and j); signs are + + + - + - - - - - - + - + - -. partial gets the largest
@@ -11,11 +12,9 @@
 // Source: "Pretraining Large Language Models with NVFP4" (2025).
 
 import package::lib::index::workgroup_index;
-import package::lib::strips::{matrix_of, load4, store4, fetch, magnitudes, largest_of, Matrix};
+import package::lib::strips::{matrix_of, load4, store4, fetch, magnitudes, largest_of, Matrix, V, X};
 
 override WG: u32 = 16;
-@if(vec4) alias V = vec4f;
-@else alias V = f32;
 
 struct Params {
   rows: u32, cols: u32,
@@ -27,7 +26,7 @@ struct Params {
   per: u32,
 }
 
-@group(0) @binding(0) var<storage, read> x: array<V>;
+@group(0) @binding(0) var<storage, read> x: array<X>;
 @group(0) @binding(1) var<storage, read_write> y: array<V>;
 @group(0) @binding(2) var<storage, read_write> partial: array<u32>;
 @group(0) @binding(3) var<storage, read> jobs: array<u32>;

@@ -2443,7 +2443,7 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: ["bf16","block_scale","columns","e4m3","e5m2","e8m0","floor_scale","gather","given","grouped","jobs","nvfp4","square","stochastic","tensor_scale","vec4","whole_scale"],
+    conditions: ["bf16","block_scale","columns","e4m3","e5m2","e8m0","floor_scale","gather","given","grouped","halves","jobs","nvfp4","square","stochastic","tensor_scale","vec4","whole_scale"],
     entries: {
       values: ["amax","jobs","params","random","scales","table","tiles","x","y"],
     },
@@ -2471,7 +2471,7 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: ["accumulate","gather","grouped","jobs","vec4"],
+    conditions: ["accumulate","gather","grouped","halves","jobs","vec4"],
     entries: {
       largest: ["jobs","params","partial","x"],
       rotate: ["jobs","params","partial","table","tiles","x","y"],

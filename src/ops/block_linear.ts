@@ -7,7 +7,7 @@ import { sizeOf } from "../tensor/ndarray.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { randomTensor, trial } from "../tensor/trial.ts";
-import { groupedTiles, product } from "./gemm.ts";
+import { evenOffsets, groupedTiles, product } from "./gemm.ts";
 import { defineOp, type Op } from "./op.ts";
 import { productKernel, tileRows } from "./product_kernels.ts";
 import { blockConditions, dequantize_blocks, outerScale, quantize, valueShape } from "./quantize.ts";
@@ -40,6 +40,8 @@ interface Saved {
 
 /** Up to so many rows a product reads the weights once per row: decoding. */
 const FEW_ROWS = { software: 2, hardware: 4, grouped: 8 } as const;
+/** So many are measured so. */
+const FEW_TRIED = { one: 16, grouped: 64 } as const;
 /** From so many outputs on an invocation of block_matvec_quad takes eight rows of q4 weights. */
 const ROWS8_FROM = 512;
 
@@ -131,7 +133,10 @@ export const grouped_linear_blocks = defineOp({
         offsets);
     const y = x.device.empty([S, N]);
     ctx.save({ codes, scales, shape: x.shape, format, global, offsets, squared: null });
-    record({ kernel: kernel ?? kernelFor(x.device, S, true), x, codes, scales, y, format, global, offsets });
+    record({
+      kernel: kernel ?? choose(x.device, groupedBlockTuning, { rows: S, experts: E, n: N, k: K, format }), x,
+      codes, scales, y, format, global, offsets,
+    });
     return y;
   },
   backward({ codes, scales, shape, format, global, offsets }: Saved, [dy], needs) {
@@ -157,14 +162,9 @@ type BlockShape = {
 const blockTuning = defineTunable({
   name: "quant/product",
   classOf: (shape: BlockShape) => ({
-    ...shape, m: bucket(shape.m), n: bucket(shape.n),
-    k: Math.max(shape.format === "fp8_blockwise" ? 128 : 32, bucket(shape.k)),
+    ...shape, m: bucket(shape.m), n: bucket(shape.n), k: wholeBlocks(shape),
   }),
-  candidates: (device: Device, { m }): BlockKernel[] => [
-    ...(device.hasSubgroups ? ["block_quad" as const] : []), "block_tile" as const,
-    ...(m > 16 ? [] : ["block_matvec" as const]),
-    ...(m > 16 || !device.hasSubgroups ? [] : ["block_matvec_quad" as const]),
-  ],
+  candidates: (device: Device, { m }) => blockKernels(device, m <= FEW_TRIED.one),
   fallback: (device, { m }) => kernelFor(device, m),
   trial: (device, { m, n, k, format }) => trial(() => {
     const weight = scope(() => quantize(randomTensor(device, [n, k], 1, k ** -0.5), format as BlockFormat));
@@ -176,6 +176,45 @@ const blockTuning = defineTunable({
   }),
   tolerance: ({ k }) => 8 * Math.sqrt(Math.max(k, 1)) * 2 ** -24,
 });
+
+type GroupedBlockShape = {
+  readonly rows: number; readonly experts: number; readonly n: number; readonly k: number;
+  readonly format: string;
+};
+
+/** The kernel of a product of experts. */
+const groupedBlockTuning = defineTunable({
+  name: "quant/grouped",
+  classOf: (shape: GroupedBlockShape) => ({
+    ...shape, rows: bucket(shape.rows), experts: bucket(shape.experts, 256), n: bucket(shape.n),
+    k: wholeBlocks(shape),
+  }),
+  candidates: (device: Device, { rows }) => blockKernels(device, rows <= FEW_TRIED.grouped),
+  fallback: (device, { rows }) => kernelFor(device, rows, true),
+  trial: (device, { rows, experts, n, k, format }) => trial(() => ({
+    x: randomTensor(device, [rows, k]), offsets: evenOffsets(device, rows, experts),
+    weight: scope(() =>
+      quantize(randomTensor(device, [experts, n, k], 1, k ** -0.5), format as BlockFormat)),
+  }), ({ x, offsets, weight: { codes, scales, global } }, kernel: BlockKernel) => {
+    const y = device.empty([rows, n]);
+    record({ kernel, x, codes, scales, global, y, format: format as BlockFormat, offsets });
+    return y;
+  }),
+  tolerance: ({ k }) => 8 * Math.sqrt(Math.max(k, 1)) * 2 ** -24,
+});
+
+function wholeBlocks({ k, format }: { readonly k: number; readonly format: string }): number {
+  return Math.max(format === "fp8_blockwise" ? 128 : 32, bucket(k));
+}
+
+/** What the device can run; of `few` rows those too that take them one by one. */
+function blockKernels(device: Device, few: boolean): BlockKernel[] {
+  return [
+    ...(device.hasSubgroups ? ["block_quad" as const] : []), "block_tile" as const,
+    ...(few ? ["block_matvec" as const] : []),
+    ...(few && device.hasSubgroups ? ["block_matvec_quad" as const] : []),
+  ];
+}
 
 /** The kernel that suits the adapter. */
 function kernelFor(device: Device, rows: number, grouped = false): BlockKernel {

@@ -256,7 +256,7 @@ export function fakeValues(x: Tensor, options: FakeQuantizeOptions, magnitudes: 
   return y;
 }
 
-/** A matrix, or a stack of them with a scale each, of a batch; x and y are tensors of one shape. */
+/** A matrix, or a stack of them with a scale each, of a batch: x f32 or bf16, y f32 of the same shape. */
 export interface FakeJob {
   readonly x: Tensor;
   readonly y: Tensor;
@@ -290,7 +290,7 @@ export class FakeBatch {
     const number = (storage: unknown) =>
       numbers.get(storage) ?? numbers.set(storage, numbers.size).get(storage)!;
     for (const job of jobs) {
-      const key = `${number(job.x.storage)} ${number(job.y.storage)}`;
+      const key = `${job.x.dtype} ${number(job.x.storage)} ${number(job.y.storage)}`;
       groups.set(key, [...(groups.get(key) ?? []), job]);
     }
     unscoped(() => {
@@ -315,10 +315,12 @@ export class FakeBatch {
     const { WG, groups: wanted, partials } = spreadOf(device);
     const [x, y] = [this.#whole(device, jobs.map((job) => job.x)), this.#whole(
       device, jobs.map((job) => job.y))];
+    const halves = x.dtype === "bf16";
     const matrices = jobs.flatMap((job) => {
       const [rows, cols] = job.x.shape.slice(-2) as [number, number];
       return Array.from({ length: job.x.size / (rows * cols) }, (_, i) => ({
-        rows, cols, slot: job.slot + i, x: (job.x.byteOffset - x.byteOffset) / 4 + i * rows * cols,
+        rows, cols, slot: job.slot + i,
+        x: (job.x.byteOffset - x.byteOffset) / (halves ? 2 : 4) + i * rows * cols,
         y: (job.y.byteOffset - y.byteOffset) / 4 + i * rows * cols,
       }));
     });
@@ -360,7 +362,10 @@ export class FakeBatch {
               per: 1,
           },
           constants: { WG }, workgroups: [measures.count],
-          conditions: ["jobs", ...(given ? ["accumulate" as const] : []), ...(wide ? ["vec4" as const] : [])],
+          conditions: [
+            "jobs", ...(given ? ["accumulate" as const] : []), ...(wide ? ["vec4" as const] : []),
+            ...(halves ? ["halves" as const] : []),
+          ],
         });
       }
       launch("quant/fake_quantize", {
@@ -375,7 +380,7 @@ export class FakeBatch {
         constants: { WG }, workgroups: [records.count],
         conditions: [
           "jobs", ...conditions, ...shapeConditions(block, blocks), ...(wide ? ["vec4" as const] : []),
-          ...(given ? ["given" as const] : []),
+          ...(given ? ["given" as const] : []), ...(halves ? ["halves" as const] : []),
           ...(options.scale_rule === "floor" ? ["floor_scale" as const] : []),
           ...(options.whole_scale ? ["whole_scale" as const] : []),
         ],
@@ -387,9 +392,10 @@ export class FakeBatch {
   #whole(device: Device, tensors: readonly Tensor[]): Tensor {
     const begin = Math.min(...tensors.map(({ byteOffset }) => byteOffset));
     const end = Math.max(...tensors.map(({ byteOffset, byteLength }) => byteOffset + byteLength));
-    const { storage } = tensors[0]!;
+    const { storage, dtype } = tensors[0]!;
     device.pool.retain(storage);
-    return this.#hold(new Tensor(device, storage, begin, [Math.ceil((end - begin) / 16) * 4], "f32"));
+    const each = dtype === "f32" ? 4 : 8;
+    return this.#hold(new Tensor(device, storage, begin, [Math.ceil((end - begin) / 16) * each], dtype));
   }
 
   #hold(tensor: Tensor): Tensor {

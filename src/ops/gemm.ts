@@ -240,6 +240,12 @@ export function conditions<C extends string>(held: Readonly<Record<C, boolean>>)
 /** What happens to the elements of a product before they are stored, as in `Product`. */
 export type Epilogue = Pick<Product, "bias" | "relu2" | "residual">;
 
+/** Where the rows of experts begin that have as many as one another, for trials: u32 [experts + 1]. */
+export function evenOffsets(device: Device, rows: number, experts: number): Tensor {
+  const ends = Uint32Array.from({ length: experts + 1 }, (_, e) => Math.floor((e * rows) / experts));
+  return device.tensor(ends, [experts + 1]);
+}
+
 /** Cuts the rows of every expert into tiles: u32 [count, 4] of (expert, first row, end row, 0). */
 export function groupedTiles(offsets: Tensor, rows: number, tile_rows: number): Tensor {
   const experts = offsets.size - 1;

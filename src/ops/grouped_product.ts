@@ -5,7 +5,7 @@ import { localsOf, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { randomTensor, trial } from "../tensor/trial.ts";
 import {
-  converted, dtypesOf, dtypesText, type FloatDType, groupedTiles, product, productTolerance,
+  converted, dtypesOf, dtypesText, evenOffsets, type FloatDType, groupedTiles, product, productTolerance,
 } from "./gemm.ts";
 import { isVectorKernel, readsInVectors, type VectorKernel, vectorProduct } from "./matvec.ts";
 import { moe_permute } from "./moe.ts";
@@ -80,11 +80,10 @@ const groupedTuning = defineTunable({
     const deviation = (pass === "inputs" ? n : k) ** -0.25;
     const make = (shape: number[], stream: number, dtype: string) =>
       converted(randomTensor(device, shape, stream, deviation), dtype as FloatDType);
-    const ends = Uint32Array.from({ length: experts + 1 }, (_, e) => Math.floor((e * rows) / experts));
     return {
       left: make([rows, pass === "forward" ? k : n], 0, formats.a),
       right: make(pass === "weights" ? [rows, k] : [experts, n, k], 1, formats.b),
-      offsets: device.tensor(ends, [experts + 1]),
+      offsets: evenOffsets(device, rows, experts),
     };
   }, ({ left, right, offsets }, kernel: GroupedKernel) => {
     const shape = pass === "weights" ? [experts, n, k] : [rows, pass === "inputs" ? k : n];

@@ -8,7 +8,7 @@ import { DTypeError } from "../tensor/errors.ts";
 import { scope } from "../tensor/scope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { randomTensor, trial } from "../tensor/trial.ts";
-import { groupedTiles } from "./gemm.ts";
+import { evenOffsets, groupedTiles } from "./gemm.ts";
 import { defineOp } from "./op.ts";
 import { blockConditions, outerScale, quantize, valueShape } from "./quantize.ts";
 
@@ -68,7 +68,8 @@ export const packed_product = defineOp({
     const { device } = x_codes;
     const y = device.empty([M, N]);
     record({
-      kernel: kernel ?? (offsets ? kernelFor(device)
+      kernel: kernel ?? (offsets
+        ? choose(device, groupedPackedTuning, { rows: M, experts: E, n: N, k: K, format })
         : choose(device, packedTuning, { m: M, n: N, k: K, format })),
       x: { codes: x_codes, scales: x_scales, format: xFormat, global: xGlobal },
       weight: { codes, scales, format, global }, offsets, y, k: K,
@@ -138,12 +139,9 @@ type PackedShape = {
 const packedTuning = defineTunable({
   name: "quant/packed_product",
   classOf: (shape: PackedShape) => ({
-    ...shape, m: bucket(shape.m), n: bucket(shape.n),
-    k: Math.max(shape.format === "fp8_blockwise" ? 128 : 32, bucket(shape.k)),
+    ...shape, m: bucket(shape.m), n: bucket(shape.n), k: wholeBlocks(shape),
   }),
-  candidates: (device: Device): PackedKernel[] => [
-    ...(device.hasSubgroups ? ["packed_quad" as const] : []), "packed_tile",
-  ],
+  candidates: (device: Device) => packedKernels(device),
   fallback: (device) => kernelFor(device),
   trial: (device, { m, n, k, format }) => trial(() => {
     const packed = (rows: number, stream: number) =>
@@ -156,6 +154,43 @@ const packedTuning = defineTunable({
   }),
   tolerance: ({ k }) => 8 * Math.sqrt(Math.max(k, 1)) * 2 ** -24,
 });
+
+type GroupedPackedShape = {
+  readonly rows: number; readonly experts: number; readonly n: number; readonly k: number;
+  readonly format: string;
+};
+
+/** The kernel of a product of experts. */
+const groupedPackedTuning = defineTunable({
+  name: "quant/grouped_packed",
+  classOf: (shape: GroupedPackedShape) => ({
+    ...shape, rows: bucket(shape.rows), experts: bucket(shape.experts, 256), n: bucket(shape.n),
+    k: wholeBlocks(shape),
+  }),
+  candidates: (device: Device) => packedKernels(device),
+  fallback: (device) => kernelFor(device),
+  trial: (device, { rows, experts, n, k, format }) => trial(() => {
+    const packed = (shape: number[], stream: number) =>
+      scope(() => quantize(randomTensor(device, shape, stream, k ** -0.25), format as BlockFormat));
+    return {
+      x: packed([rows, k], 0), weight: packed([experts, n, k], 1),
+      offsets: evenOffsets(device, rows, experts),
+    };
+  }, ({ x, weight, offsets }, kernel: PackedKernel) => {
+    const y = device.empty([rows, n]);
+    record({ kernel, x, weight, y, k, offsets });
+    return y;
+  }),
+  tolerance: ({ k }) => 8 * Math.sqrt(Math.max(k, 1)) * 2 ** -24,
+});
+
+function wholeBlocks({ k, format }: { readonly k: number; readonly format: string }): number {
+  return Math.max(format === "fp8_blockwise" ? 128 : 32, bucket(k));
+}
+
+function packedKernels(device: Device): PackedKernel[] {
+  return [...(device.hasSubgroups ? ["packed_quad" as const] : []), "packed_tile"];
+}
 
 function kernelFor(device: Device): PackedKernel {
   return device.info.isSoftware && device.hasSubgroups ? "packed_quad" : "packed_tile";

@@ -125,10 +125,6 @@ export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key]
       "master", recipe.weights === "bf16" || recipe.master === "f32",
       "f32 for weights that are f32 and thus their own masters",
     ],
-    [
-      "weights", recipe.weights === "f32" || recipe.precision === "f32",
-      `f32 for precision ${recipe.precision}`,
-    ],
     ["moments", Object.hasOwn(MOMENT_DTYPES, recipe.moments), Object.keys(MOMENT_DTYPES).join(", ")],
     ["weight_decay", recipe.weight_decay >= 0, "at least 0"],
     ...(["aux_coeff", "aux_loss", "global_aux_loss", "z_loss"] as const).map(

@@ -12,6 +12,8 @@ const SMALL: Readonly<Record<string, string | readonly string[]>> = {
   "matmul/grouped": "pass=forward rows=32 experts=4 n=16 k=32 dtypes=f32.f16.f32",
   "quant/product": "m=2 n=64 k=64 format=q4",
   "quant/packed_product": "m=2 n=64 k=64 format=nvfp4",
+  "quant/grouped": "rows=8 experts=4 n=32 k=64 format=q4",
+  "quant/grouped_packed": "rows=8 experts=4 n=32 k=64 format=nvfp4",
   "norm/rms_norm": [
     "tokens=8 ngroups=2 n=64 gated=true training=true",
     "tokens=64 ngroups=1 n=512 gated=false training=false",

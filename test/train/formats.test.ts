@@ -104,7 +104,6 @@ describe.each(FORMATS)("%s", (_, formats) => {
 test("formats that do not exist, or do not go together, are refused", () => {
   expect(() => makeRecipe({ moments: "4bit" as never })).toThrow(/moments must be f32, bf16, 8bit.*4bit/);
   expect(() => makeRecipe({ weights: "fp8" as never })).toThrow(/weights must be f32 or bf16, found fp8/);
-  expect(() => makeRecipe({ weights: "bf16", precision: "nvfp4" })).toThrow(/weights must be f32 for.*nvfp4/);
   expect(() => makeRecipe({ master: "none" })).toThrow(/master must be f32 for.*found none/);
 });
 

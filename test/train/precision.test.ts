@@ -4,6 +4,7 @@ import { localFileLayer } from "../../src/io/files.node.ts";
 import { NemotronH } from "../../src/models/nemotron_h.ts";
 import { createParameters } from "../../src/models/parameters.ts";
 import { preset } from "../../src/models/presets.ts";
+import { cast } from "../../src/ops/cast.ts";
 import { fake_quantize, FakeBatch, type FakeQuantizeOptions } from "../../src/ops/fake_quantize.ts";
 import { grouped_linear } from "../../src/ops/grouped_linear.ts";
 import { linear } from "../../src/ops/linear.ts";
@@ -36,13 +37,15 @@ interface Changes {
   readonly steps?: number;
   readonly accumulate?: number;
   readonly recompute?: string;
+  readonly weights?: "bf16";
+  readonly master?: "f32" | "none";
 }
 
 function start(precision: string, without = "", more: Changes = {}) {
   const recipe = makeRecipe({
     steps: 12, batch: 2, seqlen: 20, warmup: 2, decay: 2, lr: 5e-3, precision, without, ...more,
   });
-  const model = new NemotronH(config, createParameters(device, config, 1));
+  const model = new NemotronH(config, createParameters(device, config, 1, recipe.weights));
   const run = new TrainingRun(model, recipe, corpus, corpus);
   return {
     run, recipe,
@@ -252,6 +255,34 @@ test("a batch of weights rounds each as if it were alone", async () => {
       }
     }
     batch.dispose();
+    // Halves are rounded as the same numbers in f32.
+    const halves = x.map((tensor) => unscoped(() => cast(tensor, "bf16")));
+    const from = new FakeBatch(
+      device, halves.map((tensor, i) => ({ x: tensor, y: y[i]!, slot: 0 })), options);
+    scope(() => from.record());
+    for (const [i, tensor] of halves.entries()) {
+      const found = await y[i]!.read();
+      const [rows, cols] = shapes[i]!.slice(-2) as [number, number];
+      const values = await cast(tensor, "f32").read() as Float32Array;
+      for (let at = 0; at < values.length; at += rows * cols) {
+        const alone = fake_quantize(device.tensor(values.slice(at, at + rows * cols), [rows, cols]), options);
+        expect(found.slice(at, at + rows * cols)).toEqual(await alone.read());
+      }
+    }
+    from.dispose();
+  }
+});
+
+test("weights stored in bf16 are rounded as they are stored, with masters and without", async () => {
+  for (const [master, recipe] of [["f32", "nvfp4"], ["none", "fp8-delayed"]] as const) {
+    const before = device.pool.liveBytes;
+    const more = { weights: "bf16", master } as const;
+    const found = await losses(recipe, "", 6, more);
+    expect(device.pool.liveBytes).toBe(before);
+    expect(await losses(recipe, "", 2, more)).toEqual([...found.slice(0, 2), expect.any(Number)]);
+    const whole = await losses(recipe, "", 6);
+    expect(found).not.toEqual(whole);
+    whole.forEach((loss, i) => expect(Math.abs(loss / found[i]! - 1)).toBeLessThan(0.02));
   }
 });
 
