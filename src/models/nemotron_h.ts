@@ -240,7 +240,7 @@ export class NemotronH {
     // The first layers of a stage are not these.
     const { recompute } = context;
     const inside = recompute && recompute.first < Infinity
-      ? { ...context, recompute: RECOMPUTE_OFF } : context;
+      ? { ...context, recompute: { ...recompute, layers: 0 } } : context;
     const x = mtp.input(this.embed(next_ids), h);
     return mtp.output(runBlocks(mtp.blocks, x, inside, cache && cache.mtp));
   }

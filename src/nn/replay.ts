@@ -1,3 +1,4 @@
+import { localsOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 
 /**
@@ -11,7 +12,7 @@ export class RouterReplay {
   /** @param choices u32 (tokens, topk) of every call to come; default: they are recorded */
   constructor(choices?: readonly Tensor[]) {
     if (!choices) return;
-    for (const choice of choices) this.#choices.push(choice.retain());
+    for (const choice of choices) this.record(choice);
     this.#next = 0;
   }
 
@@ -37,10 +38,12 @@ export class RouterReplay {
   }
 
   record(choice: Tensor): void {
-    this.#choices.push(choice.retain());
+    // What several ranks have was perhaps given up as a whole already, and only its parts are kept.
+    for (const local of localsOf(choice)) local.retain();
+    this.#choices.push(choice);
   }
 
   dispose(): void {
-    for (const choice of this.#choices.splice(0)) choice.release();
+    for (const local of this.#choices.splice(0).flatMap(localsOf)) local.release();
   }
 }

@@ -29,6 +29,11 @@ export interface SsdScanOptions {
  */
 type Arrangement = "walk" | "chunks";
 
+/** How this device scans. `seqlen` and `heads` are those of one call. */
+export function scanArrangement(device: Device, shape: ScanShape): Arrangement {
+  return choose(device, scanTuning, shape);
+}
+
 /** `heads`: of all rows; `training`: the backward pass counts, too. */
 type ScanShape = Readonly<Record<"heads" | "seqlen" | "headdim" | "dstate" | "chunk_size", number>> & {
   readonly training: boolean;
@@ -86,7 +91,7 @@ export function ssd_scan(
     // gradients must compute the same as the first time.
     heads: batch * nheads, seqlen, headdim, dstate: B.shape[3] ?? 0, chunk_size, training: A_log.requiresGrad,
   };
-  return ARRANGEMENTS[choose(x.device, scanTuning, shape)](x, dt_raw, A_log, B, C, D, dt_bias, options);
+  return ARRANGEMENTS[scanArrangement(x.device, shape)](x, dt_raw, A_log, B, C, D, dt_bias, options);
 }
 
 const ARRANGEMENTS: Readonly<Record<Arrangement, typeof ssd_scan>> = {

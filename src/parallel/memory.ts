@@ -5,22 +5,17 @@
  * that hold the same parameters keeps 1/d of the state), activations what the backward pass of each kind of
  * layer reads, times the micro-batches that a stage holds at a time. Widths of number formats are options.
  */
+import type { Recompute as Modules } from "../nn/recompute.ts";
+import {
+  type ActivationPart, type Kept, keptAround, keptBy, type KraitKernels, type MemoryLayout, tokensOf,
+} from "./kept.ts";
 import type { StepSizes } from "./layout.ts";
 import { addShares, countEqual, layerShares, mtpShares } from "./model_shape.ts";
 import type { ModelShape, ParameterShares, ShapeLayer } from "./model_shape.ts";
+import { scheduleOf } from "./schedule.ts";
 
-/** What the memory of a layout depends on: a Layout has these. */
-export interface MemoryLayout {
-  readonly tp: number;
-  readonly cp: number;
-  readonly dp: number;
-  readonly pp: number;
-  readonly ep: number;
-  readonly etp: number;
-  readonly edp: number;
-  readonly vpp: number;
-  readonly sp: boolean;
-}
+export type { MemoryLayout } from "./kept.ts";
+export { tokensOf } from "./kept.ts";
 
 /** What the backward pass computes again instead of keeping it. */
 export const RECOMPUTES = ["none", "selective", "moe", "full"] as const;
@@ -29,6 +24,17 @@ export const RECOMPUTES = ["none", "selective", "moe", "full"] as const;
  * whole layers of experts with their exchange; `full`: all but the inputs of the layers.
  */
 export type Recompute = (typeof RECOMPUTES)[number];
+
+/** Layers that run again as wholes, and modules that do: names of `Kept.again`. */
+export type Again = Pick<Modules, "layers" | "first"> & { readonly modules: ReadonlySet<string> };
+
+const SELECTIVE = ["layernorm", "activations", "mla_up_proj"];
+const LEVELS: Readonly<Record<Recompute, Again>> = {
+  none: { layers: 0, first: 0, modules: new Set() },
+  selective: { layers: 0, first: 0, modules: new Set(SELECTIVE) },
+  moe: { layers: 0, first: 0, modules: new Set([...SELECTIVE, "moe"]) },
+  full: { layers: 1, first: Infinity, modules: new Set() },
+};
 
 /** Bytes of one number. */
 export interface Widths {
@@ -57,7 +63,10 @@ export const F32_TRAINING: Widths = {
 
 export interface MemoryOptions {
   readonly widths: Widths;
-  readonly recompute: Recompute;
+  /** A level of the published kernels, or what `krait train --recompute` says. */
+  readonly recompute: Recompute | Again;
+  /** What Krait's own kernels keep, instead of what published ones do. */
+  readonly krait?: KraitKernels;
   /** What data-parallel ranks share among them: nothing, the optimiser's state, or everything (FSDP). */
   readonly sharding: "none" | "optimizer" | "all";
   /** Which layers lie where; default: as many layers on each chunk, the first ones one more. */
@@ -70,22 +79,15 @@ export interface Chunk {
   readonly embedding: boolean;
   /** Final norm, head, loss and prediction block. */
   readonly head: boolean;
+  /** Of these, where they lie elsewhere than the head. */
+  readonly norm?: boolean;
+  readonly mtp?: boolean;
 }
 /** The chunks of each pipeline rank, in the order in which they run. */
 export type Pipeline = readonly (readonly Chunk[])[];
 
-/** What the backward pass keeps, by what it belongs to. */
-export interface ActivationParts {
-  readonly mamba: number;
-  readonly attention: number;
-  readonly mlp: number;
-  readonly router: number;
-  readonly experts: number;
-  readonly shared: number;
-  readonly embedding: number;
-  /** Input of the head, logits and prediction block. */
-  readonly head: number;
-}
+/** What the backward pass keeps, by what it belongs to. `head`: its input, logits and prediction block. */
+export type ActivationParts = Readonly<Record<ActivationPart, number>>;
 
 export interface RankMemory {
   /** Position in the pipeline. */
@@ -148,12 +150,6 @@ export function rankMemory(
   return { rank, ...parts, activations, buffers, total };
 }
 
-/** Tokens of a rank in a micro-batch: of the sequence's part under cp, and of that the part under tp. */
-export function tokensOf({ tp, cp, sp }: MemoryLayout, { batch, seqlen }: StepSizes) {
-  const whole = (batch * seqlen) / cp;
-  return { whole, cut: sp ? whole / tp : whole };
-}
-
 function chunkShares(shape: ModelShape, chunks: readonly Chunk[]): ParameterShares {
   const table = shape.vocab * shape.hidden;
   return addShares(chunks.flatMap(({ layers, embedding, head }) => [
@@ -177,25 +173,75 @@ function chunkActivations(
   shape: ModelShape, layout: MemoryLayout, sizes: StepSizes, options: MemoryOptions,
   chunks: readonly Chunk[], rank: number,
 ): ActivationParts {
+  if (options.krait) return peakActivations(shape, layout, sizes, options, chunks, rank);
   const live = liveMicroBatches(layout, sizes.micro_batches, rank);
   const sum = { ...NO_ACTIVATIONS };
-  const add = (parts: Partial<ActivationParts>, times: number): void => {
-    for (const [part, bytes] of Object.entries(parts)) sum[part as keyof ActivationParts] += bytes * times;
-  };
   const tokens = tokensOf(layout, sizes);
   const { widths } = options;
   const partsOf = (layer: ShapeLayer) => layerActivations(shape.hidden, layer, layout, sizes, options);
   const counts = countEqual(chunks.flatMap(({ layers }) => layers));
-  for (const [layer, count] of counts) add(partsOf(layer), count * live);
-  if (chunks.some(({ embedding }) => embedding)) add({ embedding: 8 * tokens.whole }, live);
+  for (const [layer, count] of counts) add(sum, partsOf(layer), count * live);
+  if (chunks.some(({ embedding }) => embedding)) add(sum, { embedding: 8 * tokens.whole }, live);
   if (chunks.some(({ head }) => head)) {
     // The last chunk's backward pass follows its forward pass at once.
-    for (const layer of shape.mtp) add({ head: total(partsOf(layer)) }, shape.mtpDepths);
+    for (const layer of shape.mtp) add(sum, { head: total(partsOf(layer)) }, shape.mtpDepths);
     const logits = (tokens.whole * shape.vocab * widths.logit) / layout.tp;
     const inputs = 2 * tokens.cut * shape.hidden * widths.activation;
-    add({ head: (inputs + logits) * (1 + shape.mtpDepths) }, 1);
+    add(sum, { head: (inputs + logits) * (1 + shape.mtpDepths) }, 1);
   }
   return sum;
+}
+
+/** What is alive on a rank of Krait's schedule when that is most. */
+function peakActivations(
+  shape: ModelShape, layout: MemoryLayout, sizes: StepSizes, options: MemoryOptions,
+  chunks: readonly Chunk[], rank: number,
+): ActivationParts {
+  const each = chunks.map((chunk) => onePass(shape, layout, sizes, options, chunk));
+  const { pp, vpp, micro_batch_group = pp, overlap = false } = layout;
+  const passes = pp === 1 && !overlap ? []
+    : scheduleOf({ pp, vpp, micro_batch_group, overlap }, sizes.micro_batches).ranks[rank]!;
+  const alive = chunks.map(() => 0);
+  let most = { bytes: 0, alive: chunks.map(() => 1) };
+  // Of two passes at once the one that goes back is counted first, as measured: it frees what the other takes.
+  const order = passes.toSorted((a, b) => (a.pair === undefined || a.pair !== b.pair ? 0
+    : Number(a.kind === "forward") - Number(b.kind === "forward")));
+  for (const { kind, chunk } of order) {
+    alive[chunk]! += kind === "forward" ? 1 : -1;
+    const bytes = each.reduce((sum, parts, i) => sum + total(parts) * alive[i]!, 0);
+    if (bytes > most.bytes) most = { bytes, alive: [...alive] };
+  }
+  const sum = { ...NO_ACTIVATIONS };
+  each.forEach((parts, i) => add(sum, parts, most.alive[i]!));
+  return sum;
+}
+
+/** What one micro-batch leaves in a chunk. */
+function onePass(
+  shape: ModelShape, layout: MemoryLayout, sizes: StepSizes, options: MemoryOptions, chunk: Chunk,
+): ActivationParts {
+  const sum = { ...NO_ACTIVATIONS };
+  const { layers: together, first } = againOf(options.recompute);
+  const place = { hidden: shape.hidden, layout, sizes, krait: options.krait ?? null };
+  chunk.layers.forEach((layer, i) => {
+    const isAgain = together > 0 && i < first;
+    const how = !isAgain ? "once" : i % together === 0 ? "first" : "inside";
+    add(sum, bytesOf(keptBy(layer, place), options, how), 1);
+  });
+  const { head, norm = head, mtp = head && shape.mtp.length > 0 } = chunk;
+  const depths = mtp ? shape.mtpDepths : 0;
+  shape.mtp.forEach((layer, i) => {
+    const how = together === 0 || first < Infinity ? "once" : i % together === 0 ? "first" : "inside";
+    add(sum, { head: total(bytesOf(keptBy(layer, place), options, how)) }, depths);
+  });
+  add(sum, bytesOf(keptAround({ norm, mtp: depths > 0, head }, shape, place), options, "once"), 1);
+  return sum;
+}
+
+type Sum = { -readonly [part in ActivationPart]: number };
+
+function add(sum: Sum, parts: Partial<ActivationParts>, times: number): void {
+  for (const [part, bytes] of Object.entries(parts)) sum[part as ActivationPart] += bytes * times;
 }
 
 const NO_ACTIVATIONS = {
@@ -206,68 +252,40 @@ function total(parts: Partial<ActivationParts>): number {
   return Object.values(parts).reduce((sum, bytes) => sum + bytes, 0);
 }
 
+function againOf(recompute: Recompute | Again): Again {
+  return typeof recompute === "string" ? LEVELS[recompute] : recompute;
+}
+
 /** Bytes that one micro-batch leaves in a layer for its backward pass. */
 export function layerActivations(
   hidden: number, layer: ShapeLayer, layout: MemoryLayout, sizes: StepSizes,
-  { widths, recompute }: Pick<MemoryOptions, "widths" | "recompute">,
+  options: Pick<MemoryOptions, "widths" | "recompute" | "krait">,
 ): Partial<ActivationParts> {
-  const { tp, etp } = layout;
-  const tokens = tokensOf(layout, sizes);
-  const { activation: a, productInput: p } = widths;
-  // The residual stream, which is the norm's input; the norm's output, which products read.
-  const stream = tokens.cut * hidden * a;
-  const again = recompute !== "none";
-  const normed = again ? 0 : tokens.cut * hidden * p;
-  if (recompute === "full" || (recompute === "moe" && layer.kind === "moe")) {
-    return layer.kind === "moe" ? { router: stream } : { [PART_OF[layer.kind]]: stream };
-  }
-  switch (layer.kind) {
-    case "attention": {
-      const { heads, kvHeads, headDim } = layer;
-      const keys = Math.max(kvHeads / tp, 1);
-      const [queries, context] = [(heads / tp) * headDim, (heads / tp) * headDim];
-      const each = (queries + 2 * keys * headDim) * a + context * a + (heads / tp) * 4;
-      return { attention: stream + normed + tokens.whole * each };
-    }
-    case "latent_attention": {
-      const { heads, queryRank, keyRank, headDim, ropeDim, valueDim } = layer;
-      const narrow = tokens.cut * (queryRank + keyRank + ropeDim) * 2 * a;
-      const [query, value] = [(heads / tp) * (headDim + ropeDim), (heads / tp) * valueDim];
-      const wide = tokens.whole * ((again ? 0 : 2 * query + value) * a + value * a + (heads / tp) * 4);
-      return { attention: stream + normed + narrow + wide };
-    }
-    case "mamba": {
-      const { heads, headDim, groups, state, chunk } = layer;
-      const inner = (heads * headDim) / tp;
-      const channels = inner + (2 * groups * state) / tp;
-      // Projected inputs, convolved channels, chunk states, the scan's output, the gated norm's output.
-      const each = (inner + channels + heads / tp) * a + channels * a + ((inner * state) / chunk) * a
-        + inner * a + (again ? 0 : inner * p);
-      return { mamba: stream + normed + tokens.whole * each };
-    }
-    case "mlp": {
-      const width = layer.width / tp;
-      const each = width * (layer.gated ? 2 : 1) * a + (again ? 0 : width * p);
-      return { mlp: stream + normed + tokens.whole * each };
-    }
-    case "moe": {
-      const { experts, topk, gated, latent, shared } = layer;
-      const rows = tokens.cut * topk * etp;
-      const [width, input] = [layer.width / etp, latent ?? hidden];
-      const wide = gated ? 2 : 1;
-      // Scores and choices; tokens in latent space before and after.
-      const router = stream + normed + tokens.cut * experts * 8
-        + (latent === null ? 0 : 2 * tokens.cut * latent * a);
-      const routed = rows * (input * p + width * wide * a + (again ? 0 : width * p) + 8);
-      const each = (shared / tp) * wide * a + (again ? 0 : (shared / tp) * p);
-      return { router, experts: routed, shared: shared === 0 ? 0 : tokens.whole * each };
-    }
-  }
+  const how = againOf(options.recompute).layers > 0 ? "first" : "once";
+  return bytesOf(keptBy(layer, { hidden, layout, sizes, krait: options.krait ?? null }), options, how);
 }
 
-const PART_OF = {
-  attention: "attention", latent_attention: "attention", mamba: "mamba", mlp: "mlp",
-} as const;
+/**
+ * Bytes of what is kept.
+ * @param how once: all but what recomputed modules make again; of a layer that runs again as a whole what it
+ *   starts from, unless it is `inside` several such layers, and what stays
+ */
+function bytesOf(
+  list: readonly Kept[], { widths, recompute }: Pick<MemoryOptions, "widths" | "recompute">,
+  how: "once" | "first" | "inside",
+): Partial<ActivationParts> {
+  const { modules } = againOf(recompute);
+  const sum: Partial<Sum> = {};
+  for (const { part, numbers, as, again = [], instead, stream, stays } of list) {
+    const isKept = how === "once"
+      ? !again.some((name) => modules.has(name)) && (instead === undefined || modules.has(instead))
+      : (stream && how === "first") || stays;
+    if (!isKept) continue;
+    const width = as === "exact" ? 4 : as === "product" ? widths.productInput : widths.activation;
+    sum[part] = (sum[part] ?? 0) + numbers * width;
+  }
+  return sum;
+}
 
 /** As many units of layers on each chunk, the first ones one more; chunk v of rank p is number v P + p. */
 export function evenChunks(shape: ModelShape, pp: number, vpp: number): Pipeline {

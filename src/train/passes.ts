@@ -170,7 +170,6 @@ export class Passes {
       others += follow(block, piece);
       begins.set(`${block} ${piece}`, tape.length);
     };
-    let sent = 0;
     const empty: Alive = {
       tape, entries, exits: [], outputs: [], seeds: [], rank, begins, blocks: this.#blocksOf(pass), bytes: 0,
     };
@@ -189,12 +188,12 @@ export class Passes {
       this.#alive.set(key, {
         ...empty, exits, outputs: known.map(([output]) => output), seeds: known.map(([, seed]) => seed),
       });
-      if (exits.length > 0) sent = this.#send(`forth ${stage + 1} ${micro}`, exits, stage, stage + 1);
+      if (exits.length > 0) this.#send(`forth ${stage + 1} ${micro}`, exits, stage, stage + 1);
       visit({ stage, ...loss, overflow });
     }));
     for (const entry of entries) entry.release(); // the tape keeps what it needs
     const alive = this.#alive.get(key)!;
-    alive.bytes = this.#liveBytes() - sent - before - others;
+    alive.bytes = this.#liveBytes() - this.#onTheWay(`forth ${stage + 1} ${micro}`) - before - others;
     this.#held.add(rank, alive.bytes);
   }
 
@@ -299,13 +298,16 @@ export class Passes {
     return this.#mesh.devices.reduce((sum, { pool }) => sum + pool.liveBytes, 0);
   }
 
-  /** @returns bytes of what was not in memory before */
-  #send(key: string, xs: readonly Tensor[], from: number, stage: number): number {
+  #send(key: string, xs: readonly Tensor[], from: number, stage: number): void {
     const arrived = xs.map((x) => this.#mesh.sendTo(x, from, stage).retain());
     for (const local of arrived.flatMap(localsOf)) local.requiresGrad = key.startsWith("forth");
     this.#sent.set(key, arrived);
-    const known = new Set(xs.flatMap(localsOf).map(({ storage }) => storage));
-    return bytesOf(arrived.flatMap(localsOf).filter(({ storage }) => !known.has(storage)));
+  }
+
+  /** Bytes of a message that nothing else holds, its sender's tape among them. */
+  #onTheWay(key: string): number {
+    const arrived = (this.#sent.get(key) ?? []).flatMap(localsOf);
+    return bytesOf(arrived.filter(({ storage }) => storage.refs === 1));
   }
 
   #take(key: string): readonly Tensor[] {

@@ -56,7 +56,7 @@ test("with a model: its stages, and what a rank holds and sends", () => withFold
   expect(lines).toContain("0  ranks [0-3]  embedding, layers 0-2 ME*");
   expect(lines).toContain("1  ranks [4-7]  layers 3-4 -M, prediction block, head");
   expect(lines.some((line) => /^pipeline, send over pp, forward +768 B +0 B$/.test(line))).toBe(true);
-  expect(lines.some((line) => /^activations, about +[\d.]+ KiB +[\d.]+ KiB$/.test(line))).toBe(true);
+  expect(lines.some((line) => /^activations +[\d.]+ KiB +[\d.]+ KiB$/.test(line))).toBe(true);
   expect(lines.some((line) => /^expert parameters/.test(line))).toBe(false);
   const { stages, pipeline_ranks: ranks } = JSON.parse(json.stdout) as Facts;
   expect(stages[1]!.holds).toEqual(
@@ -67,9 +67,11 @@ test("with a model: its stages, and what a rank holds and sends", () => withFold
     expect(rank["parameter_bytes"]).toBe(4 * rank["parameters"]!);
     expect(rank["sent_bytes"]).toBeGreaterThan(0);
     expect(rank["activation_bytes"]).toBeGreaterThan(0);
-    // dp = 2 ranks share the state of dense parameters, those of experts are on their own.
+    // dp = 2 ranks share the state of dense parameters, and with tp = 2 that of those which all of them hold
+    // whole; experts are on their own.
     const dense = rank["gradient_bytes"]! / 4 - rank["experts"]!;
-    expect(rank["optimizer_bytes"]).toBe(8 * (dense / 2 + rank["experts"]!));
+    expect(rank["optimizer_bytes"]).toBeLessThan(8 * (dense / 2 + rank["experts"]!));
+    expect(rank["optimizer_bytes"]).toBeGreaterThan(8 * (dense / 4 + rank["experts"]!));
   }
 }));
 

@@ -4,7 +4,7 @@ import { parseRecompute } from "../../src/nn/recompute.ts";
 import { openDevice } from "../../src/tensor/device.ts";
 import type { Batch } from "../../src/train/packing.ts";
 import { testAdapters } from "../support/adapters.ts";
-import { smallBatches, SMALL, trainSmall, worstOf } from "../support/layouts.ts";
+import { checkPredicted, smallBatches, SMALL, trainSmall, worstOf } from "../support/layouts.ts";
 
 /** The adapter's arithmetic is tested op by op; one adapter is enough for what ranks do together. */
 const device = await openDevice({ adapter: (await testAdapters())[0]! });
@@ -42,6 +42,7 @@ describe("a layout trains as one rank does", () => {
         expect(step.grad_norm / grad_norm).toBeCloseTo(1, 5);
         expect(step.max_violation).toBe(max_violation);
       });
+      checkPredicted(found);
       expect(device.pool.liveBytes).toBe(before);
     });
   }

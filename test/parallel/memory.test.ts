@@ -1,4 +1,5 @@
-import { describe, expect, test } from "vitest";
+import { afterAll, describe, expect, test } from "vitest";
+import { MEMORY_RECOMPUTES, measureMemory } from "../../src/cli/bench/memory.ts";
 import { countParameters } from "../../src/models/accounting.ts";
 import { preset, presetNames } from "../../src/models/presets.ts";
 import { holdingsOf } from "../../src/parallel/holdings.ts";
@@ -12,6 +13,9 @@ import { shapeOf, shapeParameters } from "../../src/parallel/model_shape.ts";
 import type { ModelShape, ShapeLayer } from "../../src/parallel/model_shape.ts";
 import { namedShape } from "../../src/parallel/published.ts";
 import { stagesOf } from "../../src/parallel/stages.ts";
+import { openDevice } from "../../src/tensor/device.ts";
+import { testAdapters } from "../support/adapters.ts";
+import { checkPredicted } from "../support/layouts.ts";
 
 const nano = shapeOf(preset("nemotron-3-nano-30b-a3b"), "nano");
 const bf16: MemoryOptions = { widths: BF16_TRAINING, recompute: "none", sharding: "optimizer" };
@@ -154,4 +158,18 @@ test("the most loaded rank is the one with the largest total", () => {
   expect(totals[rank]).toBe(total);
   const state = Object.values(parts).reduce((sum, bytes) => sum + bytes, 0);
   expect(state + kept(activations)).toBeCloseTo(total, 0);
+});
+
+describe("what ranks of other models hold is predicted", async () => {
+  const device = await openDevice({ adapter: (await testAdapters())[0]! });
+  afterAll(() => device.destroy());
+  device.stream.muted = true; // a step is recorded, and nothing of it is compiled or run
+
+  for (const name of ["wide", "deep"]) {
+    for (const layout of ["tp=1", "tp=2", "cp=2,cp_kind=alltoall", "pp=2,vpp=2", "tp=2,cp=2,dp=2,ep=4"]) {
+      test.each(Object.values(MEMORY_RECOMPUTES))(`${name} ${layout}, recomputing %s`, async (recompute) => {
+        checkPredicted(await measureMemory(device, name, layout, recompute));
+      });
+    }
+  }
 });

@@ -1,7 +1,9 @@
 /** A small hybrid model trained under a layout, to be compared with one rank. */
+import { expect } from "vitest";
 import {
   firstGradients, LAYOUT_MODEL, LAYOUT_SIZES, layoutBatches, startLayout, worstOf,
 } from "../../src/cli/bench/layouts.ts";
+import { apart, predictedOf, totalOf } from "../../src/cli/bench/memory.ts";
 import type { NemotronHConfig } from "../../src/models/config.ts";
 import type { Device } from "../../src/tensor/device.ts";
 import type { Batch } from "../../src/train/packing.ts";
@@ -16,8 +18,9 @@ export interface Outcome {
   readonly parameters: ReadonlyMap<string, Float32Array>;
   /** Moments of all ranks. */
   readonly optimizerBytes: number;
-  /** Of one rank at every place in the pipeline. */
+  /** Of one rank at every place in the pipeline, as they were and as the formulas have them. */
   readonly held: readonly HeldBytes[];
+  readonly predicted: readonly HeldBytes[];
 }
 
 /** Trains under a layout, on one device or on that of every rank. */
@@ -41,8 +44,23 @@ export async function trainSmall(
     for (const name of run.mesh.parameters.keys()) parameters.set(name, await run.mesh.read(name));
     const states = run.trainer.optimizers.flatMap(({ state }) => state);
     const optimizerBytes = states.reduce((sum, { byteLength }) => sum + byteLength, 0);
-    return { steps: metrics, gradients, parameters, optimizerBytes, held: run.trainer.heldByRank! };
+    return {
+      steps: metrics, gradients, parameters, optimizerBytes, held: run.trainer.heldByRank!,
+      predicted: predictedOf(run, config),
+    };
   } finally {
     run.dispose();
   }
+}
+
+/** Parameters, gradients and moments as predicted, activations and the sum within a tenth. */
+export function checkPredicted({ held, predicted }: Pick<Outcome, "held" | "predicted">): void {
+  held.forEach((found, rank) => {
+    const { activations, ...rest } = predicted[rank]!;
+    expect(rest).toMatchObject({
+      parameters: found.parameters, gradients: found.gradients, optimizer: found.optimizer,
+    });
+    expect(apart(activations, found.activations)).toBeLessThan(0.1);
+    expect(apart(totalOf(predicted[rank]!), totalOf(found))).toBeLessThan(0.1);
+  });
 }

@@ -22,6 +22,7 @@ import { writeReport } from "../bench/report.ts";
 import { benchRoofline } from "../bench/roofline.ts";
 import { Bench } from "../bench/runner.ts";
 import { benchLayouts } from "../bench/layouts.ts";
+import { benchMemory } from "../bench/memory.ts";
 import { benchTrain } from "../bench/train.ts";
 import { packagePath } from "../package.ts";
 import { Progress } from "../progress.ts";
@@ -56,12 +57,12 @@ const SUITES: Readonly<Record<string, (bench: Bench) => Promise<void>>> = {
   },
   kernels: benchKernels, train: benchTrain, generate: benchGenerate, formats: benchFormats,
   growth: benchGrowth, overhead: benchOverhead, roofline: benchRoofline, numerics: benchNumerics,
-  layouts: benchLayouts,
+  layouts: benchLayouts, memory: benchMemory,
 };
 /** `peers` takes minutes and needs packages of its own, so it runs only when named. */
 const SUITE_NAMES = [...Object.keys(SUITES), PRECISION_SUITE, "peers"];
 /** Suites that check rather than measure, or take long: they run only when named. */
-const ONLY_NAMED: readonly string[] = ["numerics", "layouts", PRECISION_SUITE, "peers"];
+const ONLY_NAMED: readonly string[] = ["numerics", "layouts", "memory", PRECISION_SUITE, "peers"];
 
 export const bench = defineCommand({
   name: "bench",

@@ -1,13 +1,11 @@
 import type { NemotronHConfig } from "../../models/config.ts";
+import { parseRecompute, type Recompute } from "../../nn/recompute.ts";
 import { holdingsOf } from "../../parallel/holdings.ts";
 import { checkLayout, formatLayout, parseLayout, worldOf } from "../../parallel/layout.ts";
 import type { Layout, StepSizes } from "../../parallel/layout.ts";
-import { F32_TRAINING, rankMemory } from "../../parallel/memory.ts";
-import type { Chunk } from "../../parallel/memory.ts";
+import { predictHeld } from "../../parallel/held.ts";
 import { coordinatesOf, GROUP_KINDS, groupsOf, ranksPerStage, stageRanks } from "../../parallel/mesh.ts";
 import type { GroupKind } from "../../parallel/mesh.ts";
-import { shapeOf } from "../../parallel/model_shape.ts";
-import type { ShapeLayer } from "../../parallel/model_shape.ts";
 import { bubbleFraction, liveMicroBatches, scheduleOf } from "../../parallel/schedule.ts";
 import { placeOfStage, stagesOf } from "../../parallel/stages.ts";
 import { predictTraffic, PURPOSES, totalBytes } from "../../parallel/traffic.ts";
@@ -44,6 +42,10 @@ export const layout = defineCommand({
       type: "integer", min: 0, default: 1, help: "Tokens beyond the next that the MTP head learns.",
     },
     zero: { type: "boolean", default: true, help: "Replicas share the optimiser's state (ZeRO-1)." },
+    recompute: {
+      type: "string", value: "WHAT", alone: "full", default: "off",
+      help: "What runs a second time instead of being kept, as for krait train (off).",
+    },
     json: { type: "boolean", help: "Print one JSON object instead of text." },
   },
   examples: [
@@ -58,7 +60,7 @@ export const layout = defineCommand({
     };
     const config = options.model === undefined ? null : findConfig(options.model);
     const facts = examine(parsed, config, sizes, {
-      mtp_depths: options.mtpDepths, zero: options.zero,
+      mtp_depths: options.mtpDepths, zero: options.zero, recompute: parseRecompute(options.recompute),
     });
     stdout.write(options.json ? `${JSON.stringify(facts, null, 2)}\n`
       : render(facts, parsed, colours(wantsColour(stdout, env))));
@@ -68,6 +70,7 @@ export const layout = defineCommand({
 interface Training {
   readonly mtp_depths: number;
   readonly zero: boolean;
+  readonly recompute: Recompute;
 }
 
 function examine(parsed: Layout, config: NemotronHConfig | null, sizes: StepSizes, training: Training) {
@@ -98,34 +101,20 @@ function examine(parsed: Layout, config: NemotronHConfig | null, sizes: StepSize
 /** What each rank of every pipeline rank holds and sends in a step. */
 function predict(parsed: Layout, config: NemotronHConfig, sizes: StepSizes, training: Training) {
   const traffic = predictTraffic(parsed, config, sizes, training);
-  const shape = { ...shapeOf(config, ""), mtpDepths: config.num_nextn_predict_layers * training.mtp_depths };
-  const stages = chunksByRank(parsed, config, shape.layers);
-  const memory = { widths: KEPT, recompute: "none", sharding: "none", stages } as const;
+  const held = predictHeld(parsed, config, sizes, { ...training, ...ON_GPUS });
   return holdingsOf(parsed, config).map(({ dense, experts, untrained }, rank) => {
-    const share = training.zero
-      ? dense / (parsed.dp * parsed.cp) + experts / parsed.edp : dense + experts;
+    const { parameters, gradients, optimizer, activations } = held[rank]!;
     return {
       parameters: dense + experts + untrained, experts,
-      parameter_bytes: 4 * (dense + experts + untrained), gradient_bytes: 4 * (dense + experts),
-      optimizer_bytes: 8 * share,
-      activation_bytes: Object.values(rankMemory(shape, parsed, sizes, memory, rank).activations)
-        .reduce((sum, bytes) => sum + bytes, 0),
+      parameter_bytes: parameters, gradient_bytes: gradients, optimizer_bytes: optimizer,
+      activation_bytes: activations,
       sent_bytes: totalBytes(traffic[rank]!), traffic: traffic[rank]!,
     };
   });
 }
 
-/** Logits are never kept. */
-const KEPT = { ...F32_TRAINING, logit: 0 };
-
-function chunksByRank(
-  parsed: Layout, config: NemotronHConfig, layers: readonly ShapeLayer[],
-): Chunk[][] {
-  const chunks = Array.from({ length: parsed.pp }, (): Chunk[] => []);
-  stagesOf(parsed, config).forEach(({ from, to, embedding, head }, i) =>
-    chunks[placeOfStage(parsed, i).rank]!.push({ layers: layers.slice(from, to), embedding, head }));
-  return chunks;
-}
+/** How a run without further options goes, with the scan of GPUs. */
+const ON_GPUS = { scan: "chunks", weighing: "output", balanced: true } as const;
 
 const plural = (count: number, thing: string) => `${count} ${thing}${count === 1 ? "" : "s"}`;
 
@@ -198,7 +187,7 @@ function renderBytes(
       each("weights", ({ parameter_bytes: bytes }) => formatBytes(bytes)),
       each("gradients", ({ gradient_bytes: bytes }) => formatBytes(bytes)),
       each("moments", ({ optimizer_bytes: bytes }) => formatBytes(bytes)),
-      each("activations, about", ({ activation_bytes: bytes }) => formatBytes(bytes)),
+      each("activations", ({ activation_bytes: bytes }) => formatBytes(bytes)),
       each("sends", ({ sent_bytes: bytes }) => formatBytes(bytes)),
       ...rows.map((row) => [` ${row}`, ...ranks.map(({ traffic }) => formatBytes(sent(row, traffic)))]),
     ]),
