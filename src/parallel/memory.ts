@@ -203,7 +203,8 @@ function peakActivations(
     : scheduleOf({ pp, vpp, micro_batch_group, overlap }, sizes.micro_batches).ranks[rank]!;
   const alive = chunks.map(() => 0);
   let most = { bytes: 0, alive: chunks.map(() => 1) };
-  // Of two passes at once the one that goes back is counted first, as measured: it frees what the other takes.
+  // Of two passes at once the one that goes back is counted first, as measured: it frees what the other
+  // takes.
   const order = passes.toSorted((a, b) => (a.pair === undefined || a.pair !== b.pair ? 0
     : Number(a.kind === "forward") - Number(b.kind === "forward")));
   for (const { kind, chunk } of order) {
