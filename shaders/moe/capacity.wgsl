@@ -1,6 +1,7 @@
 // Makes of a plan one in which an expert has at most `capacity` rows, and a multiple of `align` of them.
 //
-//   offsets [E + 1], slot_token [S] (sorted slot to choice), topk_weight [S] by choice
+//   offsets [E + 1], slot_token [H] (sorted slot to choice; all of them, or those of some experts),
+//   topk_weight [S] by choice
 //   -> ends [E + 1], slots [R] (new slot to choice or NO_TOKEN), token_slot [S] (choice to slot or NO_SLOT)
 //
 // rank:    stays[s] = 1 for the slots that are kept: the `capacity` largest weights of an expert, the lower
@@ -8,8 +9,10 @@
 //          One invocation takes one slot, old or new.
 // extents: ends; one invocation, for each expert begins where the one before it ends
 // scatter: kept slots keep their order; one invocation takes one old slot
+// keep:    kept_idx [S] = topk_idx [S] for the choices that have a slot, NO_CHOICE for the others
 // Source: GShard (arXiv 2006.16668) section 2.2.
 import package::lib::index::workgroup_index;
+import package::lib::plan::NO_CHOICE;
 import package::lib::plan::NO_SLOT;
 import package::lib::plan::NO_TOKEN;
 
@@ -17,6 +20,7 @@ override WG: u32 = 64;
 
 struct Params {
   choices: u32,
+  held: u32,
   experts: u32,
   rows: u32,
   capacity: u32,
@@ -32,11 +36,13 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> ends: array<u32>;
 @group(0) @binding(5) var<storage, read_write> slots: array<u32>;
 @group(0) @binding(6) var<storage, read_write> token_slot: array<u32>;
+@group(0) @binding(7) var<storage, read> topk_idx: array<u32>;
+@group(0) @binding(8) var<storage, read_write> kept_idx: array<u32>;
 @group(1) @binding(0) var<uniform> params: Params;
 
 // Where an expert's slots begin, and the choice of a slot; what the tables hold never leads out of them.
 fn start_of(expert: u32) -> u32 {
-  return min(offsets[expert], params.choices);
+  return min(offsets[expert], params.held);
 }
 
 fn choice_of(slot: u32) -> u32 {
@@ -73,6 +79,10 @@ fn rank(
   let e = expert_of(slot);
   let first = start_of(e);
   let end = start_of(e + 1u);
+  if (slot >= end) { // of no expert
+    stays[slot] = 0u;
+    return;
+  }
   var before = slot - first;
   if (params.by_weight != 0u && end - first > params.capacity) {
     let mine = topk_weight[choice_of(slot)];
@@ -122,4 +132,16 @@ fn scatter(
   }
   slots[at] = choice;
   token_slot[choice] = at;
+}
+
+@compute @workgroup_size(WG)
+fn keep(
+  @builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) nwg: vec3u,
+  @builtin(local_invocation_index) lane: u32,
+) {
+  let choice = workgroup_index(wid, nwg) * WG + lane;
+  if (choice >= params.choices) {
+    return;
+  }
+  kept_idx[choice] = select(topk_idx[choice], NO_CHOICE, token_slot[choice] == NO_SLOT);
 }

@@ -10,9 +10,11 @@
 //   whole:         the four after each other in one workgroup, WG pieces that need not come cleared
 //   small:         everything for S <= 128 in one workgroup, by counting who comes before
 // `part`: of the experts from number `first` on; choices of others come last, as those of one expert more.
-// `blocks`: by blocks of `first` experts, of which a token's ascending choices count the first alone.
+// `blocks`: by blocks of `first` experts, of which a token's ascending choices count the first alone. Choices
+// that were dropped, NO_CHOICE, may stand between them and are others' in both cases.
 // Nothing that decides the order is atomic, hence the same plan every time.
 import package::lib::index::workgroup_index;
+import package::lib::plan::NO_CHOICE;
 
 override WG: u32 = 32;
 
@@ -48,10 +50,11 @@ fn expert_of(choice: u32) -> u32 {
 
 @if(blocks) fn block_of(choice: u32, e: u32) -> u32 {
   let own = e / params.first;
-  let place = choice % params.topk;
-  if (place > 0u) {
-    let before = topk_idx[choice - 1u] / params.first;
-    if (before == own) { return params.experts - 1u; }
+  let start = choice - choice % params.topk;
+  for (var before = choice; before > start; before--) {
+    let other = topk_idx[before - 1u];
+    if (other == NO_CHOICE) { continue; }
+    return select(own, params.experts - 1u, other / params.first == own);
   }
   return own;
 }

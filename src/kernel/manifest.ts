@@ -1736,9 +1736,12 @@ export const manifest = {
       ends: { binding: 4, access: "read_write" },
       slots: { binding: 5, access: "read_write" },
       token_slot: { binding: 6, access: "read_write" },
+      topk_idx: { binding: 7, access: "read" },
+      kept_idx: { binding: 8, access: "read_write" },
     },
     params: {
       choices: "u32",
+      held: "u32",
       experts: "u32",
       rows: "u32",
       capacity: "u32",
@@ -1754,6 +1757,7 @@ export const manifest = {
       rank: ["offsets","params","slot_token","slots","stays","token_slot","topk_weight"],
       extents: ["ends","offsets","params"],
       scatter: ["ends","offsets","params","slot_token","slots","stays","token_slot"],
+      keep: ["kept_idx","params","token_slot","topk_idx"],
     },
   },
   "moe/combine": {

@@ -16,8 +16,8 @@ import {
   type Exchange, limit_offsets, planExchange, returnRows, sendRows,
 } from "../ops/exchange.ts";
 import { moe_permute, moe_plan, type MoePlan, moe_unpermute } from "../ops/moe.ts";
+import { keep_choices, type LimitOptions, moe_limit } from "../ops/moe_limit.ts";
 import { moe_weigh } from "../ops/moe_weigh.ts";
-import { UsageError } from "../tensor/errors.ts";
 import { localsOf, perRank, shardedOf } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { ForwardContext, Overflow } from "./context.ts";
@@ -33,15 +33,8 @@ export interface Choices {
   readonly index: Tensor;
   /** All experts. */
   readonly E: number;
-  readonly limit: Limit | null;
-}
-
-/** Rows that an expert takes of the tokens of a rank. */
-export interface Limit {
-  /** The plan of all choices without those that are dropped, and with rows that fill up. */
-  apply(plan: MoePlan, weight: Tensor): MoePlan;
-  /** At most so many. */
-  readonly per_expert: number;
+  /** What an expert takes of the tokens of a rank; null: all of them. */
+  readonly limit: LimitOptions | null;
 }
 
 /** What the experts of a rank get to do. */
@@ -70,20 +63,12 @@ export interface Dispatched {
 type Border = NonNullable<ForwardContext["border"]>;
 type Missing = Pick<Overflow, "rows" | "missing">;
 
-/**
- * @param border that of the context
- * @throws UsageError for a limit where only all-to-all knows one
- */
+/** @param border that of the context */
 export function dispatch(choices: Choices, division: Division, border: Border = () => {}): Dispatched {
   const ranks = sizeOfGroup(division.ep) * sizeOfGroup(division.etp);
   if (ranks === 1) return alone(choices);
   const { dispatcher } = division;
   if (dispatcher === "alltoall") return byExpert(choices, division, border);
-  if (choices.limit) {
-    throw new UsageError(
-      "The capacity and alignment of experts over several ranks need the dispatcher alltoall, " +
-      `found ${dispatcher}.`);
-  }
   return dispatcher === "flex" ? byRank(choices, division, border) : fromAll(choices, division, border);
 }
 
@@ -105,7 +90,20 @@ function roomFor(most: number, { index }: Choices, { expert_budget, etp }: Divis
 
 function planOf({ weight, index, E, limit }: Choices): MoePlan {
   const plan = moe_plan(index, E);
-  return limit ? limit.apply(plan, weight) : plan;
+  return limit ? moe_limit(plan, weight, limit) : plan;
+}
+
+/** The choices that are not dropped; of those that are the expert is nobody's. */
+function keptOf({ weight, index, E, limit }: Choices): Tensor {
+  if (!limit || limit.capacity === null) return index;
+  const { capacity, policy = "probs" } = limit;
+  return keep_choices(index, moe_limit(moe_plan(index, E), weight, { capacity, policy }));
+}
+
+/** Rows of an expert from one rank. */
+function perExpert({ index, limit }: Choices): number {
+  const { capacity = null, align = 1 } = limit ?? {};
+  return Math.ceil((capacity ?? index.shape[0]!) / align) * align;
 }
 
 function alone(choices: Choices): Dispatched {
@@ -123,7 +121,7 @@ function alone(choices: Choices): Dispatched {
 }
 
 function byExpert(choices: Choices, division: Division, border: Border): Dispatched {
-  const { x, weight, index, E, limit } = choices;
+  const { x, weight, index, E } = choices;
   const [T, topk] = index.shape as [number, number];
   const [EP, ETP] = [sizeOfGroup(division.ep), sizeOfGroup(division.etp)];
   const plan = planOf(choices);
@@ -131,7 +129,7 @@ function byExpert(choices: Choices, division: Division, border: Border): Dispatc
   let offsets = plan.offsets;
   let rows = plan.slot_token.size;
   const own = E / EP;
-  const most = EP * Math.min(rows, limit ? own * limit.per_expert : T * Math.min(topk, own));
+  const most = EP * Math.min(rows, choices.limit ? own * perExpert(choices) : T * Math.min(topk, own));
   const room = roomFor(most * ETP, choices, division);
   if (EP > 1) {
     const sends = rows;
@@ -182,18 +180,29 @@ function experts(x: Tensor, weight: Tensor, index: Tensor, choices: Choices, div
   const first = perRank(placesIn(division.ep).map((place) => place * own));
   const plan = moe_plan(index, own, { first, slots: rows });
   const [offsets, missing] = rows < most ? limit_offsets(plan.offsets, rows) : [plan.offsets];
-  const limited = { ...plan, offsets: offsets! };
+  const limited = filledUp({ ...plan, offsets: offsets! }, weight, choices, division);
+  const read = limited.slot_token === plan.slot_token
+    ? { x, permute: { ...limited, topk } } : { x: moe_permute(x, limited, topk) };
   return {
-    x, offsets: offsets!, permute: { ...limited, topk }, rows, spare: true,
+    ...read, offsets: limited.offsets, rows: limited.slot_token.size, spare: true,
     missing: missing ? [{ rows, missing }] : [],
     weigh: (y: Tensor) => moe_weigh(y, weight, limited),
     combine: (y: Tensor, isWeighed: boolean) => moe_unpermute(y, isWeighed ? topk : weight, limited),
   };
 }
 
+/** The plan with the rows that a limit adds to those of tokens, of which none is dropped any more. */
+function filledUp(plan: MoePlan, weight: Tensor, { limit }: Choices, { ep, etp }: Division): MoePlan {
+  const { capacity = null, pad = false, align = 1 } = limit ?? {};
+  if (!pad && align === 1) return plan;
+  const all = pad ? capacity! * sizeOfGroup(ep) * sizeOfGroup(etp) : null;
+  return moe_limit(plan, weight, { capacity: all, pad, align });
+}
+
 function fromAll(choices: Choices, division: Division, border: Border): Dispatched {
   const group = expertGroup(division);
-  const { x, weight, index } = choices;
+  const { x, weight } = choices;
+  const index = keptOf(choices);
   border("dispatch");
   const gathered = [
     gatherFromGroup(x, group, 0, true), gatherFromGroup(weight, group, 0, true),
@@ -215,7 +224,8 @@ function fromAll(choices: Choices, division: Division, border: Border): Dispatch
 }
 
 function byRank(choices: Choices, division: Division, border: Border): Dispatched {
-  const { x, weight, index, E } = choices;
+  const { x, weight, E } = choices;
+  const index = keptOf(choices);
   const [T, topk] = index.shape as [number, number];
   const [EP, ETP] = [sizeOfGroup(division.ep), sizeOfGroup(division.etp)];
   const sends = T * Math.min(topk, EP);

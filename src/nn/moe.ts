@@ -1,12 +1,11 @@
 import { expert_tiles } from "../ops/grouped_linear.ts";
-import type { MoePlan } from "../ops/moe.ts";
-import { expertCapacity, moe_limit } from "../ops/moe_limit.ts";
+import { expertCapacity, type LimitOptions } from "../ops/moe_limit.ts";
 import type { RouterOptions, RouterScore } from "../ops/router.ts";
 import { recompute } from "../autograd/recompute.ts";
 import { promote } from "../tensor/scope.ts";
 import { Tensor } from "../tensor/tensor.ts";
 import { type ForwardContext, recomputes } from "./context.ts";
-import { type Dispatched, dispatch, type Limit } from "./dispatch.ts";
+import { type Dispatched, dispatch } from "./dispatch.ts";
 import { type Division, sizeOfGroup, SOLO } from "./division.ts";
 import { MLP } from "./mlp.ts";
 import type { MoERun } from "./moe_training.ts";
@@ -145,14 +144,11 @@ export class MoE {
 }
 
 /** The capacity and alignment that a training run asks for. */
-function limitOf(index: Tensor, E: number, moe: MoERun | null | undefined): Limit | null {
+function limitOf(index: Tensor, E: number, moe: MoERun | null | undefined): LimitOptions | null {
   if (!moe) return null;
   const { capacity_factor, drop_policy: policy, pad_to_capacity: pad, align } = moe;
   if (capacity_factor === Infinity && align === 1) return null;
   const [T, K] = index.shape as [number, number];
   const capacity = capacity_factor === Infinity ? null : expertCapacity(T, K, E, capacity_factor);
-  return {
-    apply: (plan: MoePlan, weight: Tensor) => moe_limit(plan, weight, { capacity, policy, pad, align }),
-    per_expert: Math.ceil((capacity ?? T) / align) * align,
-  };
+  return { capacity, policy, pad, align };
 }

@@ -4,6 +4,7 @@ import type { RouterOptions } from "../ops/router.ts";
 import { UsageError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 
+export const ROUTER_DTYPES = ["f32", "bf16"] as const;
 export const ROUTINGS = ["topk", "sinkhorn"] as const;
 export const WEIGHINGS = ["output", "activation"] as const;
 
@@ -11,7 +12,7 @@ export interface MoETraining {
   /** The router's input is multiplied by U(1 - jitter, 1 + jitter). */
   readonly jitter: number;
   /** bf16: input, weight and logits of the router are rounded to it; sums stay f32. */
-  readonly router_dtype: "f32" | "bf16";
+  readonly router_dtype: (typeof ROUTER_DTYPES)[number];
   /** Random logits load the experts evenly, and gradients pass straight through. For measuring speed. */
   readonly forced_balance: boolean;
   /** sinkhorn: the choice is by balanced scores, the weights are as ever. */
@@ -58,7 +59,7 @@ export function makeMoETraining(
     [name, values.includes(String(made[name])), values.join(" or ")];
   const ranges: [keyof MoETraining, boolean, string][] = [
     ["jitter", jitter >= 0 && jitter < 1, "from 0 to below 1"],
-    among("router_dtype", ["f32", "bf16"]), among("routing", ROUTINGS), among("drop_policy", DROP_POLICIES),
+    among("router_dtype", ROUTER_DTYPES), among("routing", ROUTINGS), among("drop_policy", DROP_POLICIES),
     among("weighing", WEIGHINGS),
     ["capacity_factor", capacity > 0, "above 0"],
     ["align", Number.isInteger(align) && align >= 1, "a whole number above 0"],

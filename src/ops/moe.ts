@@ -136,7 +136,8 @@ function sorted(topk_idx: Tensor, groups: number, part: PlanPart | null): [Tenso
 /**
  * Sorts the choices of a router by expert: a stable counting sort on the GPU, the same plan every time.
  *
- * @param topk_idx  u32 [T, K], experts 0 .. E - 1; with `part` any, ascending within a token
+ * @param topk_idx  u32 [T, K], experts 0 .. E - 1; with `part` any, ascending within a token but for those
+ *   that `keep_choices` took out
  * @param part      sorts some of the choices only; the plan is a `spare` one
  * @throws ShapeError for another rank
  */

@@ -37,22 +37,22 @@ const limitChoices = defineOp({
     const { device } = topk_weight;
     const name = "moe_limit";
     const S = plan.token_slot.size;
-    check(!plan.spare, name, "plan", "one of all choices", plan.slot_token);
     check(topk_weight.size === S, name, "topk_weight", `of ${S} choices`, topk_weight);
     const isCount = (n: number) => Number.isInteger(n) && n >= 1;
     check(capacity === null || isCount(capacity), name, "capacity", "a whole number above 0", capacity ?? 0);
     check(isCount(align), name, "align", "a whole number above 0", align);
     if (pad && capacity === null) throw new ShapeError(`${name}: to pad needs a capacity, found none.`);
     const E = plan.offsets.size - 1;
-    const full = E * Math.ceil((capacity ?? S) / align) * align;
-    const rows = pad ? full : Math.min(full, S + E * (align - 1));
+    const held = plan.slot_token.size;
+    const full = E * Math.ceil((capacity ?? held) / align) * align;
+    const rows = pad ? full : Math.min(full, held + E * (align - 1));
     const ends = device.empty([E + 1], "u32");
     const slots = device.empty([rows], "u32");
     const token_slot = device.empty([S], "u32");
     const stays = device.empty([S], "u32");
     const params = {
-      choices: S, experts: E, rows, capacity: capacity ?? ANY, align, by_weight: policy === "probs" ? 1 : 0,
-      pad: pad ? 1 : 0,
+      choices: S, held, experts: E, rows, capacity: capacity ?? ANY, align,
+      by_weight: policy === "probs" ? 1 : 0, pad: pad ? 1 : 0,
     };
     const { offsets, slot_token } = plan;
     launch("moe/capacity", {
@@ -74,9 +74,9 @@ const limitChoices = defineOp({
  *
  * There are as many slots as any routing can need, and those without a choice hold none of its rows.
  *
- * @param plan         from `moe_plan`
+ * @param plan         from `moe_plan`, of all choices or of some
  * @param topk_weight  f32 [T, K]
- * @throws ShapeError for a plan of some choices only, weights of other tokens, or a limit that is no count
+ * @throws ShapeError for weights of other tokens, or a limit that is no count
  */
 export const moe_limit = Object.assign(
   (plan: MoePlan, topk_weight: Tensor, options: LimitOptions): MoePlan => {
@@ -86,3 +86,26 @@ export const moe_limit = Object.assign(
   {
     opName: limitChoices.opName, mutates: limitChoices.mutates, differentiable: limitChoices.differentiable,
   });
+
+/**
+ * The choices of a router without those that a plan drops: 2^32 - 1 in their place, an expert of nobody.
+ *
+ * @param topk_idx  u32 [T, K]
+ * @param plan      from `moe_limit`
+ * @returns u32 [T, K]
+ * @throws ShapeError for a plan of other choices
+ */
+export const keep_choices = defineOp({
+  name: "keep_choices",
+  forward(_ctx, topk_idx: Tensor, { token_slot }: MoePlan): Tensor {
+    const choices = topk_idx.size;
+    check(token_slot.size === choices, "keep_choices", "plan", `one of ${choices} choices`, token_slot);
+    const kept_idx = topk_idx.device.empty(topk_idx.shape, "u32");
+    launch("moe/capacity", {
+      entry: "keep", bind: { topk_idx, token_slot, kept_idx },
+      params: { choices, held: 0, experts: 0, rows: 0, capacity: 0, align: 1, by_weight: 0, pad: 0 },
+      workgroups: groupsFor(choices),
+    });
+    return kept_idx;
+  },
+});

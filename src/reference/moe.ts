@@ -55,7 +55,10 @@ export function moe_plan(topk_idx: NdArray, E: number, part?: Part): Plan {
   const blockOf = (choice: number): number => Math.floor(topk_idx.data[choice]! / block!);
   const groupOf = (choice: number): number => {
     if (block === undefined) return topk_idx.data[choice]! - first;
-    return choice % K > 0 && blockOf(choice - 1) === blockOf(choice) ? E : blockOf(choice);
+    let before = choice - 1;
+    while (before >= choice - (choice % K) && topk_idx.data[before] === NONE) before--;
+    const isFirst = before < choice - (choice % K) || blockOf(before) !== blockOf(choice);
+    return isFirst ? blockOf(choice) : E;
   };
   const groups = Array.from(topk_idx.data, (_, choice) => {
     const group = groupOf(choice);
@@ -89,10 +92,11 @@ interface LimitOptions {
 export function moe_limit(plan: Plan, topk_weight: NdArray, options: LimitOptions): Plan {
   const { capacity, policy = "probs", pad = false, align = 1 } = options;
   const E = plan.offsets.data.length - 1;
-  const S = plan.slot_token.data.length;
+  const S = plan.token_slot.data.length;
+  const held = plan.slot_token.data.length;
   const upTo = (n: number) => Math.ceil(n / align) * align;
-  const most = E * upTo(capacity ?? S);
-  const rows = pad ? most : Math.min(most, S + E * (align - 1));
+  const most = E * upTo(capacity ?? held);
+  const rows = pad ? most : Math.min(most, held + E * (align - 1));
   const offsets = ndarray([E + 1]);
   const slot_token = ndarray([rows], Array<number>(rows).fill(NONE));
   const token_slot = ndarray([S], Array<number>(S).fill(NONE));
@@ -109,6 +113,11 @@ export function moe_limit(plan: Plan, topk_weight: NdArray, options: LimitOption
     offsets.data[e + 1] = begin + upTo(pad ? capacity! : kept.length);
   }
   return { offsets, slot_token, token_slot, spare: true };
+}
+
+/** topk_idx [T, K] without the choices that a plan has no slot for. */
+export function keep_choices(topk_idx: NdArray, { token_slot }: Plan): NdArray {
+  return ndarray(topk_idx.shape, topk_idx.data.map((e, i) => (token_slot.data[i] === NONE ? NONE : e)));
 }
 
 /** Calls `visit` for every slot that holds a choice. */

@@ -47,9 +47,11 @@ export interface Recipe {
   readonly capacity_factor: number;
   readonly drop_policy: MoETraining["drop_policy"];
   readonly pad_to_capacity: boolean;
+  readonly align: number;
   readonly router_jitter: number;
   readonly router_dtype: MoETraining["router_dtype"];
   readonly routing: MoETraining["routing"];
+  readonly forced_balance: boolean;
   readonly weighing: MoETraining["weighing"];
   /** How matrices are stored, and whether those in bf16 have f32 masters; the rest is f32. */
   readonly weights: TrainedFormat;
@@ -81,7 +83,8 @@ export const RECIPE: Recipe = {
   beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1,
   mtp_depths: 1, mtp_scale: 0.3, aux_coeff: 1e-4, aux_loss: 0, global_aux_loss: 0, z_loss: 0,
   bias_rate: 1e-3, bias_update: "sign", capacity_factor: 0, drop_policy: "probs", pad_to_capacity: false,
-  router_jitter: 0, router_dtype: "f32", routing: "topk", weighing: "output", max_skipped: MAX_SKIPPED,
+  align: 1, router_jitter: 0, router_dtype: "f32", routing: "topk", forced_balance: false, weighing: "output",
+  max_skipped: MAX_SKIPPED,
   recompute: "off", precision: "f32", without: "", eval_every: 0, eval_rows: 0,
   weights: "f32", master: "f32", moments: "f32",
 };
@@ -148,10 +151,10 @@ function recomputeOf({ recompute = RECIPE.recompute }: { recompute?: string | bo
 
 /** What MoE layers do other than the model says. @throws UsageError for a value out of range */
 export function moeTrainingOf(recipe: Recipe): MoETraining {
-  const { capacity_factor, drop_policy, pad_to_capacity, router_dtype, routing, weighing } = recipe;
+  const { capacity_factor, drop_policy, pad_to_capacity, align, router_dtype, routing, weighing } = recipe;
   return makeMoETraining({
-    capacity_factor: capacity_factor === 0 ? Infinity : capacity_factor, drop_policy, pad_to_capacity,
-    jitter: recipe.router_jitter, router_dtype, routing, weighing,
+    capacity_factor: capacity_factor === 0 ? Infinity : capacity_factor, drop_policy, pad_to_capacity, align,
+    jitter: recipe.router_jitter, router_dtype, routing, weighing, forced_balance: recipe.forced_balance,
   });
 }
 

@@ -41,9 +41,16 @@ test("train --init starts from a checkpoint, upcycled or on other ranks, and ref
       "upcycle", "--model", file("dense"), "--experts", "4", "--topk", "2", "--out", file("experts"),
     ]);
     expect(sparse.code, sparse.stderr).toBe(0);
+    // What a run asks of its routers and experts is nothing that an evaluation sees.
+    const asked = {
+      align: 4, bias_update: "sign", forced_balance: true, router_dtype: "bf16", router_jitter: 0.1,
+      routing: "topk", weighing: "activation",
+    };
+    const flags = Object.entries(asked).flatMap(([name, value]) =>
+      [`--${name.replace("_", "-")}`, ...value === true ? [] : [String(value)]]);
     const grown = await train(
       "grown", "--init", file("experts"), ...still, "--bias-rate", "0", "--layout", "dp=2,ep=2",
-      "--log-collectives", file("log.jsonl"));
+      "--log-collectives", file("log.jsonl"), ...flags);
     expect(grown.code, grown.stderr).toBe(0);
     const log = jsonLines(readFileSync(file("log.jsonl"), "utf8")) as unknown as {
       step: number; group: string; ranks: number[]; sent: number[]; bytes: number; room: number | null;
@@ -60,6 +67,9 @@ test("train --init starts from a checkpoint, upcycled or on other ranks, and ref
     expect(dispatched.some(({ bytes, room }) => bytes < room!)).toBe(true);
     const ofAll = (list: readonly { bytes: number }[]) => list.reduce((total, { bytes }) => total + bytes, 0);
     expect(ofAll(sums(grown))).toBe(ofAll(log));
+    const [step] = readdirSync(file("grown")).filter((name) => name.startsWith("step-"));
+    const state: unknown = JSON.parse(readFileSync(file("grown", step!, "state.json"), "utf8"));
+    expect(state).toMatchObject({ recipe: asked });
     expect(Math.abs(loss(grown) / loss(first) - 1)).toBeLessThan(1e-5);
 
     // Nor do experts without room for their tokens take anything along.

@@ -1,4 +1,6 @@
 import { expect, test } from "vitest";
+import { parseCommand } from "../../src/cli/args.ts";
+import { train } from "../../src/cli/commands/train.ts";
 import { checkMoETraining, makeMoETraining, MOE_TRAINING } from "../../src/nn/moe_training.ts";
 import { expertCapacity } from "../../src/ops/moe_limit.ts";
 import { makeRecipe, moeTrainingOf } from "../../src/train/recipe.ts";
@@ -27,6 +29,18 @@ test.each([
   [{ bias_update: "mean" as "sign" }, /bias_update must be sign or quantile, found mean/],
   [{ pad_to_capacity: true }, /pad_to_capacity must be false without a capacity factor/],
 ])("a recipe with %j is refused", (given, message) => expect(() => makeRecipe(given)).toThrow(message));
+
+test.each([
+  [["--router-jitter", "-1"], /--router-jitter must be at least 0, found -1/],
+  [["--router-dtype", "f16"], /--router-dtype .*f32, bf16.*found "f16"/],
+  [["--routing", "hash"], /--routing .*topk, sinkhorn.*found "hash"/],
+  [["--weighing", "both"], /--weighing .*output, activation.*found "both"/],
+  [["--bias-update", "mean"], /--bias-update .*sign, quantile.*found "mean"/],
+  [["--align", "0"], /--align must be at least 1, found 0/],
+  [["--align", "1.5"], /--align needs a whole number, found "1.5"/],
+  [["--forced-balance=yes"], /--forced-balance takes no value, found "yes"/],
+])("krait train %j is refused", (given, message) =>
+  expect(() => parseCommand(train, ["--out", "x", ...given])).toThrow(message));
 
 test("what a model's routers cannot learn by is refused", () => {
   const router = { topk: 2, n_group: 1, topk_group: 1, norm_topk_prob: true, scaling: 1 };

@@ -1,7 +1,7 @@
 import {
   expert_load, moe_permute, moe_plan, moe_unpermute, type PlanPart, update_expert_bias,
 } from "../../src/ops/moe.ts";
-import { type LimitOptions, moe_limit } from "../../src/ops/moe_limit.ts";
+import { keep_choices, type LimitOptions, moe_limit } from "../../src/ops/moe_limit.ts";
 import { moe_weigh } from "../../src/ops/moe_weigh.ts";
 import * as ref from "../../src/reference/moe.ts";
 import { type Draw, type HostTensor, opSamples } from "./suite.ts";
@@ -129,6 +129,14 @@ export default [
       },
       { name: "no such expert", args: (r) => [r.integers([9, 2], 0, 3, "u32"), 2, { first: 4, slots: 18 }] },
       { name: "blocks of experts", args: (r) => [choices(r, 29, 4, 12), 3, { block: 4, slots: 87 }] },
+      {
+        name: "blocks of experts, every third choice dropped",
+        args: (r) => {
+          const { data } = choices(r, 29, 5, 12);
+          const kept = Array.from(data, (e, i) => (i % 3 === 1 ? 0xffffffff : e));
+          return [r.of([29, 5], kept, "u32"), 3, { block: 4, slots: 87 }];
+        },
+      },
       { name: "blocks of many", args: (r) => [choices(r, 2000, 3, 48), 6, { block: 8, slots: 6000 }] },
     ],
     errors: [
@@ -232,6 +240,20 @@ export default [
     ],
   }),
   opSamples({
+    op: keep_choices, reference: ref.keep_choices,
+    samples: [0, 1, 37].map((T) => ({
+      name: `${T} tokens`, args: (r) => {
+        const index = choices(r, T, 3, 7);
+        return [index, hosted(r, ref.moe_limit(ref.moe_plan(index, 7), r.uniform([T, 3]), { capacity: 4 }))];
+      },
+    })),
+    errors: [{
+      name: "a plan of other tokens",
+      args: (r) => [choices(r, 3, 2, 4), limited(r, 2, 2, 4, TIGHT)],
+      message: /keep_choices.*plan must be one of 6 choices/,
+    }],
+  }),
+  opSamples({
     op: moe_limit, reference: ref.moe_limit,
     samples: [
       { name: "no tokens", args: limit(0, 2, 4, TIGHT) },
@@ -253,6 +275,14 @@ export default [
       { name: "more than any needs", args: limit(9, 2, 6, { capacity: 9 }) },
       { name: "512 experts", args: limit(70, 22, 512, { capacity: 2 }) },
       {
+        name: "a part of the experts",
+        args: (r) => [few(r, 21), r.uniform([21, 3]), { capacity: 6, align: 4 }],
+      },
+      {
+        name: "a part without slots for all, padded",
+        args: (r) => [few(r, 21, 11), r.uniform([21, 3]), { capacity: 9, pad: true }],
+      },
+      {
         name: "all to one expert",
         args: (r) => [
           hosted(r, ref.moe_plan(r.integers([200, 1], 3, 4, "u32"), 5)), r.uniform([200, 1]),
@@ -264,10 +294,6 @@ export default [
       {
         name: "weights of other tokens", args: (r) => [plan(r, 3, 2, 4), r.normal([2, 2]), TIGHT],
         message: /moe_limit.*topk_weight.*6 choices.*\[2, 2\]/,
-      },
-      {
-        name: "a plan with limits", args: (r) => [limited(r, 3, 2, 4, TIGHT), r.normal([3, 2]), TIGHT],
-        message: /moe_limit.*plan.*of all choices/,
       },
       {
         name: "no capacity", args: limit(3, 2, 4, { capacity: 0 }),

@@ -7,6 +7,7 @@ import { countParameters, memoryToTrain, trainingBytes } from "../../models/acco
 import { DROP_POLICIES } from "../../ops/moe_limit.ts";
 import { openRankDevices, RANKS_ON, type RanksOn } from "../../parallel/rank_devices.ts";
 import { checkLayout, formatLayout, type Layout, parseLayout, worldOf } from "../../parallel/layout.ts";
+import { ROUTER_DTYPES, ROUTINGS, WEIGHINGS } from "../../nn/moe_training.ts";
 import { RECOMPUTED_MODULES } from "../../nn/recompute.ts";
 import { RECIPE_NAMES, RECIPES } from "../../precision/recipes.ts";
 import { KraitError, UsageError } from "../../tensor/errors.ts";
@@ -14,7 +15,7 @@ import { readSavedRun } from "../../train/checkpoint.ts";
 import { splitDocuments } from "../../train/data.ts";
 import { readDocuments } from "../../train/data.node.ts";
 import { formatMetric } from "../../train/metrics.ts";
-import { makeRecipe, RECIPE, type Recipe } from "../../train/recipe.ts";
+import { BIAS_UPDATES, makeRecipe, RECIPE, type Recipe } from "../../train/recipe.ts";
 import type { TrainingRun } from "../../train/run.ts";
 import {
   collectiveLog, type CollectiveSum, type RankTime, type StepTrace, sumCollectives,
@@ -94,6 +95,10 @@ export const train = defineCommand({
     },
     zLoss: { type: "number", min: 0, help: "Coefficient of the loss that keeps router logits small (0)." },
     biasRate: { type: "number", min: 0, help: "Step of the experts' correction biases (1e-3)." },
+    biasUpdate: {
+      type: "string", choices: BIAS_UPDATES,
+      help: "They go that far up or down (sign), or that share of the way to an even choice (sign).",
+    },
     capacityFactor: {
       type: "number", min: 0,
       help: "Rows of an expert over its even share; tokens beyond skip it. 0: none does (0).",
@@ -103,6 +108,24 @@ export const train = defineCommand({
       help: "Who keeps the expert: the largest weights (probs), or the first tokens (probs).",
     },
     padToCapacity: { type: "boolean", help: "Give every expert rows for its whole capacity." },
+    align: { type: "integer", min: 1, help: "Fill the rows of every expert up to a multiple of N (1)." },
+    weighing: {
+      type: "string", choices: WEIGHINGS,
+      help: "Where the weights of experts come in: with outputs, or behind the activation (output).",
+    },
+    routerJitter: {
+      type: "number", min: 0, help: "Multiply the router's input by random numbers of 1 - N to 1 + N (0).",
+    },
+    routerDtype: {
+      type: "string", choices: ROUTER_DTYPES, help: "What the router's product rounds to (f32).",
+    },
+    routing: {
+      type: "string", choices: ROUTINGS,
+      help: "Choose experts by their scores, or by scores balanced over a micro-batch (topk).",
+    },
+    forcedBalance: {
+      type: "boolean", help: "Choose experts at random, for measuring speed: nothing useful is learnt.",
+    },
     weights: {
       type: "string", choices: ["f32", "bf16"], help: "How matrices are stored; all else is f32 (f32).",
     },
@@ -291,6 +314,10 @@ async function plan(options: {
   readonly auxLoss: number | undefined; readonly globalAuxLoss: number | undefined;
   readonly zLoss: number | undefined; readonly capacityFactor: number | undefined;
   readonly dropPolicy: Recipe["drop_policy"] | undefined; readonly padToCapacity: boolean;
+  readonly biasUpdate: Recipe["bias_update"] | undefined; readonly align: number | undefined;
+  readonly weighing: Recipe["weighing"] | undefined; readonly routerJitter: number | undefined;
+  readonly routerDtype: Recipe["router_dtype"] | undefined; readonly routing: Recipe["routing"] | undefined;
+  readonly forcedBalance: boolean;
   readonly weights: Recipe["weights"] | undefined; readonly master: Recipe["master"] | undefined;
   readonly moments: Recipe["moments"] | undefined;
   readonly recompute: string | undefined; readonly maxSkipped: number | undefined;
@@ -314,7 +341,10 @@ async function plan(options: {
     mtp_depths: options.mtpDepths, mtp_scale: options.mtpScale,
     aux_coeff: options.auxCoeff, aux_loss: options.auxLoss, global_aux_loss: options.globalAuxLoss,
     z_loss: options.zLoss, capacity_factor: options.capacityFactor, drop_policy: options.dropPolicy,
-    pad_to_capacity: options.padToCapacity || undefined, bias_rate: options.biasRate,
+    pad_to_capacity: options.padToCapacity || undefined, align: options.align,
+    bias_rate: options.biasRate, bias_update: options.biasUpdate,
+    router_jitter: options.routerJitter, router_dtype: options.routerDtype, routing: options.routing,
+    forced_balance: options.forcedBalance || undefined, weighing: options.weighing,
     recompute: options.recompute,
     precision: options.precision, without: options.without,
     weights: options.weights, master: options.master, moments: options.moments,
