@@ -2,9 +2,10 @@
 // to four matrices, for up to four ranks.
 //
 // With the condition `more`, y_j + x0 + ...: what came before is already in y_j. Widths and offsets count V:
-// vec4 where all of them are multiples of 4 (condition `vec4`). Sums of f32, or of u32 with `integers`. Of
-// the bindings the first `inputs` and `outputs` are used. One invocation makes every `parts`-th element of a
-// row; a sum that all ranks get alike (step 0) is made once.
+// vec4 where all of them are multiples of 4 (condition `vec4`). Sums of f32, or of u32 with `integers`;
+// with `largest` the largest instead of the sum. Of the bindings the first `inputs` and `outputs` are used.
+// One invocation makes every `parts`-th element of a row; a sum that all ranks get alike (step 0) is made
+// once.
 import package::lib::index::workgroup_index;
 
 @if(vec4 && integers) alias V = vec4u;
@@ -35,12 +36,17 @@ struct Params {
 
 override WG: u32 = 64;
 
+fn joined(a: V, b: V) -> V {
+  @if(largest) return max(a, b);
+  @else return a + b;
+}
+
 fn sum_at(at: u32, before: V) -> V {
   var total = x0[at];
-  @if(more) total = before + total;
-  if (params.inputs > 1u) { total += x1[at]; }
-  if (params.inputs > 2u) { total += x2[at]; }
-  if (params.inputs > 3u) { total += x3[at]; }
+  @if(more) total = joined(before, total);
+  if (params.inputs > 1u) { total = joined(total, x1[at]); }
+  if (params.inputs > 2u) { total = joined(total, x2[at]); }
+  if (params.inputs > 3u) { total = joined(total, x3[at]); }
   return total;
 }
 

@@ -9,6 +9,9 @@
 //   the block     params.block neighbours in a row; `columns`: in a column; `square`: block x block. The last
 //                 of a line may be shorter. Without blocks the matrix is one row
 //   the rows      `grouped`, `gather`, `jobs` and, for x in bf16, `halves` as in lib/strips
+//   `placed`      random bits by where the strip stands in a larger matrix of params.whole blocks of 16 along
+//                 a line: jobs has the number there of each of params.placed lines (0: they are the own ones;
+//                 of columns: of each block of 16 rows), then of every block of 16 columns
 //   `given`       scales[params.first] (of a job: its own) instead of what follows from the largest
 //                 magnitudes in amax
 //
@@ -31,6 +34,8 @@ struct Params {
   groups: u32,             // workgroups
   first: u32, partials: u32, // entries of amax that belong to x
   stream: u32, per: u32,
+  apart: u32,              // tells random bits of different tensors apart
+  whole: u32, placed: u32,
 }
 
 @group(0) @binding(0) var<storage, read> x: array<X>;
@@ -134,7 +139,17 @@ fn kept(v: f32, most: u32, t: Tensor, scale: f32, bits: u32) -> f32 {
 
 // Random words of elements 16 number .. 16 number + 15: word i holds the bytes of elements 4 i .. 4 i + 3.
 @if(stochastic) fn random_words(number: u32) -> vec4u {
-  return philox4x32(vec4u(number, 0u, random[2], params.stream), vec2u(random[0], random[1]));
+  return philox4x32(vec4u(number, params.apart, random[2], params.stream), vec2u(random[0], random[1]));
+}
+
+// Line number `line` of the own matrix (of columns: block of 16 rows) in the larger one.
+@if(placed) fn line_of(line: u32) -> u32 {
+  return select(line, jobs[min(line, arrayLength(&jobs) - 1u)], params.placed > 0u);
+}
+
+// Column `col` of the own matrix in the larger one.
+@if(placed) fn column_of(col: u32) -> u32 {
+  return jobs[min(params.placed + col / 16u, arrayLength(&jobs) - 1u)] * 16u + col % 16u;
 }
 
 @if(stochastic) fn pick(v: vec4u, i: u32) -> u32 {
@@ -160,11 +175,16 @@ fn round_strip(m: Matrix, t: Tensor, unit: u32) {
   @if(columns) let scale = vec4f(block_scale_of(most.x, t), block_scale_of(most.y, t),
     block_scale_of(most.z, t), block_scale_of(most.w, t));
   @else let scale = vec4f(block_scale_of(most.x, t));
-  @if(stochastic && columns) let number = col * ((m.rows + 15u) / 16u) + row / 16u;
-  @if(stochastic && columns) let apart = (m.rows + 15u) / 16u;
+  @if(stochastic && columns && placed) let apart = params.whole;
+  @if(stochastic && columns && placed) let number = column_of(col) * apart + line_of(row / 16u);
+  @if(stochastic && columns && !placed) let apart = (m.rows + 15u) / 16u;
+  @if(stochastic && columns && !placed) let number = col * apart + row / 16u;
   @if(stochastic && columns) let words = array(random_words(number), random_words(number + apart),
     random_words(number + 2u * apart), random_words(number + 3u * apart));
-  @if(stochastic && !columns) let words = random_words(row * ((m.cols + 15u) / 16u) + col / 16u);
+  @if(stochastic && !columns && placed)
+    let words = random_words(line_of(row) * params.whole + column_of(col) / 16u);
+  @if(stochastic && !columns && !placed)
+    let words = random_words(row * ((m.cols + 15u) / 16u) + col / 16u);
   for (var r = row; r < row_end; r++) {
     for (var c = col; c < col_end; c += 4u) {
       let v = fetch(m, r, c);

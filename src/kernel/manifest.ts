@@ -476,7 +476,7 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: ["integers","more","vec4"],
+    conditions: ["integers","largest","more","vec4"],
     entries: {
       sum: ["params","x0","x1","x2","x3","y0","y1","y2","y3"],
     },
@@ -2443,11 +2443,14 @@ export const manifest = {
       partials: "u32",
       stream: "u32",
       per: "u32",
+      apart: "u32",
+      whole: "u32",
+      placed: "u32",
     },
     overrides: {
       WG: "u32",
     },
-    conditions: ["bf16","block_scale","columns","e4m3","e5m2","e8m0","floor_scale","gather","given","grouped","halves","jobs","nvfp4","square","stochastic","tensor_scale","vec4","whole_scale"],
+    conditions: ["bf16","block_scale","columns","e4m3","e5m2","e8m0","floor_scale","gather","given","grouped","halves","jobs","nvfp4","placed","square","stochastic","tensor_scale","vec4","whole_scale"],
     entries: {
       values: ["amax","jobs","params","random","scales","table","tiles","x","y"],
     },

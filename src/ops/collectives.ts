@@ -5,6 +5,7 @@
  *   broadcast        x of the root            backward: the sum over the group, at the root
  *   copy_to          x                        backward: the sum over the group
  *   reduce_from      the sum over the group   backward: the gradient as it is
+ *   largest_of       the largest of the group (no backward)
  *   scatter          the own slice            backward: all slices
  *   gather           all slices               backward: the own slice, or the sum over the group of it
  *   reduce_scatter   the own slice of the sum backward: all slices
@@ -168,10 +169,10 @@ function checkSlices(op: string, [x]: readonly Tensor[], dim: number, g: number)
 
 const WG = 64;
 
-/** ys[j][r, c] = sum over xs of x[r, (first + j) * step + c], in order. Ranks of one device. */
+/** ys[j][r, c] = sum (or largest) over xs of x[r, (first + j) * step + c], in order. Ranks of one device. */
 function sumColumns(
   xs: readonly Tensor[], { rows, cols }: { rows: number; cols: number }, step: number,
-  ys: readonly Tensor[],
+  ys: readonly Tensor[], largest = false,
 ): void {
   const { size, device, dtype } = ys[0]!;
   const width = size / Math.max(rows, 1);
@@ -191,7 +192,7 @@ function sumColumns(
         constants: { WG },
         conditions: [
           ...isWide ? ["vec4" as const] : [], ...i > 0 ? ["more" as const] : [],
-          ...dtype === "f32" ? [] : ["integers" as const],
+          ...dtype === "f32" ? [] : ["integers" as const], ...largest ? ["largest" as const] : [],
         ],
         workgroups: [width === 0 ? 0 : Math.ceil((rows * parts) / WG)],
       });
@@ -246,30 +247,31 @@ function several(count: number, device: Device, shape: readonly number[], dtype:
   return Array.from({ length: count }, () => device.empty(shape, dtype));
 }
 
-/** The sum, as often as wanted. */
-function sumsOf(xs: readonly Tensor[], count: number): Tensor[] {
+/** The sum, or the largest, as often as wanted. */
+function sumsOf(xs: readonly Tensor[], count: number, largest = false): Tensor[] {
   const { device, shape, dtype, size } = xs[0]!;
   const ys = several(count, device, shape, dtype);
-  sumColumns(xs, { rows: 1, cols: size }, 0, ys);
+  sumColumns(xs, { rows: 1, cols: size }, 0, ys, largest);
   return ys;
 }
 
-function sumOf(xs: readonly Tensor[]): Tensor {
-  return sumsOf(xs, 1)[0]!;
+function sumOf(xs: readonly Tensor[], largest = false): Tensor {
+  return sumsOf(xs, 1, largest)[0]!;
 }
 
 /** The sum on the device of the last rank: it goes from rank to rank, which keeps the order of additions. */
-function sumAlong(xs: readonly Tensor[]): Tensor {
-  return xs.reduce((sum, x) => sumOf([onDevice(sum, x.device), x]));
+function sumAlong(xs: readonly Tensor[], largest = false): Tensor {
+  return xs.reduce((sum, x) => sumOf([onDevice(sum, x.device), x], largest));
 }
 
-/** The sum of all ranks' tensors, on every rank. */
-function summed(xs: readonly Tensor[], algorithm: Algorithm): Tensor[] {
+/** The sum of all ranks' tensors, or the largest, on every rank. */
+function summed(xs: readonly Tensor[], algorithm: Algorithm, largest = false): Tensor[] {
   if (algorithm === "direct" || isShared(xs)) {
     const here = circulated(xs, "direct");
-    return alike(xs.map(({ device }) => device), (rank, count) => sumsOf(here[rank]!, count));
+    return alike(xs.map(({ device }) => device), (rank, count) =>
+      sumsOf(here[rank]!, count, largest));
   }
-  const ys = [sumAlong(xs)];
+  const ys = [sumAlong(xs, largest)];
   for (const { device } of [...xs].reverse().slice(1)) ys.unshift(sent(ys[0]!, device));
   return ys;
 }
@@ -388,6 +390,15 @@ const reduceFrom = defineOp({
     return summed(xs, options.algorithm);
   },
   backward: (_saved, grads) => [null, ...grads],
+});
+
+const largestOf = defineOp({
+  name: "largest_of",
+  forward(_ctx, options: Call, ...xs: Tensor[]): Tensor[] {
+    checkAlike("largest_of", xs);
+    report("all_reduce", options, xs, xs[0]!.byteLength);
+    return summed(xs, options.algorithm, true);
+  },
 });
 
 const scatterTo = defineOp({
@@ -544,6 +555,11 @@ export function copyToGroup(x: Tensor, group: Group): Tensor {
 /** The sum over the group on every rank, used alike by all of them. f32 or u32. */
 export function sumOverGroup(x: Tensor, group: Group): Tensor {
   return inGroups(x, group, reduceFrom);
+}
+
+/** The largest of the group, element by element, on every rank. f32 or u32, without a gradient. */
+export function largestInGroup(x: Tensor, group: Group): Tensor {
+  return inGroups(x, group, largestOf);
 }
 
 /** The own slice of x, which is the same on all ranks. @throws ShapeError where it does not divide */

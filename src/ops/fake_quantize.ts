@@ -19,7 +19,8 @@ export type BlockShape = "rows" | "columns" | "tiles";
 
 type Condition =
   | "bf16" | "e4m3" | "e5m2" | "tensor_scale" | "nvfp4" | "e8m0" | "block_scale" | "columns" | "square"
-  | "grouped" | "gather" | "given" | "stochastic" | "floor_scale" | "whole_scale" | "vec4" | "jobs";
+  | "grouped" | "gather" | "given" | "stochastic" | "placed" | "floor_scale" | "whole_scale" | "vec4"
+  | "jobs";
 
 interface Layout {
   readonly conditions: readonly Condition[];
@@ -71,6 +72,23 @@ export interface RandomSource {
   /** u32 [at least 3]: seed low, seed high, step. A captured step reads them at every replay. */
   readonly counter: Tensor;
   readonly stream: number;
+  /** Tells tensors of one key apart; default 0. */
+  readonly apart?: number;
+  /** Where x stands in a larger matrix, whose elements draw the bits; default: it is all of it. */
+  readonly place?: Place | null;
+}
+
+/** Where the blocks of a matrix stand in one of which it is a part: whole blocks of 16 of that. */
+export interface Place {
+  /**
+   * u32: of every row of x (of "columns": of every block of 16 rows) its number there, if `lines` is not 0;
+   * then of every block of 16 columns.
+   */
+  readonly table: Tensor;
+  /** Rows, or blocks of rows, in the table; 0: x has all of them. */
+  readonly lines: number;
+  /** Blocks of 16 there are in a row there (of "columns": in a column). */
+  readonly whole: number;
 }
 
 /** Largest magnitudes of stretches of a tensor: entries `first` .. `first + count` of u32 bits. */
@@ -92,7 +110,8 @@ export function spreadOf(device: Device) {
 /**
  * What the format keeps of x, element by element an f32: decode(encode(x / scale)) * scale. Rounds to nearest
  * even, or at random with 8 bits per element: element i of the tensor in the order of its blocks (columns
- * first for "columns", lines filled up to multiples of 16) takes byte i % 4 of Philox word floor(i / 4).
+ * first for "columns", lines filled up to multiples of 16) takes byte i % 4 of Philox word floor(i / 4); with
+ * a `place` i is the element's number in the larger matrix.
  *
  * @param x  f32 [..., K], taken as rows of K
  * @returns f32 of x's shape; with `hadamard` or `groups` [rows, K], where rows are filled up with zeros to
@@ -150,13 +169,16 @@ function checkOptions(
   }
 }
 
-/** Largest magnitudes of x, to be handed to `fakeValues`; into `into` where it is given. */
+/**
+ * Largest magnitudes of x, to be handed to `fakeValues`; into `into` where it is given.
+ * @param entries how many; default: as many as suit the adapter
+ */
 export function largestMagnitude(
-  x: Tensor, into: { readonly partial: Tensor; readonly first: number } | null = null,
+  x: Tensor, into: { readonly partial: Tensor; readonly first: number } | null = null, entries = 0,
 ): Magnitudes {
   const { WG, partials } = spreadOf(x.device);
   const units = Math.ceil(x.size / 4);
-  const count = Math.max(1, Math.min(partials, Math.ceil(units / (WG * 64))));
+  const count = entries || Math.max(1, Math.min(partials, Math.ceil(units / (WG * 64))));
   const each = Math.ceil(units / (WG * count));
   const first = into?.first ?? 0;
   const partial = into?.partial ?? x.device.empty([count], "u32");
@@ -183,9 +205,13 @@ function blocksOf(rows: number, block: number, groups: RowGroups | null) {
     per: permute?.topk ?? 1 };
 }
 
-/** The columns of x, 16 rows at a time, by the random Hadamard transform; with the magnitudes of both. */
+/**
+ * The columns of x, 16 rows at a time, by the random Hadamard transform; with the magnitudes of both, which
+ * lie in one tensor.
+ * @param entries of magnitudes, as for `largestMagnitude`
+ */
 export function rotateColumns(
-  x: Tensor, groups: RowGroups | null,
+  x: Tensor, groups: RowGroups | null, entries = 0,
 ): { rotated: Tensor; plain: Magnitudes; own: Magnitudes } {
   const { device } = x;
   const cols = x.shape.at(-1)!;
@@ -195,7 +221,7 @@ export function rotateColumns(
   const rotated = device.empty([padded, cols]);
   const { WG, partials } = spreadOf(device);
   const units = (padded / 16) * Math.ceil(cols / 4);
-  const count = Math.max(1, Math.min(partials, Math.ceil(units / (WG * 4))));
+  const count = entries || Math.max(1, Math.min(partials, Math.ceil(units / (WG * 4))));
   const partial = device.empty([2 * count], "u32");
   launch("quant/largest", {
     entry: "rotate",
@@ -237,18 +263,20 @@ export function fakeValues(x: Tensor, options: FakeQuantizeOptions, magnitudes: 
   const count = Math.ceil(units / (WG * each));
   launch("quant/fake_quantize", {
     bind: {
-      x, y, amax: magnitudes?.partial ?? x, jobs: x, tiles: tiles ?? x, table: table ?? x,
-      random: random?.counter ?? x, scales: given?.scales ?? x,
+      x, y, amax: magnitudes?.partial ?? x, jobs: random?.place?.table ?? x, tiles: tiles ?? x,
+      table: table ?? x, random: random?.counter ?? x, scales: given?.scales ?? x,
     },
     params: {
       rows, cols, block: strip, units, each, groups: count, first: given?.slot ?? magnitudes?.first ?? 0,
-      partials: magnitudes?.count ?? 0, stream: random?.stream ?? 0, per,
+      partials: magnitudes?.count ?? 0, stream: random?.stream ?? 0, per, apart: random?.apart ?? 0,
+      whole: random?.place?.whole ?? 0, placed: random?.place?.lines ?? 0,
     },
     constants: { WG }, workgroups: [count],
     conditions: [
       ...conditions, ...shapeConditions(block, blocks), ...(cols % 4 === 0 ? ["vec4" as const] : []),
       ...(tiles ? ["grouped" as const] : []), ...(table ? ["gather" as const] : []),
-      ...(random ? ["stochastic" as const] : []), ...(given ? ["given" as const] : []),
+      ...(random ? ["stochastic" as const] : []), ...(random?.place ? ["placed" as const] : []),
+      ...(given ? ["given" as const] : []),
       ...(scale_rule === "floor" ? ["floor_scale" as const] : []),
       ...(whole_scale ? ["whole_scale" as const] : []),
     ],
@@ -272,17 +300,24 @@ export interface GivenScales {
   readonly magnitudes: Tensor;
 }
 
+interface Prepared {
+  readonly measure: (() => Tensor) | null;
+  readonly values: (amax: Tensor | null) => void;
+}
+
 /**
  * `fake_quantize` of many matrices at once, of all parameters for one: a launch for the largest magnitudes
  * where the format needs them, and one for the values, as long as the sources lie in one buffer and the
  * results in another.
  */
 export class FakeBatch {
-  readonly #records: (() => void)[] = [];
+  readonly #records: Prepared[] = [];
   readonly #held: Tensor[] = [];
 
+  /** @param entries of magnitudes for every matrix; default: as many as suit the adapter */
   constructor(
     device: Device, jobs: readonly FakeJob[], options: FakeQuantizeOptions, given: GivenScales | null = null,
+    entries = 0,
   ) {
     checkOptions(options);
     const groups = new Map<string, FakeJob[]>();
@@ -294,13 +329,26 @@ export class FakeBatch {
       groups.set(key, [...(groups.get(key) ?? []), job]);
     }
     unscoped(() => {
-      for (const group of groups.values()) this.#records.push(this.#prepare(device, group, options, given));
+      for (const group of groups.values()) {
+        this.#records.push(this.#prepare(device, group, options, given, entries));
+      }
     });
   }
 
   /** Records the launches. */
   record(): void {
-    for (const record of this.#records) record();
+    this.values(this.measure());
+  }
+
+  /** Records those for the largest magnitudes: a tensor of them for every launch that needs one. */
+  measure(): Tensor[] {
+    return this.#records.flatMap(({ measure }) => measure?.() ?? []);
+  }
+
+  /** Records those for the values. @param magnitudes as `measure` gave them, or larger ones */
+  values(magnitudes: readonly Tensor[]): void {
+    let next = 0;
+    for (const { measure, values } of this.#records) values(measure ? magnitudes[next++] ?? null : null);
   }
 
   dispose(): void {
@@ -309,7 +357,8 @@ export class FakeBatch {
 
   #prepare(
     device: Device, jobs: readonly FakeJob[], options: FakeQuantizeOptions, given: GivenScales | null,
-  ): () => void {
+    entries: number,
+  ): Prepared {
     const { format, blocks = "rows" } = options;
     const { block, conditions, scaled } = FAKE_LAYOUTS[format];
     const { WG, groups: wanted, partials } = spreadOf(device);
@@ -333,8 +382,8 @@ export class FakeBatch {
     const values: number[] = [];
     for (const { rows, cols, slot, x: from, y: to } of matrices) {
       const size = rows * cols;
-      const count = Math.max(1, Math.min(partials, Math.ceil(size / 4 / (WG * 64))));
-      const first = given ? slot * partials : magnitudes.length / 8;
+      const count = entries || Math.max(1, Math.min(partials, Math.ceil(size / 4 / (WG * 64))));
+      const first = given ? slot * given.magnitudes.shape[1]! : magnitudes.length / 8;
       const stretch = Math.ceil(Math.ceil(size / 4) / count);
       for (let i = 0; i < count; i++) {
         const end = Math.min((i + 1) * stretch, Math.ceil(size / 4));
@@ -353,13 +402,13 @@ export class FakeBatch {
     const records = { jobs: table(values), count: values.length / 8 };
     const partial = given?.magnitudes ??
       (measures ? this.#hold(device.empty([measures.count], "u32")) : null);
-    return () => {
-      if (measures && partial) {
+    return {
+      measure: measures && partial && (() => {
         launch("quant/largest", {
           entry: "largest", bind: { x, partial, jobs: measures.jobs },
           params: {
             rows: 0, cols: 0, block: 0, units: 0, each: 0, groups: measures.count, first: 0, partials: 0,
-              per: 1,
+            per: 1,
           },
           constants: { WG }, workgroups: [measures.count],
           conditions: [
@@ -367,15 +416,16 @@ export class FakeBatch {
             ...(halves ? ["halves" as const] : []),
           ],
         });
-      }
-      launch("quant/fake_quantize", {
+        return partial;
+      }),
+      values: (amax) => launch("quant/fake_quantize", {
         bind: {
-          x, y, amax: (given ? null : partial) ?? x, jobs: records.jobs, tiles: x, table: x, random: x,
+          x, y, amax: (given ? null : amax) ?? x, jobs: records.jobs, tiles: x, table: x, random: x,
           scales: given?.scales ?? x,
         },
         params: {
           rows: 0, cols: 0, block: block ?? 64, units: 0, each: 0, groups: records.count, first: 0,
-          partials: 0, stream: 0, per: 1,
+          partials: 0, stream: 0, per: 1, apart: 0, whole: 0, placed: 0,
         },
         constants: { WG }, workgroups: [records.count],
         conditions: [
@@ -384,7 +434,7 @@ export class FakeBatch {
           ...(options.scale_rule === "floor" ? ["floor_scale" as const] : []),
           ...(options.whole_scale ? ["whole_scale" as const] : []),
         ],
-      });
+      }),
     };
   }
 

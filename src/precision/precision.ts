@@ -1,108 +1,138 @@
 /** The roundings of a training run: of its weights, once per update, and of what its products read. */
-import type { Graph } from "../gpu/stream.ts";
+import { ALONE, everyRank, type Group, largestInGroup } from "../ops/collectives.ts";
 import {
-  FakeBatch, type FakeJob, FAKE_LAYOUTS, type FakeQuantizeOptions, fakeValues, largestMagnitude,
-    type Magnitudes,
-  padded_offsets, rotateColumns, type RowGroups, spreadOf, update_scales,
+  FakeBatch, type FakeJob, FAKE_LAYOUTS, type FakeQuantizeOptions, type Place, spreadOf, update_scales,
 } from "../ops/fake_quantize.ts";
-import type { Rounding, Summand } from "../ops/rounding.ts";
 import type { Device } from "../tensor/device.ts";
 import { ELEMENTS } from "../tensor/formats.ts";
 import { seedWords } from "../tensor/philox.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
+import { localsOf, perRank, shardedOf } from "../tensor/sharded.ts";
+import { captureOn, type StepGraph } from "../tensor/step_graph.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { together } from "../tensor/together.ts";
-import type { Roundings } from "./active.ts";
+import type { ActiveRounding, Roundings } from "./active.ts";
+import {
+  commonEntries, isScaledAsWhole, ProjectionRounding, SharedTensors, STREAMS_EACH,
+} from "./projection.ts";
 import type { Operand, Products } from "./recipes.ts";
 
 /** Random streams of roundings begin here; parameters and data take those below. */
 const STREAMS = 0x4000_0000;
-/** Of a projection: its numbers of random streams. */
-const [ALONG, DOWN, EACH] = [0, 1, 2] as const;
 
-/** Scales from earlier updates: one slot per matrix of a weight, per input and per gradient. */
-interface Delayed {
-  readonly magnitudes: Tensor;
-  readonly history: Tensor;
-  readonly scales: Tensor;
-  readonly tops: Tensor;
+/** A weight of linear layers on the ranks of its stage, and how its products are rounded. */
+export interface RoundedProjection {
+  readonly weight: Tensor;
+  readonly products: Products;
+  /** Its number among the projections of the model. */
+  readonly number: number;
+  /** Ranks that have parts of one input, and of one gradient. */
+  readonly tensor: Group;
+  /** Ranks that have parts of one matrix, or the same one. */
+  readonly matrix: Group;
+  /** Whether ranks that are in no such group have other matrices. */
+  readonly divided: boolean;
+  /** Of every rank. */
+  readonly ranks: readonly RankPlace[];
+  /** Its entries among the scales of the model: of its first matrix on every rank, and of its input. */
+  readonly scales: { readonly weights: readonly number[]; readonly input: number };
+}
+
+/** What is a rank's own. */
+export interface RankPlace {
+  /** The number of its micro-batch among those of one pass. */
+  readonly micro: number;
+  /** See `Drawing`; tables of `along` and `down` belong to whoever made them. */
+  readonly apart: number;
+  readonly along: Place | null;
+  readonly down: Place | null;
+}
+
+/** A projection on one rank. */
+export function onOneRank(
+  weight: Tensor, products: Products, number: number, entry: number,
+): RoundedProjection {
+  return {
+    weight, products, number, tensor: ALONE, matrix: ALONE, divided: false,
+    ranks: [{ micro: 0, apart: 0, along: null, down: null }],
+    scales: { weights: [entry], input: entry + matricesOf(weight) },
+  };
+}
+
+export interface PrecisionOptions {
+  readonly seed: number;
+  /** Updates that FP8 scales look back on; null: scales follow from the tensor itself. */
+  readonly history: number | null;
+  /** Micro-batches whose passes are recorded together; default 1. */
+  readonly slots?: number;
+}
+
+/** Scales of a run as files hold them: of the whole model, whatever ranks it is on. */
+export interface SavedScales {
+  readonly name: "amax_history" | "scales";
+  readonly shape: readonly number[];
+  read(): Promise<Float32Array>;
+  write(values: Float32Array): void;
 }
 
 export class Precision implements Roundings {
-  /** u32 [4]: seed low, seed high, number of the micro-batch, number of the update. */
-  readonly #counter: Tensor;
-  readonly #seed: readonly [number, number];
-  readonly #device: Device;
-  readonly #roundings = new Map<number, ProjectionRounding>();
-  readonly #batches: FakeBatch[] = [];
-  readonly #values: Tensor[] = [];
-  readonly #delayed: Delayed | null;
-  #graph: Graph | null = null;
+  readonly #devices: readonly Device[];
+  readonly #counters: Counters;
+  readonly #stages: readonly StagePrecision[];
+  readonly #roundings = new Map<number, ActiveRounding>();
+  readonly #history: number | null;
+  #graph: StepGraph | null = null;
   #learning = true;
 
-  /**
-   * @param plan     formats by parameter name
-   * @param weights  parameters by name
-   * @param history  updates that FP8 scales look back on; null: scales follow from the tensor itself
-   */
+  /** @param stages the projections of every pipeline stage */
   constructor(
-    device: Device, plan: ReadonlyMap<string, Products>, weights: ReadonlyMap<string, Tensor>,
-    { seed, history }: { readonly seed: number; readonly history: number | null },
+    stages: readonly (readonly RoundedProjection[])[], { seed, history, slots = 1 }: PrecisionOptions,
   ) {
-    this.#device = device;
-    this.#seed = seedWords(seed);
-    const planned = [...plan].map(([name, products]) => ({ weight: weights.get(name)!, products }));
-    const made = unscoped(() => ({
-      counter: device.zeros([4], "u32"),
-      delayed: history === null ? null : makeDelayed(device, planned, history),
-    }));
-    this.#counter = made.counter;
-    this.#delayed = made.delayed;
-    let slot = 0;
-    const wanted: Wanted[] = [];
-    planned.forEach(({ weight, products }, i) => {
-      const first = slot;
-      slot += matricesOf(weight) + 2;
-      const { fprop, dgrad } = products;
-      const forward = weightOptions(fprop.weight, "rows");
-      const backward = weightOptions(dgrad.weight, "columns");
-      wanted.push({ weight, options: forward, slot: first, place: 0 });
-      const isOne = JSON.stringify(forward) === JSON.stringify(backward);
-      if (!isOne) wanted.push({ weight, options: backward, slot: first, place: 1 });
-      this.#roundings.set(weight.key, new ProjectionRounding(products, {
-        counter: this.#counter, stream: STREAMS + EACH * i, delayed: this.#delayed, slot: slot - 2,
-        learns: () => this.#learning,
-      }));
+    this.#devices = [...new Set(stages.flat().flatMap(({ weight }) =>
+      localsOf(weight).map(({ device }) => device)))];
+    this.#history = history;
+    [this.#counters, this.#stages] = unscoped(() => {
+      const counters = new Counters(seed, slots);
+      return [counters, stages.map((projections) => new StagePrecision(
+        projections, history, counters, () => this.#learning, this.#roundings))];
     });
-    this.#prepareWeights(wanted);
   }
 
   /** Bytes of the rounded weights. */
   get bytes(): number {
-    return this.#values.reduce((sum, { byteLength }) => sum + byteLength, 0);
+    return this.#stages.reduce((sum, { bytes }) => sum + bytes, 0);
   }
 
-  of(key: number): Rounding | null {
+  of(key: number): ActiveRounding | null {
     return this.#roundings.get(key) ?? null;
   }
 
   /** Rounds all weights as they are now. Ready to be called at any time between replays. */
   roundWeights(): void {
-    if (this.#batches.length === 0) return;
-    this.#graph ??= unscoped(() => this.#device.capture(() => scope(() => {
-      for (const batch of this.#batches) batch.record();
-    })).graph);
-    this.#device.replay(this.#graph);
+    this.#graph ??= unscoped(() => captureOn(this.#devices, () => scope(() => {
+      for (const stage of this.#stages) stage.roundWeights();
+    })));
+    this.#graph.replay();
   }
 
-  /** Sets the numbers that random bits and histories are drawn by. */
-  prepare(update: number, micro_batch: number): void {
-    this.#counter.write(Uint32Array.from([...this.#seed, micro_batch, update]));
+  /**
+   * Sets the numbers that random bits and histories are drawn by.
+   * @param micro_batch number in the whole run of the first data-parallel rank's
+   * @param slot        which of the micro-batches that are recorded together
+   */
+  prepare(update: number, micro_batch: number, slot = 0): void {
+    this.#counters.write(update, micro_batch, slot);
+  }
+
+  /** What is recorded from here on belongs to this one of the micro-batches that are recorded together. */
+  enter(slot: number): void {
+    this.#counters.slot = slot;
   }
 
   /** Runs `body` without taking what it sees into account for later scales. */
   watching<T>(body: () => T): T {
     this.#learning = false;
+    this.enter(0);
     try {
       return body();
     } finally {
@@ -111,136 +141,228 @@ export class Precision implements Roundings {
   }
 
   /** Records what an update changes: scales that follow from the magnitudes seen since the last one. */
-  update(): void {
-    if (!this.#delayed) return;
-    const { magnitudes, history, scales, tops } = this.#delayed;
-    update_scales(magnitudes, history, scales, tops, this.#counter);
+  update(stage: number): void {
+    this.#stages[stage]!.update();
   }
 
-  /** What a checkpoint must hold, by name. */
-  get state(): ReadonlyMap<string, Tensor> {
-    const { history, scales } = this.#delayed ?? {};
-    return new Map(history && scales ? [["amax_history", history], ["scales", scales]] : []);
+  /** What a checkpoint must hold. */
+  get state(): readonly SavedScales[] {
+    if (this.#history === null) return [];
+    const stored = this.#stages.flatMap(({ stored }) => stored);
+    const entries = 1 + Math.max(...stored.flatMap(({ slots }) => slots.flat()));
+    const of = (name: SavedScales["name"], width: number, shape: readonly number[]): SavedScales => ({
+      name, shape,
+      async read() {
+        const whole = new Float32Array(entries * width);
+        for (const { slots, [name]: tensor } of stored) {
+          for (const [rank, local] of localsOf(tensor).entries()) {
+            const values = await local.read() as Float32Array;
+            slots[rank]!.forEach((entry, slot) =>
+              whole.set(values.subarray(slot * width, (slot + 1) * width), entry * width));
+          }
+        }
+        return whole;
+      },
+      write(values) {
+        for (const { slots, [name]: tensor } of stored) {
+          localsOf(tensor).forEach((local, rank) => local.write(Float32Array.from(
+            slots[rank]!.flatMap((entry) => [...values.subarray(entry * width, (entry + 1) * width)]))));
+        }
+      },
+    });
+    return [of("amax_history", this.#history, [entries, this.#history]), of("scales", 1, [entries])];
   }
 
   dispose(): void {
-    if (this.#graph) this.#device.stream.disposeGraph(this.#graph);
-    for (const batch of this.#batches) batch.dispose();
-    for (const tensor of [this.#counter, ...this.#values, ...Object.values(
-      this.#delayed ?? {})]) tensor.dispose();
-  }
-
-  #prepareWeights(wanted: readonly Wanted[]): void {
-    const groups = new Map<string, Wanted[]>();
-    for (const one of wanted) {
-      const key = JSON.stringify(one.options);
-      groups.set(key, [...(groups.get(key) ?? []), one]);
-    }
-    for (const group of groups.values()) {
-      const values = unscoped(() => together(this.#device, group.map(({ weight }) => weight.shape)));
-      this.#values.push(...values);
-      const jobs = group.map(({ weight, slot }, i): FakeJob => ({ x: weight, y: values[i]!, slot }));
-      this.#batches.push(new FakeBatch(this.#device, jobs, group[0]!.options, this.#delayed));
-      group.forEach(({ weight, place }, i) => this.#roundings.get(weight.key)!.take(values[i]!, place));
-    }
+    this.#graph?.dispose();
+    for (const stage of this.#stages) stage.dispose();
+    this.#counters.dispose();
   }
 }
 
-/** A weight to be rounded: for the product (place 0) or for the gradient of its input (1). */
-interface Wanted {
-  readonly weight: Tensor;
+/** u32 [4] each: seed low, seed high, number of the micro-batch, number of the update. */
+class Counters {
+  slot = 0;
+  readonly #seed: readonly [number, number];
+  readonly #slots: number;
+  readonly #all: {
+    readonly device: Device; readonly micro: number; readonly slots: readonly Tensor[];
+  }[] = [];
+
+  constructor(seed: number, slots: number) {
+    this.#seed = seedWords(seed);
+    this.#slots = slots;
+  }
+
+  /** That of the slot which is recorded, for micro-batch number `micro` of a pass. */
+  of(device: Device, micro: number): () => Tensor {
+    let found = this.#all.find((one) => one.device === device && one.micro === micro);
+    if (!found) {
+      const slots = Array.from({ length: this.#slots }, () => device.zeros([4], "u32"));
+      this.#all.push(found = { device, micro, slots });
+    }
+    const { slots } = found;
+    return () => slots[this.slot]!;
+  }
+
+  write(update: number, first: number, slot: number): void {
+    for (const { micro, slots } of this.#all) {
+      slots[slot]!.write(Uint32Array.from([...this.#seed, first + micro, update]));
+    }
+  }
+
+  dispose(): void {
+    for (const { slots } of this.#all) for (const counter of slots) counter.dispose();
+  }
+}
+
+/** Scales from earlier updates. */
+interface Delayed {
+  readonly magnitudes: Tensor;
+  readonly amax_history: Tensor;
+  readonly scales: Tensor;
+  readonly tops: Tensor;
+  /** Ranks whose magnitudes count together. */
+  readonly group: Group;
+  /** Of every rank the entries in the scales of the model. */
+  readonly slots: number[][];
+}
+
+/** Weights that are rounded alike: for the product (place 0) or for the gradient of its input (1). */
+interface Family {
   readonly options: FakeQuantizeOptions;
-  readonly slot: number;
-  readonly place: 0 | 1;
-}
-
-interface Source {
-  readonly counter: Tensor;
-  readonly stream: number;
+  readonly matrix: Group;
   readonly delayed: Delayed | null;
-  /** Of the input; the gradient has the next. */
-  readonly slot: number;
-  readonly learns: () => boolean;
+  readonly members: {
+    readonly weight: Tensor; readonly place: 0 | 1; readonly slot: number;
+    readonly roundings: readonly ProjectionRounding[];
+  }[];
 }
 
-class ProjectionRounding implements Rounding {
-  readonly #products: Products;
-  readonly #source: Source;
-  readonly #weights: Tensor[] = [];
+/** The projections of one pipeline stage. */
+class StagePrecision {
+  readonly #delayed: readonly Delayed[];
+  readonly #counter: Tensor | null;
+  readonly #families: { readonly batches: readonly FakeBatch[]; readonly family: Family }[];
+  readonly #values: Tensor[] = [];
+  readonly #shared: SharedTensors[] = [];
 
-  constructor(products: Products, source: Source) {
-    this.#products = products;
-    this.#source = source;
-  }
-
-  take(values: Tensor, place: 0 | 1): void {
-    this.#weights[place] = values;
-  }
-
-  forward(): Tensor {
-    return this.#weights[0]!;
-  }
-
-  backward(): Tensor {
-    return this.#weights[1] ?? this.#weights[0]!;
-  }
-
-  input(
-    x: Tensor, keeps: boolean, groups: RowGroups | null,
-  ): { forward: Tensor; kept: Summand | null } {
-    const { fprop, wgrad } = this.#products;
-    const { along, down } = this.#round(x, fprop.x, keeps ? wgrad.x : null, groups, this.#source.slot);
-    return { forward: along!, kept: down };
-  }
-
-  gradient(
-    dy: Tensor, wants: { readonly x: boolean; readonly weight: boolean }, groups: RowGroups | null,
-  ): { backward: Tensor | null; kept: Summand | null } {
-    const { dgrad, wgrad } = this.#products;
-    const { along, down } = this.#round(
-      dy, wants.x ? dgrad.dy : null, wants.weight ? wgrad.dy : null, groups, this.#source.slot + 1);
-    return { backward: along, kept: down };
-  }
-
-  /** Rows of x with blocks along them and with blocks down the columns, as far as they are wanted. */
-  #round(
-    x: Tensor, along: Operand | null, down: Operand | null, groups: RowGroups | null, slot: number,
-  ): { along: Tensor | null; down: Summand | null } {
-    const { delayed, learns } = this.#source;
-    const needsMagnitudes = [along, down].some((operand) => operand && FAKE_LAYOUTS[operand.format].scaled);
-    let given: FakeQuantizeOptions["given"];
-    let magnitudes: Magnitudes | null = null;
-    let turned: { rotated: Tensor; own: Magnitudes } | null = null;
-    if (delayed) {
-      const { partials } = spreadOf(x.device);
-      if (learns()) largestMagnitude(x, { partial: delayed.magnitudes, first: slot * partials });
-      given = { scales: delayed.scales, slot };
-    } else if (down?.hadamard) {
-      const both = rotateColumns(x, groups);
-      turned = both;
-      magnitudes = both.plain;
-    } else if (needsMagnitudes) {
-      magnitudes = largestMagnitude(x);
-    }
-    const options = (operand: Operand, blocks: "rows" | "columns", stream: number): FakeQuantizeOptions => ({
-      format: operand.format, blocks, scale_rule: operand.scale_rule, whole_scale: operand.whole_scale, given,
-      random: operand.stochastic ? { counter: this.#source.counter, stream: this.#source.stream + stream }
-        : undefined,
+  constructor(
+    projections: readonly RoundedProjection[], history: number | null, counters: Counters,
+    learns: () => boolean, roundings: Map<number, ActiveRounding>,
+  ) {
+    const [any] = projections;
+    const devices = any ? localsOf(any.weight).map(({ device }) => device) : [];
+    // Scales of matrices that not all ranks have are apart from the others'.
+    const lists = [projections, projections.filter(({ divided }) => divided)] as const;
+    const isIn = (list: 0 | 1, { divided }: RoundedProjection) => (divided ? 1 : 0) === list;
+    const delayed = history === null || !any ? [] : ([0, 1] as const).flatMap((list) => {
+      if (lists[list].length === 0) return [];
+      return [makeDelayed(lists[list].map((one) => ({
+        one, weights: isIn(list, one), tensors: list === 0,
+      })), devices, history)];
     });
-    const first = along && fakeValues(x, options(along, "rows", ALONG), magnitudes);
-    if (!down) return { along: first, down: null };
-    const whole = FAKE_LAYOUTS[down.format].block === null;
-    if (first && whole && JSON.stringify(along) === JSON.stringify(down)) {
-      return { along: first, down: { tensor: first, offsets: null } };
+    this.#delayed = delayed;
+    this.#counter = delayed.length > 0
+      ? shardedOf(devices.map((device) => counters.of(device, any!.ranks[0]!.micro)())) : null;
+    const families = new Map<string, Family>();
+    const next = [0, 0] as [number, number];
+    for (const one of projections) {
+      const { weight, products, number, ranks, matrix, divided, tensor } = one;
+      const list = divided ? 1 : 0;
+      const weightSlot = next[list];
+      next[list] += matricesOf(weight);
+      const slot = next[0];
+      next[0] += 2;
+      const own = localsOf(weight).map(({ device }, rank) => {
+        const { micro, apart, along, down } = ranks[rank]!;
+        const given = delayed[0] && {
+          magnitudes: localsOf(delayed[0].magnitudes)[rank]!, scales: localsOf(delayed[0].scales)[rank]!,
+        };
+        return new ProjectionRounding(products, {
+          stream: STREAMS + STREAMS_EACH * number, slot, learns, given: given ?? null,
+          drawing: { counter: counters.of(device, micro), apart, along, down },
+        });
+      });
+      const isShared = history === null && isScaledAsWhole(products) && !isSolo(tensor);
+      const shared = isShared ? new SharedTensors(own, weight, tensor) : null;
+      if (shared) this.#shared.push(shared);
+      roundings.set(weight.key, { rounding: perRank(own), shared });
+      const { fprop, dgrad } = products;
+      const forward = weightOptions(fprop.weight, "rows");
+      const backward = weightOptions(dgrad.weight, "columns");
+      const add = (options: FakeQuantizeOptions, place: 0 | 1) => {
+        const key = JSON.stringify([options, matrix.members, divided]);
+        const family = families.get(key) ??
+          { options, matrix, delayed: delayed[list] ?? null, members: [] };
+        families.set(key, family);
+        family.members.push({ weight, place, slot: weightSlot, roundings: own });
+      };
+      add(forward, 0);
+      if (JSON.stringify(forward) !== JSON.stringify(backward)) add(backward, 1);
     }
-    const how = options(down, "columns", DOWN);
-    const tensor = turned
-      ? fakeValues(turned.rotated, how, turned.own)
-      : fakeValues(x, { ...how, groups: whole ? null : groups }, magnitudes);
-    const block = FAKE_LAYOUTS[down.format].block ?? 1;
-    const offsets = groups && !whole ? padded_offsets(groups.offsets, block) : null;
-    return { along: first, down: { tensor, offsets } };
+    this.#families = [...families.values()].map((family) => ({ family, batches: this.#batches(family) }));
   }
+
+  get bytes(): number {
+    return this.#values.reduce((sum, { byteLength }) => sum + byteLength, 0);
+  }
+
+  get stored(): readonly Pick<Delayed, "amax_history" | "scales" | "slots">[] {
+    return this.#delayed;
+  }
+
+  roundWeights(): void {
+    for (const { batches, family: { matrix, delayed } } of this.#families) {
+      const measured = batches.map((batch) => batch.measure());
+      const own = delayed || isSolo(matrix) ? measured : agreed(measured, matrix);
+      batches.forEach((batch, rank) => batch.values(own[rank]!));
+    }
+  }
+
+  update(): void {
+    for (const { magnitudes, amax_history, scales, tops, group } of this.#delayed) {
+      const most = largestInGroup(magnitudes, group);
+      if (most !== magnitudes) magnitudes.copyFrom(most);
+      update_scales(magnitudes, amax_history, scales, tops, this.#counter!);
+    }
+  }
+
+  dispose(): void {
+    for (const { batches } of this.#families) for (const batch of batches) batch.dispose();
+    for (const shared of this.#shared) shared.dispose();
+    for (const tensor of this.#values) tensor.dispose();
+    if (this.#counter && localsOf(this.#counter)[0] !== this.#counter) this.#counter.dispose();
+    for (const { magnitudes, amax_history, scales, tops } of this.#delayed) {
+      for (const tensor of [magnitudes, amax_history, scales, tops]) tensor.dispose();
+    }
+  }
+
+  /** Of every rank one. */
+  #batches({ options, members, delayed }: Family): FakeBatch[] {
+    const devices = localsOf(members[0]!.weight).map(({ device }) => device);
+    const entries = commonEntries(devices);
+    return devices.map((device, rank) => {
+      const weights = members.map(({ weight }) => localsOf(weight)[rank]!);
+      const values = together(device, weights.map(({ shape }) => shape));
+      this.#values.push(...values);
+      members.forEach(({ roundings, place }, i) => roundings[rank]!.take(values[i]!, place));
+      const jobs = members.map(({ slot }, i): FakeJob => ({ x: weights[i]!, y: values[i]!, slot }));
+      const given = delayed && {
+        scales: localsOf(delayed.scales)[rank]!, magnitudes: localsOf(delayed.magnitudes)[rank]!,
+      };
+      return new FakeBatch(device, jobs, options, given, entries);
+    });
+  }
+}
+
+const isSolo = ({ members }: Group): boolean => members.every(({ length }) => length === 1);
+
+/** Magnitudes of every rank's launches, the largest of their group. */
+function agreed(measured: readonly (readonly Tensor[])[], group: Group): Tensor[][] {
+  const launches = measured[0]!.map((_, i) =>
+    localsOf(largestInGroup(shardedOf(measured.map((own) => own[i]!)), group)));
+  return measured.map((_, rank) => launches.map((own) => own[rank]!));
 }
 
 function weightOptions(operand: Operand, sum: "rows" | "columns"): FakeQuantizeOptions {
@@ -257,15 +379,28 @@ function matricesOf({ shape }: Tensor): number {
 }
 
 function makeDelayed(
-  device: Device, planned: readonly { weight: Tensor; products: Products }[], length: number,
+  planned: readonly { one: RoundedProjection; weights: boolean; tensors: boolean }[],
+  devices: readonly Device[], length: number,
 ): Delayed {
   const top = ({ format }: Operand) => ELEMENTS[format === "fp8_e5m2" ? "e5m2" : "e4m3fn"].max;
-  const tops = planned.flatMap(({ weight, products: { fprop, dgrad } }) => [
-    ...Array.from({ length: matricesOf(weight) }, () => top(fprop.weight)), top(fprop.x), top(dgrad.dy),
+  const tops = planned.flatMap(({ one: { weight, products: { fprop, dgrad } }, weights, tensors }) => [
+    ...Array<number>(weights ? matricesOf(weight) : 0).fill(top(fprop.weight)),
+    ...tensors ? [top(fprop.x), top(dgrad.dy)] : [],
   ]);
+  const slots = devices.map((_, rank) =>
+    planned.flatMap(({ one: { weight, scales: { weights: first, input } }, weights, tensors }) => [
+      ...Array.from({ length: weights ? matricesOf(weight) : 0 }, (_matrix, i) => first[rank]! + i),
+      ...tensors ? [input, input + 1] : [],
+    ]));
+  const entries = commonEntries(devices) || spreadOf(devices[0]!).partials;
+  const on = (make: (device: Device) => Tensor) => scope(() => shardedOf(devices.map(make)));
+  const values = (numbers: readonly number[]) => on((device) => device.tensor([...numbers], [tops.length]));
+  const [{ one: { matrix } }] = planned as [typeof planned[number]];
+  const tensors = planned.some((of) => of.tensors);
+  const magnitudes = on((device) => device.zeros([tops.length, entries], "u32"));
   return {
-    magnitudes: device.zeros([tops.length, spreadOf(device).partials], "u32"),
-    history: device.zeros([tops.length, length]),
-    scales: device.tensor(tops.map(() => 1), [tops.length]), tops: device.tensor(tops, [tops.length]),
+    magnitudes, amax_history: on((device) => device.zeros([tops.length, length])),
+    scales: values(tops.map(() => 1)), tops: values(tops),
+    group: tensors ? everyRank(magnitudes) : matrix, slots,
   };
 }

@@ -75,6 +75,11 @@ export function reduce_from_vjp(grads: Grads, _how: object, ...xs: NdArray[]): C
   return [null, ...filled(grads, xs[0]!.shape)];
 }
 
+/** The largest of every element, on every rank. */
+export function largest_of(_how: object, ...xs: NdArray[]): NdArray[] {
+  return xs.map((x) => ndarray(x.shape, x.data.map((_, i) => Math.max(...xs.map(({ data }) => data[i]!)))));
+}
+
 /** Rank i keeps slice i of its own tensor; the tensors are copies of one. */
 export function scatter({ dim }: Slices, ...xs: NdArray[]): NdArray[] {
   return ownSlices(xs, dim);

@@ -8,7 +8,10 @@ interface Options {
   readonly format: string;
   readonly blocks?: "rows" | "columns" | "tiles";
   readonly hadamard?: boolean;
-  readonly random?: { readonly counter: NdArray; readonly stream: number };
+  readonly random?: {
+    readonly counter: NdArray; readonly stream: number; readonly apart?: number;
+    readonly place?: { readonly table: NdArray; readonly lines: number; readonly whole: number };
+  };
   readonly groups?: {
     readonly offsets: NdArray; readonly permute?: { readonly slot_token: NdArray; readonly topk: number };
   } | null;
@@ -70,13 +73,29 @@ function scaled(
   const key = random && { seed: seedOf(random.counter), step: random.counter.data[2]!,
     stream: random.stream };
   // As lines of whole words of four bytes; blocks of 16 make that so.
-  const byte = (i: number) => (randomBits(key!, Math.floor(i / 4)) >>> (8 * (i % 4))) & 255;
+  const byte = (own: number) => {
+    const i = 16 * elementBlock(Math.floor(own / 16), shape[1] / 16, blocks, random!) + own % 16;
+    const word = Math.floor(i / 4) + 2 ** 34 * (random!.apart ?? 0);
+    return (randomBits(key!, word) >>> (8 * (i % 4))) & 255;
+  };
   const more: ScaledOptions = {
     ...(key ? { random: byte } : {}), ...(given ? { tensorScale: given.scales.data[given.slot]! } : {}),
     ...(format.startsWith("mx") ? { scaleRule: scale_rule ?? "ceil" } : {}),
     ...(format === "fp8_blockwise" ? { blockRows: blocks === "tiles" ? 128 as const : 1 as const } : {}),
   };
   return dequantizeScaled(quantizeScaled(lines, shape, name as ScaledFormat, more));
+}
+
+/** The number of a block of 16 in the matrix whose elements draw random bits. */
+function elementBlock(
+  block: number, across: number, blocks: string, { place }: NonNullable<Options["random"]>,
+): number {
+  if (!place) return block;
+  const { table: { data }, lines, whole } = place;
+  const [line, along] = [Math.floor(block / across), block % across];
+  if (blocks !== "columns") return (lines ? data[line]! : line) * whole + data[lines + along]!;
+  const column = 16 * data[lines + Math.floor(line / 16)]! + line % 16;
+  return column * whole + (lines ? data[along]! : along);
 }
 
 const seedOf = (counter: NdArray) => BigInt(counter.data[0]!) + (BigInt(counter.data[1]!) << 32n);

@@ -38,4 +38,5 @@ export * from "./split_cross_entropy.ts";
 export * from "./ssd_scan.ts";
 export * from "./state_passing.ts";
 export * from "./take_ranges.ts";
+export * from "./watch_gradient.ts";
 export * from "./zigzag_order.ts";

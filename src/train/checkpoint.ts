@@ -1,8 +1,8 @@
 /** What a training checkpoint holds beside the model, and how a run continues from it. */
-import { openSafetensors, safetensorsPieces } from "../io/safetensors.ts";
+import { openSafetensors, safetensorsPieces, type TensorEntry } from "../io/safetensors.ts";
 import type { CheckpointContent, SavedCheckpoint } from "../io/checkpoint_files.ts";
 import type { ChoiceTable } from "../kernel/tuner.ts";
-import { readParameters, storedFiles, tensorEntry } from "../models/checkpoint.ts";
+import { readParameters, storedFiles } from "../models/checkpoint.ts";
 import { formatLayout } from "../parallel/layout.ts";
 import { FormatError } from "../tensor/errors.ts";
 import { restoreState, stateEntries } from "./optimizer_state.ts";
@@ -44,8 +44,9 @@ export function savedRun(run: TrainingRun, recipe: Recipe): SavedRun {
 export function checkpointFiles(
   run: TrainingRun, modelExtras: Readonly<Record<string, string>>, state: SavedRun,
 ): Record<string, CheckpointContent> {
-  const precision = [...run.trainer.precision?.state ?? []].map(
-    ([name, tensor]) => tensorEntry(name, tensor));
+  const precision = (run.trainer.precision?.state ?? []).map(({ name, shape, read }): TensorEntry => ({
+    name, dtype: "F32", shape, bytes: async () => new Uint8Array((await read()).buffer),
+  }));
   const { mesh, trainer: { optimizers } } = run;
   const entries = stateEntries(mesh, optimizers);
   return {
@@ -104,10 +105,10 @@ export async function restoreRun(run: TrainingRun, checkpoint: SavedCheckpoint):
   run.packer.restore(state.packing);
   run.trainer.steps = state.steps;
   if (state.skipped) run.trainer.skipped = state.skipped;
-  const scales = run.trainer.precision?.state;
-  if (scales && scales.size > 0) {
+  const scales = run.trainer.precision?.state ?? [];
+  if (scales.length > 0) {
     const saved = await openSafetensors(await checkpoint.open(SCALES));
-    for (const [name, tensor] of scales) tensor.write(await saved.readTensorF32(name));
+    for (const { name, write } of scales) write(await saved.readTensorF32(name));
     await saved.close();
   }
   const { device } = run.model;

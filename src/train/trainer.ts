@@ -33,7 +33,7 @@ import { inGroups, RankInputs, scoredPositions } from "./rank_inputs.ts";
 import { type BiasUpdate, MAX_SKIPPED } from "./recipe.ts";
 import { TrainingPrecision } from "./rounding.ts";
 import type { Schedule } from "./schedule.ts";
-import { captureOn, type StepGraph } from "./step_graph.ts";
+import { captureOn, type StepGraph } from "../tensor/step_graph.ts";
 import {
   collect, maxViolation, NORM, putInto, readScalars, type StageSums, sumOverRanks, sumsOf,
 } from "./step_sums.ts";
@@ -149,10 +149,6 @@ export class Trainer {
     }
     this.options = options;
     const { precision = FULL_PRECISION, steps = Infinity, seed = 0, accumulate: micros } = options;
-    if (mesh.world > 1 && precision.recipe !== "f32") {
-      throw new UsageError(
-        `Precision ${precision.recipe} trains on one rank, but the layout has ${mesh.world} of them.`);
-    }
     if (mesh.world > 1 && options.moments === "8bit") {
       throw new UsageError(
         `Moments of 8 bits share scales within a rank and train on one, but the layout has ${mesh.world}.`);
@@ -165,8 +161,8 @@ export class Trainer {
     this.#checkRecompute();
     this.#moe = makeMoETraining(options.moe ?? {});
     this.#checkRouters();
-    this.#rounding = new TrainingPrecision(mesh.stages[0]!.model, precision, steps, seed);
     const slots = this.#isOneGraph ? micros / dp : 1;
+    this.#rounding = new TrainingPrecision(mesh, precision, { ...options, steps, seed, slots });
     const sharing = (name: string) => mesh.parameters.get(name)!.sharing;
     [this.optimizers, this.#inputs] = unscoped(() => [
       mesh.stages.map(({ model: { parameters } }) => new AdamW(
@@ -245,8 +241,8 @@ export class Trainer {
       micros, mtp_scale, scored: this.options.per_token ? scoredPositions(batches, mtp_depths) : null,
     };
     for (let i = 0; i < micros / dp; i++) {
-      this.#precision?.prepare(this.steps, this.steps * micros + i);
       const numbering = { seed: this.options.seed ?? 0, first: this.steps * micros + i * dp };
+      this.#precision?.prepare(this.steps, numbering.first, i % this.#inputs.length);
       this.#inputs[i % this.#inputs.length]!.write(batches.slice(i * dp, (i + 1) * dp), divisor, numbering);
       if (this.#inputs.length === 1) micro.replay();
     }
@@ -486,6 +482,7 @@ export class Trainer {
       const order = this.#order(count);
       for (let at = 0; at < order.length; at++) {
         const { kind, stage, micro, pair } = order[at]!;
+        this.#precision?.enter(micro);
         if (pair !== undefined) {
           const beside = order[++at]!;
           backwards(beside.stage, beside.micro, passes.pair(forwards(stage, micro), beside));
@@ -562,8 +559,8 @@ export class Trainer {
         if (estimate) update_quantile_bias(bias, estimate, rate, gate);
         else update_expert_bias(bias, loads.get(path)!, rate, gate);
       }
+      this.#precision?.update(stage);
     });
-    this.#precision?.update();
   }
 
   /** Sums the gradients of a parameter that two stages hold. */

@@ -39,6 +39,19 @@ export default [
     errors: [alike(name, /x must be \[2, 4\], found \[4, 4\]/)],
   })),
   opSamples({
+    op: op("largest_of"), reference: ref.largest_of,
+    samples: [
+      ...sums.map(([name, g, shape]) => ({
+        name, tolerance: 0, args: (r: Draw) => [how(g), ...ranks(r, g, shape)],
+      })),
+      {
+        name: "whole numbers, in a ring", tolerance: 0, args: (r: Draw) => [{ ...how(3), algorithm: "ring" },
+          ...Array.from({ length: 3 }, () => r.of([9], [...r.integers([9], 0, 99).data], "u32"))],
+      },
+    ],
+    errors: [alike("largest_of", /x must be \[2, 4\], found \[4, 4\]/)],
+  }),
+  opSamples({
     op: op("broadcast"), reference: ref.broadcast, vjp: ref.broadcast_vjp,
     samples: (["direct", "ring"] as const).flatMap((algorithm) => sums.map(([name, g, shape]) => ({
       name: `${name}, ${algorithm}`,

@@ -61,6 +61,14 @@ export default [
         { format: "nvfp4", random: { counter: counter(r), stream: 3 } }]),
       exact("nvfp4, stochastic columns", (r) => [r.normal([37, 10]),
         { format: "nvfp4", blocks: "columns", random: { counter: counter(r), stream: 4 } }]),
+      exact("nvfp4, stochastic rows of a part of a matrix", (r) => [r.normal([3, 32]), {
+        format: "nvfp4", random: { counter: counter(r), stream: 3, apart: 2, place: {
+          table: r.of([5], [4, 9, 2, 7, 1], "u32"), lines: 3, whole: 8 } },
+      }]),
+      exact("nvfp4, stochastic columns of a part of a matrix", (r) => [r.normal([48, 20]), {
+        format: "nvfp4", blocks: "columns", random: { counter: counter(r), stream: 4, apart: 5, place: {
+          table: r.of([5], [0, 3, 5, 6, 2], "u32"), lines: 3, whole: 6 } },
+      }]),
       exact("nvfp4, rotated columns", (r) => [
         r.of([40, 12], [...r.integers([40, 12], -9, 9).data]),
         { format: "nvfp4", blocks: "columns", hadamard: true }]),

@@ -24,7 +24,7 @@ import { onDevice } from "../../src/tensor/transfer.ts";
 import { checkpointFiles, restoreRun, savedRun } from "../../src/train/checkpoint.ts";
 import { makeRecipe } from "../../src/train/recipe.ts";
 import { TrainingRun } from "../../src/train/run.ts";
-import { captureOn } from "../../src/train/step_graph.ts";
+import { captureOn } from "../../src/tensor/step_graph.ts";
 import { withFolder } from "../cli/krait.ts";
 import { Draw, type HostTensor } from "../ops/suite.ts";
 import { testAdapters } from "../support/adapters.ts";

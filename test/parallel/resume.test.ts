@@ -39,6 +39,8 @@ describe("a run goes on under any layout", () => {
     ["f32", plain, ["tp=1", "dp=2", "tp=2,cp=2", "tp=2,dp=2,pp=2", "pp=2,vpp=2"]],
     ["bf16 weights with masters", makeRecipe({ ...plain, weights: "bf16", moments: "bf16" }),
       ["dp=4", "tp=4", "pp=3"]],
+    ["scales of FP8 from earlier updates", makeRecipe({ ...plain, precision: "fp8-delayed" }),
+      ["tp=1", "cp=2,dp=2,ep=2"]],
   ] as const) {
     test(name, () => withFolder(async (folder) => {
       const layer = localFileLayer();
@@ -46,8 +48,9 @@ describe("a run goes on under any layout", () => {
         const files = checkpointFiles(run, {}, savedRun(run, recipe));
         return join(folder, to, await saveCheckpoint(layer, join(folder, to), run.trainer.steps, files));
       };
+      const stored = ["model", "optimizer", ...recipe.precision === "f32" ? [] : ["precision"]];
       const weightsOf = (path: string) => Promise.all(
-        ["model.safetensors", "optimizer.safetensors"].map((file) => readFile(join(path, file))));
+        stored.map((file) => readFile(join(path, `${file}.safetensors`))));
       let from = await (async () => {
         const first = start(layouts.at(-1)!, recipe);
         for (let i = 0; i < 2; i++) await first.run.step();

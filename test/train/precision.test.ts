@@ -8,8 +8,8 @@ import { cast } from "../../src/ops/cast.ts";
 import { fake_quantize, FakeBatch, type FakeQuantizeOptions } from "../../src/ops/fake_quantize.ts";
 import { grouped_linear } from "../../src/ops/grouped_linear.ts";
 import { linear } from "../../src/ops/linear.ts";
-import { Precision } from "../../src/precision/precision.ts";
-import { recipeOf } from "../../src/precision/plan.ts";
+import { onOneRank, Precision } from "../../src/precision/precision.ts";
+import { choosePrecision, recipeOf } from "../../src/precision/plan.ts";
 import { RECIPE_NAMES, RECIPES } from "../../src/precision/recipes.ts";
 import * as ref from "../../src/reference/index.ts";
 import { Tape } from "../../src/autograd/tape.ts";
@@ -19,10 +19,12 @@ import { scope, unscoped } from "../../src/tensor/scope.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
 import { checkpointFiles, restoreRun, savedRun } from "../../src/train/checkpoint.ts";
 import { makeRecipe } from "../../src/train/recipe.ts";
+import type { Batch } from "../../src/train/packing.ts";
 import { TrainingRun } from "../../src/train/run.ts";
 import { withFolder } from "../cli/krait.ts";
 import { compare, Draw } from "../ops/suite.ts";
 import { testAdapters } from "../support/adapters.ts";
+import { SMALL, smallBatches, trainSmall, worstOf } from "../support/layouts.ts";
 
 /** The arithmetic is tested op by op; one adapter is enough for how it is put together. */
 const device = await openDevice({ adapter: (await testAdapters())[0]! });
@@ -145,11 +147,10 @@ const download = async (tensor: Tensor) => ndarray(tensor.shape, Float64Array.fr
 /** Rounding of a weight by a recipe, as `Precision` makes it. */
 function roundingOf(weight: Tensor, recipe: "nvfp4" | "mxfp8" | "fp8-current") {
   const { products } = recipeOf({ recipe, without: [] });
-  const precision = new Precision(device, new Map([["w", products!]]), new Map([["w", weight]]),
-    { seed: 1, history: null });
+  const precision = new Precision([[onOneRank(weight, products!, 0, 0)]], { seed: 1, history: null });
   precision.prepare(4, 5);
   precision.roundWeights();
-  return { precision, rounding: precision.of(weight.key)!, products: products! };
+  return { precision, rounding: precision.of(weight.key)!.rounding, products: products! };
 }
 
 describe("products of rounded factors against float64 of the decoded ones", () => {
@@ -320,3 +321,71 @@ test("a value that is not finite is not lost", async () => {
   }
 });
 
+/** Rows of so many tokens, each in another range of words, so that ranks see different magnitudes. */
+function rows(seqlen: number, count: number): Batch[] {
+  const r = new Draw(7);
+  return Array.from({ length: count }, (_, n) => {
+    const ids = Int32Array.from(r.integers([seqlen + 1], 0, SMALL.vocab_size).data, (id, t) =>
+      (t < seqlen / 2 ? id : (n + id) % 8));
+    return {
+      batch: 1, seqlen, ids, labels: ids.slice(1), input_ids: ids.slice(0, -1),
+      seq_idx: new Int32Array(seqlen), scored: seqlen,
+    };
+  });
+}
+
+/** Without experts; every piece that two ranks of tp hold is whole blocks of 16. */
+const dense = {
+  ...SMALL, hybrid_override_pattern: "M*-", num_hidden_layers: 3,
+  mamba_num_heads: 32, mamba_head_dim: 2,
+};
+const without = (recipe: string, ...ingredients: string[]) => ({
+  precision: choosePrecision(recipe, ingredients), mtp_depths: 0, seed: 9,
+});
+
+describe("low precision on ranks", () => {
+  test("NVFP4 rotates and draws as one rank does: the codes of all products are those of one", async () => {
+    const options = {
+      ...without("nvfp4", "high-layers", "high-projections"), batch: 1, seqlen: 64, config: dense,
+    };
+    const batches = rows(64, 1);
+    const one = await trainSmall(device, "tp=1", batches, options);
+    const before = device.pool.liveBytes;
+    const four = await trainSmall(device, "tp=2,cp=2", batches, options);
+    expect(device.pool.liveBytes).toBe(before);
+    // A single code that is another one, or one byte that is drawn otherwise, is 1e-3 at least.
+    const { name, error } = worstOf(four.gradients, one.gradients);
+    expect(error, name).toBeLessThan(1e-5);
+    expect(four.steps[0]!.loss / one.steps[0]!.loss).toBeCloseTo(1, 6);
+    const other = await trainSmall(device, "tp=2,cp=2", batches, { ...options, seed: 10 });
+    expect(worstOf(other.gradients, one.gradients).error).toBeGreaterThan(1e-2);
+  });
+
+  test("FP8 has one scale for what ranks hold of a tensor, of all micro-batches where experts meet them",
+    async () => {
+      const options = without("fp8-current");
+      const batches = smallBatches(2);
+      const one = await trainSmall(device, "tp=1", batches, options);
+      const two = await trainSmall(device, "cp=2,ep=2", batches, options);
+      const { name, error } = worstOf(two.gradients, one.gradients);
+      expect(error, name).toBeLessThan(1e-5);
+      // Sums of tp in another order change single codes of what follows, and another scale most of them.
+      const four = await trainSmall(device, "tp=2,dp=2,ep=4", batches, options);
+      expect(Math.abs(four.steps[0]!.loss / one.steps[0]!.loss - 1)).toBeLessThan(1e-4);
+    });
+
+  test("refuses cuts through blocks", async () => {
+    const start = (layout: string, recipe: string) =>
+      trainSmall(device, layout, smallBatches(2), { ...without(recipe), config: dense });
+    const before = device.pool.liveBytes;
+    await expect(start("tp=2", "mxfp8")).rejects.toThrow(
+      'breaks the rule "blocks of low precision lie on one rank": expected pieces of whole blocks of 32 in ' +
+      "the outputs of backbone.layers.0.mixer.in_proj.weight, which tp = 2 cuts, found one of 16.");
+    await expect(start("cp=2", "nvfp4")).rejects.toThrow(
+      "expected whole blocks of 16 tokens of a row in each of 2 cp = 4 parts, for the gradient of " +
+      "backbone.layers.0.mixer.in_proj.weight, found 8 of 2 x 32.");
+    await expect(trainSmall(device, "dp=2,ep=2,overlap=on", smallBatches(2), without("nvfp4"))).rejects
+      .toThrow(/"with overlap no scale follows from the whole of a gradient": expected f32, .* found nvfp4/);
+    expect(device.pool.liveBytes).toBe(before);
+  });
+});

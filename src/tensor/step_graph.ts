@@ -2,7 +2,7 @@
 import type { GraphMemory } from "../gpu/pool.ts";
 import type { Traffic } from "../gpu/lane.ts";
 import type { Graph } from "../gpu/stream.ts";
-import type { Device } from "../tensor/device.ts";
+import type { Device } from "./device.ts";
 
 export interface StepGraph {
   /** Of all devices together. */
