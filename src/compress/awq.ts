@@ -74,7 +74,8 @@ export function listFolds(config: NemotronHConfig): Fold[] {
       case "moe": {
         const { n_routed_experts: count, moe_intermediate_size: width, moe_latent_size: latent } = spec;
         const experts = Array.from({ length: count }, (_, e) => `${mixer}.experts.${e}`);
-        const shared = spec.shared_size > 0 ? ["shared_experts.up_proj"] : [];
+        const gate = config.shared_expert_gate ? ["shared_expert_gate"] : [];
+        const shared = spec.shared_size > 0 ? ["shared_experts.up_proj", ...gate] : [];
         const ups = experts.map((path) => `${path}.up_proj.weight`);
         if (latent === null) {
           const names = experts.map((_, e) => `experts.${e}.up_proj`);

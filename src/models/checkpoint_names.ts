@@ -117,6 +117,7 @@ function layerParameters(
       if (spec.shared_size > 0) {
         linear("shared_experts.up_proj", "shared_linear", spec.shared_size, hidden, bias, true);
         linear("shared_experts.down_proj", "shared_linear", hidden, spec.shared_size, bias, true);
+        if (config.shared_expert_gate) linear("shared_expert_gate", "router", 1, hidden);
       }
       break;
     }

@@ -75,6 +75,8 @@ export interface NemotronHConfig {
   readonly moe_latent_size: number | null;
   readonly n_shared_experts: number;
   readonly moe_shared_expert_intermediate_size: number;
+  /** Whether the shared expert's output is multiplied by a sigmoid of its own of the token. */
+  readonly shared_expert_gate: boolean;
   readonly n_group: number;
   readonly topk_group: number;
   /** How many of its best experts make a group's score. */
@@ -219,6 +221,7 @@ export function serialiseConfig(config: NemotronHConfig): string {
   if (config.scoring_func === "sigmoid") delete entries["scoring_func"];
   if (config.router_choice === "score") delete entries["router_choice"];
   if (config.group_best === GROUP_BEST) delete entries["group_best"];
+  if (!config.shared_expert_gate) delete entries["shared_expert_gate"];
   const optional = ["block_configs", "mtp_block_configs", "mtp_n_routed_experts", "moe_latent_size"] as const;
   for (const key of optional) if (config[key] === null) delete entries[key];
   if (config.mtp_hybrid_override_pattern === "") delete entries["mtp_hybrid_override_pattern"];
@@ -318,6 +321,7 @@ function readMoE(keys: ConfigKeys) {
     moe_latent_size: keys.integerOrNull("moe_latent_size"),
     n_shared_experts: keys.integer("n_shared_experts", 1, 0),
     moe_shared_expert_intermediate_size: keys.integer("moe_shared_expert_intermediate_size", 7688, 0),
+    shared_expert_gate: keys.boolean("shared_expert_gate", false),
     n_group: keys.integer("n_group", 1),
     topk_group: keys.integer("topk_group", 1),
     group_best: keys.integer("group_best", GROUP_BEST),
@@ -389,10 +393,11 @@ function checkLayers(keys: ConfigKeys, config: NemotronHConfig): void {
     const rows = 2 * innerSize(config) + 2 * groups * state + heads;
     if (rows > MAX_SIZE) keys.fail("mamba_num_heads", `at most ${MAX_SIZE} rows of in_proj`, rows);
   }
-  if (letters.includes("E")) {
-    for (const spec of [...layerSpecs(config), ...mtpSpecs(config)]) {
-      if (spec.kind === "moe") checkMoE(keys, config, spec);
-    }
+  const routed = [...layerSpecs(config), ...mtpSpecs(config)].filter((spec) => spec.kind === "moe");
+  for (const spec of routed) checkMoE(keys, config, spec);
+  const isShared = routed.length === 0 || routed.some(({ shared_size }) => shared_size > 0);
+  if (config.shared_expert_gate && !isShared) {
+    keys.fail("shared_expert_gate", "false where no layer has a shared expert", true);
   }
 }
 

@@ -372,7 +372,8 @@ function createMixer(config: NemotronHConfig, spec: LayerSpec, w: Weights, divis
       return new MLP(hidden, spec.intermediate_size / tp, config.mlp_bias, w, division);
     case "moe":
       return new MoE({
-        hidden, ...spec, shared_size: spec.shared_size / tp, bias: config.mlp_bias,
+        hidden, ...spec, shared_size: spec.shared_size / tp, shared_gate: config.shared_expert_gate,
+        bias: config.mlp_bias,
         moe_intermediate_size: spec.moe_intermediate_size / sizeOfGroup(division.etp),
         n_group: config.n_group, topk_group: config.topk_group, group_best: config.group_best,
         scoring_func: config.scoring_func, router_choice: config.router_choice,

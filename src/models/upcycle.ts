@@ -56,9 +56,9 @@ export function upcycledConfig(dense: NemotronHConfig, options: UpcycleOptions):
     mtp_hybrid_override_pattern: routed(dense.mtp_hybrid_override_pattern),
     block_configs: null, mtp_block_configs: null, intermediate_size: width, mtp_n_routed_experts: null,
     n_routed_experts: experts, num_experts_per_tok: topk, moe_intermediate_size: width / granularity,
-    moe_latent_size: null, n_shared_experts: 0, moe_shared_expert_intermediate_size: 0, n_group: 1,
-    topk_group: 1, scoring_func: score, router_choice: "score", norm_topk_prob: score !== "softmax",
-    routed_scaling_factor: 1, torch_dtype: "float32",
+    moe_latent_size: null, n_shared_experts: 0, moe_shared_expert_intermediate_size: 0,
+    shared_expert_gate: false, n_group: 1, topk_group: 1, scoring_func: score, router_choice: "score",
+    norm_topk_prob: score !== "softmax", routed_scaling_factor: 1, torch_dtype: "float32",
   };
   return parseConfig(serialiseConfig(config), { what: "upcycled model" });
 }

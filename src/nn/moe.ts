@@ -1,8 +1,10 @@
 import { expert_tiles } from "../ops/grouped_linear.ts";
 import { expertCapacity, type LimitOptions } from "../ops/moe_limit.ts";
-import type { RouterOptions, RouterScore } from "../ops/router.ts";
+import { moe_plan, moe_unpermute } from "../ops/moe.ts";
+import { type RouterOptions, type RouterScore, router_weights } from "../ops/router.ts";
 import { recompute } from "../autograd/recompute.ts";
 import { promote } from "../tensor/scope.ts";
+import { localsOf, shardedOf } from "../tensor/sharded.ts";
 import { Tensor } from "../tensor/tensor.ts";
 import { type ForwardContext, recomputes } from "./context.ts";
 import { type Dispatched, dispatch } from "./dispatch.ts";
@@ -24,6 +26,8 @@ export interface MoESizes {
   readonly moe_latent_size: number | null;
   /** Width of a rank's part of the shared expert: that of the whole over `Division.tp`; 0: none. */
   readonly shared_size: number;
+  /** Whether its output is multiplied by sigmoid(x g^T), g [1, hidden]; default: not. */
+  readonly shared_gate?: boolean;
   readonly n_group: number;
   readonly topk_group: number;
   /** How many of its best experts make a group's score. */
@@ -55,6 +59,8 @@ export class MoE {
   readonly down: Weight;
   readonly latent: { fc1: Weight; fc1_bias: Tensor | null; fc2: Weight; fc2_bias: Tensor | null } | null;
   readonly shared: MLP | null;
+  /** (1, hidden) */
+  readonly shared_gate: Tensor | null;
 
   constructor(sizes: MoESizes, w: Weights, division: Division = SOLO) {
     const { hidden, n_routed_experts: E, moe_intermediate_size: F, moe_latent_size } = sizes;
@@ -80,6 +86,8 @@ export class MoE {
     this.shared = sizes.shared_size > 0
       ? new MLP(hidden, sizes.shared_size, sizes.bias, w.at("shared_experts"), division)
       : null;
+    this.shared_gate = this.shared && sizes.shared_gate
+      ? w.take("shared_expert_gate.weight", [1, hidden]) : null;
   }
 
   /** (batch, seqlen, hidden) -> (batch, seqlen, hidden), plus the residual */
@@ -132,15 +140,27 @@ export class MoE {
    * without both
    */
   #shared(x: Tensor, residual: Tensor | null, context: ForwardContext): () => Tensor | null {
-    const { shared } = this;
+    const { shared, shared_gate: gate } = this;
     if (!shared) return () => residual;
+    const leave = (inner: Tensor, u: Tensor, rest: Tensor | null) => gate
+      ? gated(shared.leave(inner), linear(u, gate, null), rest) : shared.leave(inner, rest);
     if (recomputes(context, "shared_experts")) {
       const inputs = residual ? [x, residual] : [x];
-      return () => recompute(inputs, (_, [u, rest]) => [shared.forward(u!, rest)])[0]!;
+      return () => recompute(inputs, (_, [u, rest = null]) => [leave(shared.inner(u!), u!, rest)])[0]!;
     }
     const inner = shared.inner(x);
-    return () => shared.leave(inner, residual);
+    return () => leave(inner, x, residual);
   }
+}
+
+/**
+ * base + sigmoid(logit) y, of an expert that every token chooses.
+ * @param logit (tokens, 1)
+ */
+function gated(y: Tensor, logit: Tensor, base: Tensor | null): Tensor {
+  const choice = shardedOf(localsOf(logit).map(({ device, shape }) => device.zeros(shape, "u32")));
+  const weight = router_weights(logit, choice, { score: "sigmoid", norm_topk_prob: false, scaling: 1 });
+  return moe_unpermute(y, weight, moe_plan(choice, 1), base);
 }
 
 /** The capacity and alignment that a training run asks for. */

@@ -229,6 +229,9 @@ function layerTensors(
       if (spec.shared_size > 0) {
         single("mlp.shared_experts.linear_fc1.weight", "mixer.shared_experts.up_proj.weight");
         single("mlp.shared_experts.linear_fc2.weight", "mixer.shared_experts.down_proj.weight");
+        if (config.shared_expert_gate) {
+          single("mlp.shared_experts.gate_weight", "mixer.shared_expert_gate.weight");
+        }
       }
     }
   }

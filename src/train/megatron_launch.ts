@@ -154,6 +154,7 @@ function expertArguments(
     ["--moe-ffn-hidden-size", number(spec.moe_intermediate_size)],
     ...(spec.shared_size > 0
       ? [["--moe-shared-expert-intermediate-size", number(spec.shared_size)] as const] : []),
+    ...(config.shared_expert_gate ? [["--moe-shared-expert-gate"] as const] : []),
     ...(spec.moe_latent_size === null ? [] : [["--moe-latent-size", number(spec.moe_latent_size)] as const]),
     ["--moe-router-score-function", config.scoring_func], ["--moe-router-enable-expert-bias"],
     ...(training?.router_dtype === "bf16" ? [] : [["--moe-router-dtype", "fp32"] as const]),

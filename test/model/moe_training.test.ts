@@ -38,6 +38,7 @@ class Bench {
       ["experts.down_proj", [E, X, F]], ["shared_experts.up_proj.weight", [8, D]],
       ["shared_experts.down_proj.weight", [D, 8]], ["fc1_latent_proj.weight", [X, D]],
       ["fc2_latent_proj.weight", [D, X]],
+      ...all.shared_gate ? [["shared_expert_gate.weight", [1, D]] as [string, number[]]] : [],
     ];
     for (const [name, shape] of shapes) {
       const drawn = r.normal(shape, name.includes("bias") ? 0 : 0.5);
@@ -182,6 +183,47 @@ await onEveryAdapter((device) => {
       const bench = new Bench(device);
       const options = { capacity_factor: 0.6, align: 4 } as const;
       same(await bench.run({ ...options, weighing: "activation" }), await bench.run(options), 1e-6);
+      bench.dispose();
+    });
+
+    test("a shared expert with a gate is what f64 makes of it, and so are its gradients", async () => {
+      // Of the routed experts nothing comes.
+      const bench = new Bench(
+        device, { shared_gate: true }, { "experts.down_proj": Array<number>(E * D * F).fill(0) });
+      const values = async (tensor: Tensor) => Array.from(await tensor.read());
+      const of = (name: string) => values(bench.parameters.get(name)!);
+      const [gate, up, down] = [
+        await of("shared_expert_gate.weight"), await of("shared_experts.up_proj.weight"),
+        await of("shared_experts.down_proj.weight"),
+      ];
+      const [xs, dys] = [rowsOf(await values(bench.x)), rowsOf(await values(bench.dy))];
+      const dot = (a: readonly number[], b: readonly number[]) => a.reduce((sum, v, i) => sum + v * b[i]!, 0);
+      const width = up.length / D;
+      const rows = (list: readonly number[], each: number) =>
+        Array.from({ length: list.length / each }, (_, i) => list.slice(i * each, (i + 1) * each));
+      const expected: Record<"y" | "x" | "gate" | "down", number[]> =
+        { y: [], x: [], gate: Array<number>(D).fill(0), down: Array<number>(D * width).fill(0) };
+      xs.forEach((x, t) => {
+        const dy = dys[t]!;
+        const before = rows(up, D).map((row) => Math.max(dot(row, x), 0));
+        const inner = before.map((value) => value ** 2);
+        const out = rows(down, width).map((row) => dot(row, inner));
+        const share = 1 / (1 + Math.exp(-dot(gate, x)));
+        const pull = share * (1 - share) * dot(dy, out);
+        const dinner = before.map((value, i) =>
+          2 * value * share * dot(rows(down, width).map((row) => row[i]!), dy));
+        expected.y.push(...out.map((value) => share * value));
+        for (let d = 0; d < D; d++) {
+          expected.gate[d]! += pull * x[d]!;
+          expected.x.push(pull * gate[d]! + dot(dinner, rows(up, D).map((row) => row[d]!)));
+          inner.forEach((value, i) => (expected.down[d * width + i]! += share * dy[d]! * value));
+        }
+      });
+      const { y, gradients } = await bench.run();
+      close(y, expected.y, 1e-6, "output");
+      close(gradients["x"]!, expected.x, 1e-5, "gradient of x");
+      close(gradients["shared_expert_gate.weight"]!, expected.gate, 1e-5, "gradient of the gate");
+      close(gradients["shared_experts.down_proj.weight"]!, expected.down, 1e-5, "gradient of down");
       bench.dispose();
     });
 

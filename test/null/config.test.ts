@@ -309,6 +309,10 @@ describe("values out of range", () => {
       "scoring_func: expected one of sigmoid, softmax, softmax_chosen, sqrtsoftplus"],
     [{ scoring_func: "softmax_chosen", num_experts_per_tok: 1 },
       "num_experts_per_tok: expected at least 2 for scoring_func softmax_chosen, whose weight is 1, found 1"],
+    [
+      { shared_expert_gate: true, moe_shared_expert_intermediate_size: 0 },
+      "shared_expert_gate: expected false where no layer has a shared expert, found true",
+    ],
     [{ router_choice: "both" }, "router_choice: expected one of score, logits"],
     [{ n_group: 2, topk_group: 3 }, "topk_group: expected an integer from 1 to 2, found 3"],
     [{ num_experts_per_tok: 9 }, "num_experts_per_tok: expected an integer from 1 to 8, found 9"],
@@ -335,12 +339,13 @@ describe("writing", () => {
 
   test("routers of another kind are read back as they were", () => {
     const groups = { n_group: 2, topk_group: 2, group_best: 1 };
-    const keys = { scoring_func: "softmax", router_choice: "logits", ...groups };
+    const keys =
+      { scoring_func: "softmax", router_choice: "logits", shared_expert_gate: true, ...groups };
     const config = small(keys);
     expect(config).toMatchObject(keys);
     expect(JSON.parse(serialiseConfig(config))).toMatchObject(keys);
     expect(parseConfig(serialiseConfig(config))).toEqual(config);
-    for (const key of ["scoring_func", "router_choice", "group_best"]) {
+    for (const key of ["scoring_func", "router_choice", "group_best", "shared_expert_gate"]) {
       expect(JSON.parse(serialiseConfig(small()))).not.toHaveProperty(key);
     }
   });

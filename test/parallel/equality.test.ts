@@ -132,7 +132,10 @@ describe("routers of ranks that share tokens", () => {
 
   test("balance the tokens of a micro-batch together", async () => {
     const config =
-      { ...SMALL, router_choice: "logits", scoring_func: "softmax", norm_topk_prob: false } as const;
+      {
+        ...SMALL, router_choice: "logits", scoring_func: "softmax", norm_topk_prob: false,
+        shared_expert_gate: true,
+      } as const;
     const plain = { config, aux_coeff: 0 };
     const { one } = await expectEqual(even, { ...plain, moe: { routing: "sinkhorn" } });
     const { steps: [other] } = await trainSmall(device, "tp=1", even, plain);

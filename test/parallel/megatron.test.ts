@@ -25,7 +25,8 @@ const KEYS = {
   num_key_value_heads: 2, head_dim: 4, mamba_num_heads: 8, mamba_head_dim: 2, ssm_state_size: 3, n_groups: 4,
   chunk_size: 4, intermediate_size: 16, n_routed_experts: 8, num_experts_per_tok: 3,
   moe_intermediate_size: 12, moe_shared_expert_intermediate_size: 8, moe_latent_size: 4,
-  routed_scaling_factor: 2.5, num_nextn_predict_layers: 1, mtp_hybrid_override_pattern: "*E",
+  shared_expert_gate: true, routed_scaling_factor: 2.5, num_nextn_predict_layers: 1,
+  mtp_hybrid_override_pattern: "*E",
 };
 const config = parseConfig(KEYS);
 
@@ -127,7 +128,7 @@ describe("what a rank's file holds", () => {
       [`${at}.mlp.experts.linear_fc1.weight1`]: "12x4", [`${at}.mlp.experts.linear_fc2.weight0`]: "4x12",
       [`${at}.mlp.experts.linear_fc2.weight1`]: "4x12",
       [`${at}.mlp.shared_experts.linear_fc1.weight`]: "4x8",
-      [`${at}.mlp.shared_experts.linear_fc2.weight`]: "8x4",
+      [`${at}.mlp.shared_experts.linear_fc2.weight`]: "8x4", [`${at}.mlp.shared_experts.gate_weight`]: "1x8",
     });
     const mamba = (at: string) => ({
       [`${at}.mixer.in_proj.layer_norm_weight`]: "8", [`${at}.mixer.in_proj.weight`]: "32x8",
