@@ -208,4 +208,4 @@ await onEveryAdapter((device, open) => {
       expect(device.failure).toBeNull();
     });
   });
-});
+}, "own");

@@ -183,4 +183,4 @@ await onEveryAdapter((device, open) => {
       expect(workgroups.every((n) => n > 0)).toBe(true);
     }
   });
-});
+}, "own");

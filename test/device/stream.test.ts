@@ -266,4 +266,4 @@ await onEveryAdapter((device, open) => {
       expect(device.pool.liveBytes).toBe(0);
     });
   });
-});
+}, "own");

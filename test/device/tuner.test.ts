@@ -216,7 +216,7 @@ async function withCache<T>(tuner: string, body: () => Promise<T>): Promise<T> {
 }
 
 describe("tuning in the background", async () => {
-  const [adapter] = await testAdapters();
+  const [adapter] = await testAdapters("own");
   const shape = { n: 4096, ways: "many.once" };
   const settled = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
 
@@ -266,7 +266,7 @@ describe("tuning in the background", async () => {
 });
 
 describe("opening a device", async () => {
-  const [adapter] = await testAdapters();
+  const [adapter] = await testAdapters("own");
   const cases = [
     ["takes the measurements of the cache folder", {}, "", "once"],
     ["takes none when it shall not", { tuning: false }, "", "many"],

@@ -58,6 +58,8 @@ const MATMUL = {
 
 /** For what may be an element of an array, whose rows the interpreter cannot set. */
 const COPY = ["var sum = acc;", "var sum = mat4x4f(acc[0], acc[1], acc[2], acc[3]);"] as const;
+/** Of 16 lines that are staged alike four are read, the first and the last among them: most of the time. */
+const FEW = "k < HALF; k += 5u";
 /** Scales as whole numbers instead of packed halves. */
 const HALVES = [["unpack2x16float(word)", "vec2f(f32(word & 0xffffu), f32(word >> 16u))"]] as const;
 /** Three queries over 35 keys: two tiles of keys, of which the second holds what masks hide. */
@@ -275,7 +277,7 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
       tiles: 1, residual: 1, outer: 1,
     },
     params: { m: 3, n: 6, k: 32, row_tiles: 1, outer_rows: 1 }, conditions: ["bias"], workgroups: [1],
-    rewrite: HALVES,
+    rewrite: [...HALVES, ["k < HALF; k++", FEW]],
   },
   "quant/packed_product:packed_tile": {
     bind: {
@@ -284,6 +286,7 @@ const LAUNCHES: Readonly<Record<string, Launch>> = {
     },
     params: { m: 3, n: 6, k: 32, row_tiles: 1, block: 2, group: 4, x_outer_rows: 1, outer_rows: 1 },
     constants: { WG: 32 }, conditions: ["e4m3", "e8m0"], workgroups: [1],
+    rewrite: [["k < UNIT; k++", FEW.replace("HALF", "UNIT")]],
   },
   "sample/argmax:argmax": { bind: { logits, token: 2 }, ...sampled },
   "sample/draw:draw": {

@@ -9,7 +9,7 @@ import {
   Draw, flatten, type HostTensor, mapTensors, type OpSamples, type Sample, upload,
 } from "./suite.ts";
 
-const [handle] = await testAdapters();
+const [handle] = await testAdapters("own");
 const modules = import.meta.glob<{ default: OpSamples | OpSamples[] }>("./*.samples.ts", { eager: true });
 const specs = Object.values(modules).flatMap((module) => module.default);
 

@@ -6,8 +6,10 @@ import { testAdapters } from "./adapters.ts";
 export type Open = (options?: Omit<DeviceOptions, "adapter">) => Promise<Device>;
 
 /** Runs a block of tests on every adapter, with a device that they share and a way to open more. */
-export async function onEveryAdapter(body: (device: Device, open: Open) => void): Promise<void> {
-  for (const handle of await testAdapters()) {
+export async function onEveryAdapter(
+  body: (device: Device, open: Open) => void, kind: "lent" | "own" = "lent",
+): Promise<void> {
+  for (const handle of await testAdapters(kind)) {
     const devices: Device[] = [];
     const open: Open = async (options = {}) => {
       const device = await openDevice({ ...options, adapter: handle });
