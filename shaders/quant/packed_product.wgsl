@@ -14,11 +14,16 @@
 // packed_tile: a workgroup of 16 x 16 invocations computes 64 x 64, as in block_tile.wgsl: a unit of both is
 // decoded into workgroup memory, along rows of x and columns of W^T, in lines of 17 vectors.
 //
+// Two ways for packed_tile to the same bits, where both factors are E2M1: `dots`: values times two are bytes,
+// whose products are summed four at a time as whole numbers; `f16`: products and sums of eight of them in
+// f16, which holds them exactly.
+//
 // `grouped`: the tiles are those of experts (lib/place.wgsl).
 
 import package::lib::index::workgroup_index;
 import package::lib::block4::{multiply_add, column_of};
-import package::lib::blocks::{small_values, e4m3_values, e5m2_values, scale_index, scale_value};
+import package::lib::blocks::small_values;
+import package::lib::packed::{four, x_values, x_scale, w_scale, w_factors, add_block, put};
 import package::lib::place::place_of;
 
 const UNIT: u32 = 16;
@@ -44,34 +49,6 @@ struct Params {
 
 override WG: u32 = 32;
 
-// Four neighbours, number `step` of a unit, in the lowest bits. Indexing would send the unit through memory.
-@if(e2m1) fn four(unit: vec2u, step: u32) -> u32 {
-  return select(unit.x, unit.y, step >= 2u) >> (step % 2u * 16u);
-}
-@else fn four(unit: vec4u, step: u32) -> u32 {
-  return select(select(unit.x, unit.y, step == 1u), select(unit.z, unit.w, step == 3u), step >= 2u);
-}
-
-fn x_values(word: u32) -> vec4f {
-  @if(x_e4m3) return e4m3_values(word);
-  @elif(x_e5m2) return e5m2_values(word);
-  @else return small_values(word);
-}
-
-fn x_scale(at: u32) -> f32 {
-  return scale_value(x_scales[scale_index(at)], at);
-}
-
-fn w_scale(at: u32) -> f32 {
-  return scale_value(scales[scale_index(at)], at);
-}
-
-fn w_factors(rows: vec4u) -> vec4f {
-  let at = rows / params.outer_rows;
-  @if(outer) return vec4f(outer[at.x], outer[at.y], outer[at.z], outer[at.w]);
-  @else return vec4f(1.0);
-}
-
 // Quads enter and leave loops as a whole, which the uniformity analysis cannot see.
 @if(subgroups) @diagnostic(off, subgroup_uniformity)
 fn load_rows(v: vec4f) -> mat4x4f {
@@ -81,19 +58,6 @@ fn load_rows(v: vec4f) -> mat4x4f {
 @if(subgroups) @diagnostic(off, subgroup_uniformity)
 fn load_scales(s: f32) -> vec4f {
   return vec4f(s, quadSwapX(s), quadSwapY(s), quadSwapDiagonal(s));
-}
-
-// s + the sums p of a block times the scales of its rows and columns.
-fn add_block(s: mat4x4f, p: mat4x4f, of_rows: vec4f, of_columns: vec4f) -> mat4x4f {
-  return mat4x4f(fma(p[0], of_rows.x * of_columns, s[0]), fma(p[1], of_rows.y * of_columns, s[1]),
-    fma(p[2], of_rows.z * of_columns, s[2]), fma(p[3], of_rows.w * of_columns, s[3]));
-}
-
-// Four sums of a row, as many as lie within the matrix.
-fn put(sums: vec4f, row: u32, column: u32, factor: vec4f) {
-  var value = sums;
-  @if(outer) value *= x_outer[row / params.x_outer_rows] * factor;
-  for (var i = 0u; i < min(4u, params.n - column); i++) { y[row * params.n + column + i] = value[i]; }
 }
 
 @if(subgroups) @compute @workgroup_size(WG)
@@ -161,10 +125,27 @@ fn packed_quad(
 }
 
 // Indexed by k, then by row or column: floats, so that a vector along k can be scattered.
-var<workgroup> x_staged: array<f32, UNIT * LINE>;
-var<workgroup> w_staged: array<f32, UNIT * LINE>;
+@if(dots) alias Staged = u32;
+@elif(f16) alias Staged = f16;
+@else alias Staged = f32;
+var<workgroup> x_staged: array<Staged, UNIT * LINE>;
+var<workgroup> w_staged: array<Staged, UNIT * LINE>;
 var<workgroup> x_scale_staged: array<f32, TILE>;
 var<workgroup> w_scale_staged: array<f32, TILE>;
+
+// Four neighbours of E2M1 times two, as signed bytes.
+@if(dots) fn doubled(word: u32) -> u32 {
+  let code = vec4u(word) >> vec4u(0u, 4u, 8u, 12u);
+  let m = code & vec4u(7u);
+  let size = select((2u + (m & vec4u(1u))) << (max(m >> vec4u(1u), vec4u(1u)) - 1u), m, m < vec4u(2u));
+  let bytes = select(size, (256u - size) & vec4u(255u), (code & vec4u(8u)) != vec4u(0u));
+  return bytes.x | (bytes.y << 8u) | (bytes.z << 16u) | (bytes.w << 24u);
+}
+
+@if(dots) fn dots_of(x: u32, at: u32) -> vec4i {
+  return vec4i(dot4I8Packed(x, w_staged[at]), dot4I8Packed(x, w_staged[at + 1u]),
+    dot4I8Packed(x, w_staged[at + 2u]), dot4I8Packed(x, w_staged[at + 3u]));
+}
 
 @compute @workgroup_size(16, 16)
 fn packed_tile(
@@ -185,17 +166,52 @@ fn packed_tile(
   var s = mat4x4f();                          // column i: row 4 lid.y + i
   var p = mat4x4f();
   for (var i = 0u; i < units; i++) {
-    let u = x_values(four(x_codes[x_units + i], part));
-    let w = small_values(four(codes[w_units + i], part));
+    let x_four = four(x_codes[x_units + i], part);
+    let w_four = four(codes[w_units + i], part);
+    @if(!dots) let u = x_values(x_four);
+    @if(!dots) let w = small_values(w_four);
     workgroupBarrier();
-    for (var j = 0u; j < 4u; j++) {
-      x_staged[(part * 4u + j) * LINE + own] = u[j];
-      w_staged[(part * 4u + j) * LINE + own] = w[j];
+    @if(dots) {
+      x_staged[part * LINE + own] = doubled(x_four);
+      w_staged[part * LINE + own] = doubled(w_four);
+    }
+    @else {
+      for (var j = 0u; j < 4u; j++) {
+        x_staged[(part * 4u + j) * LINE + own] = Staged(u[j]);
+        w_staged[(part * 4u + j) * LINE + own] = Staged(w[j]);
+      }
     }
     if (part == 0u) { x_scale_staged[own] = x_scale(x_units + i); }
     if (part == 1u) { w_scale_staged[own] = w_scale(w_units + i); }
     workgroupBarrier();
-    for (var k = 0u; k < UNIT; k++) {
+    @if(dots) {
+      var d0 = vec4i();
+      var d1 = vec4i();
+      var d2 = vec4i();
+      var d3 = vec4i();
+      for (var k = 0u; k < UNIT / 4u; k++) {
+        let a = k * LINE + lid.y * 4u;
+        let b = k * LINE + lid.x * 4u;
+        d0 += dots_of(x_staged[a], b);
+        d1 += dots_of(x_staged[a + 1u], b);
+        d2 += dots_of(x_staged[a + 2u], b);
+        d3 += dots_of(x_staged[a + 3u], b);
+      }
+      p += 0.25 * mat4x4f(vec4f(d0), vec4f(d1), vec4f(d2), vec4f(d3));
+    }
+    @elif(f16) {
+      for (var half = 0u; half < UNIT; half += 8u) {
+        var h = mat4x4h();
+        for (var k = half; k < half + 8u; k++) {
+          let a = k * LINE + lid.y * 4u;
+          let b = k * LINE + lid.x * 4u;
+          let v = vec4h(w_staged[b], w_staged[b + 1u], w_staged[b + 2u], w_staged[b + 3u]);
+          h += mat4x4h(v * x_staged[a], v * x_staged[a + 1u], v * x_staged[a + 2u], v * x_staged[a + 3u]);
+        }
+        p += mat4x4f(h);
+      }
+    }
+    @else for (var k = 0u; k < UNIT; k++) {
       let a = k * LINE + lid.y * 4u;
       let b = k * LINE + lid.x * 4u;
       let v = vec4f(w_staged[b], w_staged[b + 1u], w_staged[b + 2u], w_staged[b + 3u]);

@@ -22,6 +22,8 @@ export interface AdapterInfo {
   /** Products of matrices that a subgroup holds together; empty where the adapter has none. */
   readonly subgroupMatrices: readonly SubgroupMatrix[];
   readonly features: string[];
+  /** What WGSL may use beside its core, such as "packed_4x8_integer_dot_product". */
+  readonly languageFeatures: readonly string[];
   readonly limits: Record<string, number>;
 }
 
@@ -118,7 +120,9 @@ export function matching(handles: readonly AdapterHandle[], pattern: string): Ad
 }
 
 /** Describes a GPUAdapter; `name` is the driver's name for it where the platform tells. */
-export function describeAdapter(adapter: GPUAdapter, name?: string): AdapterInfo {
+export function describeAdapter(
+  adapter: GPUAdapter, name?: string, language: Iterable<string> = [],
+): AdapterInfo {
   const raw = adapter.info;
   const title = name || raw.description || [raw.vendor, raw.architecture].filter(Boolean).join(" ") || "GPU";
   const words = `${title} ${raw.vendor} ${raw.architecture} ${raw.description}`.toLowerCase();
@@ -140,6 +144,7 @@ export function describeAdapter(adapter: GPUAdapter, name?: string): AdapterInfo
     subgroupMaxSize: raw.subgroupMaxSize ?? 0,
     subgroupMatrices: subgroupMatrices(raw),
     features: [...adapter.features].sort(),
+    languageFeatures: [...language].sort(),
     limits,
   };
 }

@@ -152,7 +152,7 @@ async function open(
   };
   const first = await ask();
   if (first === null) return null;
-  const info = describeAdapter(first, name);
+  const info = describeAdapter(first, name, gpu.wgslLanguageFeatures);
   return {
     info,
     async request() {

@@ -19,7 +19,7 @@ async function listAdapters(): Promise<AdapterHandle[]> {
   for (const wish of WISHES) {
     const adapter = await gpu.requestAdapter(wish);
     if (adapter === null) continue;
-    const info = describeAdapter(adapter);
+    const info = describeAdapter(adapter, undefined, gpu.wgslLanguageFeatures);
     const likeness = JSON.stringify(info);
     if (found.has(likeness)) continue;
     found.set(likeness, {

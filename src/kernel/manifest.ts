@@ -2508,7 +2508,7 @@ export const manifest = {
     overrides: {
       WG: "u32",
     },
-    conditions: ["e2m1","e4m3","e5m2","e8m0","grouped","outer","q4","subgroups","x_e4m3","x_e5m2"],
+    conditions: ["dots","e2m1","e4m3","e5m2","e8m0","f16","grouped","outer","q4","subgroups","x_e4m3","x_e5m2"],
     entries: {
       packed_tile: ["codes","outer","params","scales","tiles","x_codes","x_outer","x_scales","y"],
       packed_quad: ["codes","outer","params","scales","tiles","x_codes","x_outer","x_scales","y"],

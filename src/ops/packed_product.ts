@@ -12,8 +12,11 @@ import { evenOffsets, groupedTiles } from "./gemm.ts";
 import { defineOp } from "./op.ts";
 import { blockConditions, outerScale, quantize, valueShape } from "./quantize.ts";
 
-/** `packed_quad` is for software adapters. */
-export type PackedKernel = "packed_quad" | "packed_tile";
+/**
+ * `packed_quad` is for software adapters. `packed_dots` and `packed_f16` take E2M1 on both sides and give the
+ * bits of `packed_tile`: they are candidates of the tuner alone, never a default.
+ */
+export type PackedKernel = "packed_quad" | "packed_tile" | "packed_dots" | "packed_f16";
 
 /** What x may be beside a weight of each format. */
 const PARTNERS: Partial<Record<BlockFormat, readonly BlockFormat[]>> = {
@@ -102,7 +105,7 @@ function record({ kernel, x, weight, y, k, offsets = null }: PackedProduct): voi
   const columns = offsets ? n * weight.codes.shape[0]! : n;
   const ofColumns = outerScale(weight.scales, format, weight.global, columns);
   launch("quant/packed_product", {
-    entry: kernel,
+    entry: quads ? "packed_quad" : "packed_tile",
     bind: {
       x_codes: x.codes, x_scales: x.scales, codes: weight.codes, scales: weight.scales, y,
       tiles: tiles ?? weight.codes, x_outer: ofRows.outer, outer: ofColumns.outer,
@@ -115,6 +118,8 @@ function record({ kernel, x, weight, y, k, offsets = null }: PackedProduct): voi
       ...blockConditions(format).filter((each) => each !== "q4"),
       ...(x.format === format ? [] : [x.format.endsWith("e5m2") ? "x_e5m2" as const : "x_e4m3" as const]),
       ...(offsets ? ["grouped" as const] : []), ...(quads ? ["subgroups" as const] : []),
+      ...(kernel === "packed_dots" ? ["dots" as const] : []),
+      ...(kernel === "packed_f16" ? ["f16" as const] : []),
     ],
     workgroups: [quads ? Math.ceil(count / 8) : count],
   });
@@ -141,7 +146,7 @@ const packedTuning = defineTunable({
   classOf: (shape: PackedShape) => ({
     ...shape, m: bucket(shape.m), n: bucket(shape.n), k: wholeBlocks(shape),
   }),
-  candidates: (device: Device) => packedKernels(device),
+  candidates: (device: Device, { format }) => packedKernels(device, format),
   fallback: (device) => kernelFor(device),
   trial: (device, { m, n, k, format }) => trial(() => {
     const packed = (rows: number, stream: number) =>
@@ -167,7 +172,7 @@ const groupedPackedTuning = defineTunable({
     ...shape, rows: bucket(shape.rows), experts: bucket(shape.experts, 256), n: bucket(shape.n),
     k: wholeBlocks(shape),
   }),
-  candidates: (device: Device) => packedKernels(device),
+  candidates: (device: Device, { format }) => packedKernels(device, format),
   fallback: (device) => kernelFor(device),
   trial: (device, { rows, experts, n, k, format }) => trial(() => {
     const packed = (shape: number[], stream: number) =>
@@ -188,8 +193,14 @@ function wholeBlocks({ k, format }: { readonly k: number; readonly format: strin
   return Math.max(format === "fp8_blockwise" ? 128 : 32, bucket(k));
 }
 
-function packedKernels(device: Device): PackedKernel[] {
-  return [...(device.hasSubgroups ? ["packed_quad" as const] : []), "packed_tile"];
+function packedKernels(device: Device, format: string): PackedKernel[] {
+  const isFour = BLOCK_LAYOUTS[format as BlockFormat].bits === 4;
+  const dots = isFour && device.info.languageFeatures.includes("packed_4x8_integer_dot_product");
+  const halves = isFour && device.gpuDevice.features.has("shader-f16");
+  return [
+    ...(device.hasSubgroups ? ["packed_quad" as const] : []), "packed_tile",
+    ...(dots ? ["packed_dots" as const] : []), ...(halves ? ["packed_f16" as const] : []),
+  ];
 }
 
 function kernelFor(device: Device): PackedKernel {

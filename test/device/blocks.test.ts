@@ -1,9 +1,12 @@
 import { describe, expect, test } from "vitest";
 import { Tape } from "../../src/autograd/tape.ts";
+import { tunables } from "../../src/kernel/tuner.ts";
 import { embedding } from "../../src/ops/embedding.ts";
 import { grouped_linear } from "../../src/ops/grouped_linear.ts";
 import { linear } from "../../src/ops/linear.ts";
-import { grouped_linear_packed, linear_packed } from "../../src/ops/packed_product.ts";
+import {
+  grouped_linear_packed, linear_packed, packed_product, type PackedKernel,
+} from "../../src/ops/packed_product.ts";
 import { dequantize, quantize } from "../../src/ops/quantize.ts";
 import { BlockTensor } from "../../src/tensor/blocks.ts";
 import { scope } from "../../src/tensor/scope.ts";
@@ -51,9 +54,16 @@ await onEveryAdapter((device) => {
             scales: Uint8Array.from({ length: (rows * K) / 16 }, (_, i) => 0x30 + ((i * step) % 16)), global,
           });
         const [x, w] = [packed(M, 37, 2), packed(N, 59, 0.25)];
-        return [linear_packed(x, w), dequantize(x), dequantize(w)];
+        // Every kernel that the device has gives these bits.
+        const kernels = tunables.get("quant/packed_product")!.candidates(
+          device, { m: M, n: N, k: K, format: "nvfp4" }) as PackedKernel[];
+        const each = kernels.map((kernel) => packed_product(
+          x.codes, x.scales, w.codes, w.scales, null,
+          { xFormat: "nvfp4", format: "nvfp4", xGlobal: x.global, global: w.global, kernel }));
+        return [linear_packed(x, w), dequantize(x), dequantize(w), ...each];
       });
-      const [y, x, w] = await Promise.all(results.map((result) => result.read()));
+      expect(results.length).toBeGreaterThan(4);
+      const [y, x, w, ...others] = await Promise.all(results.map((result) => result.read()));
       const expected = Float64Array.from({ length: M * N }, (_, i) => {
         let sum = 0;
         for (let k = 0; k < K; k++) sum += x![Math.floor(i / N) * K + k]! * w![(i % N) * K + k]!;
@@ -61,6 +71,7 @@ await onEveryAdapter((device) => {
       });
       expect(expected.some((value) => value !== 0 && !Number.isInteger(value))).toBe(true);
       expect([...y!]).toEqual([...expected]);
+      for (const other of others) expect(other).toEqual(y);
       results.forEach((result) => result.dispose());
       expect(device.pool.liveBytes).toBe(before);
     });

@@ -47,6 +47,7 @@ export default opSamples({
       { m: 3, n: 18, k: 64, xFormat: "mxfp8_e5m2" }),
     ...of(["fp8_e5m2"], "x of E4M3", { m: 3, n: 18, k: 64, xFormat: "fp8_e4m3" }),
     ...of(SOME, "workgroup tile", { m: 67, n: 69, k: 128, kernel: "packed_tile" }),
+    ...of(["nvfp4", "mxfp4"], "sums of whole numbers", { m: 67, n: 69, k: 64, kernel: "packed_dots" }),
     ...of(["mxfp8_e5m2"], "workgroup tile, x of E4M3",
       { m: 18, n: 5, k: 64, xFormat: "mxfp8_e4m3", kernel: "packed_tile" }),
     ...of(SOME, "experts without rows", { m: 0, n: 19, k: 128, counts: uneven }),

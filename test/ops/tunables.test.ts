@@ -11,7 +11,7 @@ const SMALL: Readonly<Record<string, string | readonly string[]>> = {
   "matmul/few_rows": "m=2 n=16 k=1024 weight=bf16",
   "matmul/grouped": "pass=forward rows=32 experts=4 n=16 k=32 dtypes=f32.f16.f32",
   "quant/product": "m=2 n=64 k=64 format=q4",
-  "quant/packed_product": "m=2 n=64 k=64 format=nvfp4",
+  "quant/packed_product": ["m=2 n=64 k=64 format=nvfp4", "m=2 n=64 k=64 format=mxfp4"],
   "quant/grouped": "rows=8 experts=4 n=32 k=64 format=q4",
   "quant/grouped_packed": "rows=8 experts=4 n=32 k=64 format=nvfp4",
   "norm/rms_norm": [
