@@ -179,6 +179,7 @@ function routerArguments(run: Recipe): LaunchArgument[] {
     ...(losses.length > 0
       ? [["--moe-aux-loss-coeff", ...losses.map(([, coefficient]) => number(coefficient))] as const] : []),
     ...(run.z_loss > 0 ? [["--moe-z-loss-coeff", number(run.z_loss)] as const] : []),
+    ...(run.forced_balance ? [["--moe-router-force-load-balancing"] as const] : []),
     ...(run.router_jitter > 0 ? [["--moe-input-jitter-eps", number(run.router_jitter)] as const] : []),
     ...(run.capacity_factor > 0 ? [
       ["--moe-expert-capacity-factor", number(run.capacity_factor)] as const,

@@ -2,9 +2,10 @@ import { afterAll, describe, expect, test } from "vitest";
 import { LAYOUTS } from "../../src/cli/bench/layouts.ts";
 import { parseRecompute } from "../../src/nn/recompute.ts";
 import { openDevice } from "../../src/tensor/device.ts";
+import { localsOf } from "../../src/tensor/sharded.ts";
 import type { Batch } from "../../src/train/packing.ts";
 import { testAdapters } from "../support/adapters.ts";
-import { checkPredicted, smallBatches, SMALL, trainSmall, worstOf } from "../support/layouts.ts";
+import { checkPredicted, smallBatches, SMALL, startLayout, trainSmall, worstOf } from "../support/layouts.ts";
 
 /** The adapter's arithmetic is tested op by op; one adapter is enough for what ranks do together. */
 const device = await openDevice({ adapter: (await testAdapters())[0]! });
@@ -128,6 +129,21 @@ describe("routers of ranks that share tokens", () => {
     await expectEqual(
       [first, second], { ...losses, per_token, global_aux_loss: 0.1 },
       { ...losses, per_token, aux_loss: 0.1, batch: whole.batch }, [whole]);
+  });
+
+  test("move biases alike, by the rate or not at all", async () => {
+    const bias_rate = 2 ** -7; // steps of it are exact
+    const { mesh, trainer, dispose } = startLayout(device, LAYOUT, even.length, SMALL, { bias_rate });
+    await trainer.step(even);
+    for (const [name, { held }] of mesh.parameters) {
+      if (!name.includes("correction_bias")) continue;
+      const [first, ...others] =
+        await Promise.all(localsOf(held[0]!.tensor).map(async (local) => [...await local.read()]));
+      for (const value of first!) expect([-bias_rate, 0, bias_rate]).toContain(value);
+      expect(first!.some((value) => value !== 0)).toBe(true);
+      expect(others).toEqual(Array(7).fill(first));
+    }
+    dispose();
   });
 
   test("balance the tokens of a micro-batch together", async () => {

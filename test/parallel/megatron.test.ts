@@ -341,6 +341,9 @@ describe("launch arguments", () => {
     expect(valueOf("", "--calculate-per-token-loss")).toBeUndefined();
     expect(valueOf("", "--moe-router-load-balancing-type")).toBe("seq_aux_loss");
     expect(valueOf("", "--moe-expert-capacity-factor")).toBeUndefined();
+    expect(valueOf("", "--moe-router-force-load-balancing")).toBeUndefined();
+    expect(valueOf("", "--moe-router-force-load-balancing", { ...training, forced_balance: true })).toBe("");
+    expect(valueOf("", "--moe-shared-expert-gate")).toBe("");
     const dropping: Recipe = {
       ...training, per_token: true, aux_coeff: 0.001, aux_loss: 0.01, capacity_factor: 1.25,
       drop_policy: "position", pad_to_capacity: true, bias_update: "quantile",
