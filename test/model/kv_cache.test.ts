@@ -34,6 +34,23 @@ function largestError(found: ArrayLike<number>, expected: ArrayLike<number>): nu
   return error / scale;
 }
 
+/** Mean KL divergence of predictions, in nats, of rows of logits. */
+function divergence(of: ArrayLike<number>, by: ArrayLike<number>, width: number): number {
+  const logProbabilities = (logits: ArrayLike<number>, row: number) => {
+    const own = Array.from({ length: width }, (_, i) => logits[row * width + i]!);
+    const most = Math.max(...own);
+    const sum = own.reduce((total, x) => total + Math.exp(x - most), 0);
+    return own.map((x) => x - most - Math.log(sum));
+  };
+  let total = 0;
+  const rows = of.length / width;
+  for (let row = 0; row < rows; row++) {
+    const [p, q] = [logProbabilities(of, row), logProbabilities(by, row)];
+    p.forEach((x, i) => (total += Math.exp(x) * (x - q[i]!)));
+  }
+  return total / rows;
+}
+
 const f32 = (name: string, ...values: number[]): TensorEntry =>
   ({ name, dtype: "F32", shape: values.length === 1 ? [] : [values.length],
     bytes: new Uint8Array(Float32Array.from(values).buffer) });
@@ -51,6 +68,7 @@ await onEveryAdapter((device) => {
     const error = largestError(whole.logits, plain.logits);
     expect(error).toBeGreaterThan(1e-4); // codes are in use
     expect(error).toBeLessThan(0.06); // half a step of three fraction bits
+    expect(divergence(plain.logits, whole.logits, config.vocab_size)).toBeLessThan(1e-3);
     // No attention comes before the first one: both runs give it the same keys.
     for (const [name, scale] of [["key", 0.03], ["value", 0.04]] as const) {
       const exact = plain.caches.get(`cache.1.${name}`)!;

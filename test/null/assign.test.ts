@@ -21,7 +21,8 @@ function problem(count: number, seed: number): { groups: Choice<Format>[][]; wei
 const total = (choices: readonly Choice<Format>[], key: "bits" | "cost") =>
   choices.reduce((sum, choice) => sum + choice[key], 0);
 
-test("the assignment is the best of all that fit the budget", async () => {
+test("the assignment is the best of all that fit the budget, and costs no more with more of it", async () => {
+  let former = Infinity;
   for (const budget of [4.5, 5.5, 7, 10, 16]) {
     const { groups, weights } = problem(6, 7);
     const chosen = await assignFormats(groups, weights, budget);
@@ -32,6 +33,8 @@ test("the assignment is the best of all that fit the budget", async () => {
       if (total(all, "bits") <= budget * weights * (1 + 1e-12)) best = Math.min(best, total(all, "cost"));
     }
     expect(total(chosen, "cost")).toBeCloseTo(best, 10);
+    expect(total(chosen, "cost")).toBeLessThan(former);
+    former = total(chosen, "cost");
   }
 });
 
