@@ -109,7 +109,8 @@ export async function runCli(
   argv: readonly string[],
   options: CliOptions,
 ): Promise<number> {
-  const { name = "krait", version, io = processIo() } = options;
+  let leave = (): void => process.exit(EXIT.ok);
+  const { name = "krait", version, io = processIo(() => leave()) } = options;
   const { stdout, stderr, env } = io;
   const help = argv[0] === "help" ? argv.slice(1) : isHelp(argv[0]) || argv.length === 0 ? [] : null;
   if (argv[0] === "--version" || argv[0] === "-v") return print(stdout, version);
@@ -128,7 +129,9 @@ export async function runCli(
   const asksForHelp = help !== null || (end < 0 ? rest : rest.slice(0, end)).some(isHelp);
   if (asksForHelp) return print(stdout, commandHelp(name, command));
 
-  const interrupt = options.signal ? { signal: options.signal, release: () => {} } : watchSignals();
+  const interrupt = options.signal
+    ? { signal: options.signal, abort: () => {}, release: () => {} } : watchSignals();
+  if (command.savesWhenLeft) leave = interrupt.abort;
   try {
     const code = await command.start(rest, { ...io, signal: interrupt.signal });
     return code ?? (interrupt.signal.aborted ? EXIT.interrupted : EXIT.ok);
@@ -246,16 +249,22 @@ function print(stream: TextStream, text: string): number {
   return EXIT.ok;
 }
 
-function processIo(): CliIo {
-  // A reader that closes the pipe early (`| head`) is no failure of ours.
-  process.stdout.once("error", (error: NodeJS.ErrnoException) => {
-    if (error.code !== "EPIPE") throw error;
-    process.exit(EXIT.ok);
-  });
+/**
+ * A reader that closes a pipe early (`| head`) is no failure of ours. Nobody has to read standard error.
+ * @param leave called when nobody reads standard output any more
+ */
+function processIo(leave: () => void): CliIo {
+  const onClosed = (stream: NodeJS.WriteStream, then: () => void) =>
+    stream.on("error", (error: NodeJS.ErrnoException) => {
+      if (error.code !== "EPIPE") throw error;
+      then();
+    });
+  onClosed(process.stdout, leave);
+  onClosed(process.stderr, () => {});
   return { stdout: process.stdout, stderr: process.stderr, env: process.env };
 }
 
-function watchSignals(): { signal: AbortSignal; release: () => void } {
+function watchSignals(): { signal: AbortSignal; abort: () => void; release: () => void } {
   const controller = new AbortController();
   const stop = (): void => {
     if (controller.signal.aborted) process.exit(EXIT.interrupted);
@@ -265,6 +274,7 @@ function watchSignals(): { signal: AbortSignal; release: () => void } {
   process.on("SIGTERM", stop);
   return {
     signal: controller.signal,
+    abort: () => controller.abort(),
     release: () => {
       process.off("SIGINT", stop);
       process.off("SIGTERM", stop);

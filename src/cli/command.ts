@@ -78,6 +78,11 @@ export interface CommandSpec<S extends OptionSpecs> {
   readonly description?: string;
   readonly positionals?: readonly Positional[];
   readonly options: S;
+  /**
+   * When nobody reads standard output any more the command is interrupted, and saves what it has, instead of
+   * ending at once.
+   */
+  readonly savesWhenLeft?: boolean;
   /** Whole command lines. */
   readonly examples?: readonly string[];
   /** Returns the exit code; nothing means 0, or 130 when interrupted. */

@@ -37,6 +37,8 @@ export interface TrainingOptions {
   readonly out: string;
   /** Whether ranks that share parameters divide their update; default true. */
   readonly zero?: boolean;
+  /** Parameters whose gradients are summed over ranks in one go, at most: see `MeshModel.on`. */
+  readonly bucketSize?: number | undefined;
   /** Folder with the weights that a new run starts from; default: random ones. */
   readonly init?: string | null;
   /** Continue from the newest checkpoint in `out`. */
@@ -80,7 +82,7 @@ export async function runTraining(options: TrainingOptions): Promise<TrainingRes
   }
   checkCorpusSize(corpus.tokens.length, recipe);
   const { config } = options;
-  const mesh = MeshModel.on(devices, layout, config, recipe.weights);
+  const mesh = MeshModel.on(devices, layout, config, recipe.weights, options.bucketSize);
   if (!previous && options.init) await readWeights(mesh, options.init);
   else if (!previous) mesh.initialise(recipe.seed);
   const run = new TrainingRun(mesh, recipe, corpus, validation, options.zero);

@@ -82,11 +82,14 @@ export class MeshModel {
   /**
    * A model of any contents.
    * @param devices that of every rank
+   * @param bucket_size parameters in a buffer at most, a larger one by itself: their gradients are summed
+   *   over ranks in one go. In the first pipeline rank alone, others have the largest that can be bound.
    * @throws UsageError where the layout does not fit the model; OutOfMemoryError where the model does not
    *   fit a device
    */
   static on(
     devices: readonly Device[], layout: Layout, config: NemotronHConfig, weights: TrainedFormat = "f32",
+    bucket_size = Infinity,
   ): MeshModel {
     checkModel(layout, config);
     if (worldOf(layout) === 1) checkFits(devices[0]!, config, weights);
@@ -118,7 +121,8 @@ export class MeshModel {
         const unit = PART * sharing.group.members[0]!.length;
         const shapes = list.map(({ name }) => placed.get(name)!.shard!.shape);
         const tensors = scope(() => {
-          const locals = ranks.map((device) => together(device, shapes, format, unit));
+          const most = rank === 0 ? bucket_size : Infinity;
+          const locals = ranks.map((device) => together(device, shapes, format, unit, most));
           return list.map((_, i) => shardedOf(locals.map((of) => of[i]!)));
         });
         list.forEach((parameter, i) => {

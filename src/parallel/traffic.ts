@@ -1,11 +1,13 @@
 /**
  * Predicted bytes that the ranks of a layout send in a training step, by collective: a formula, not
- * a measurement. Tokens are spread evenly over the experts; masks, counts and scalars are left out. Spec:
- * Megatron Core's mappings, dispatchers and pipeline messages.
+ * a measurement. Tokens are spread evenly over the experts, and rows count that are sent, not the room for
+ * them; numbers of documents, what balancing losses count, and scalars are left out. Spec: Megatron Core's
+ * mappings, dispatchers and pipeline messages.
  */
 import { layerSpecs, mtpSpecs } from "../models/config.ts";
 import type { LayerSpec, NemotronHConfig } from "../models/config.ts";
 import { neighboursOf } from "../nn/division.ts";
+import type { MoETraining } from "../nn/moe_training.ts";
 import { bytesSent } from "../ops/collectives.ts";
 import type { CollectiveKind } from "../ops/collectives.ts";
 import { holdingsOf } from "./holdings.ts";
@@ -50,6 +52,10 @@ export interface TrafficOptions {
    * parameters gathered then. Default: yes.
    */
   readonly zero?: boolean;
+  /** Whether experts' outputs are weighed before the down projection ("activation"); default: after. */
+  readonly weighing?: MoETraining["weighing"];
+  /** Ranks of ep that the experts of a token lie on, for `flex`; default: the mean for random ones. */
+  readonly ranks_of_token?: number;
 }
 
 const F32: TrafficWidths = { activation: 4, gradient: 4, parameter: 4 };
@@ -66,7 +72,10 @@ export function predictTraffic(
   // Positions of a micro-batch on a rank: all that its cp part has, and its part of them under sp.
   const whole = (sizes.batch * sizes.seqlen) / layout.cp;
   const own = layout.sp ? whole / layout.tp : whole;
-  const shape: Shape = { layout, config, whole, own, width: widths.activation, batch: sizes.batch };
+  const shape: Shape = {
+    layout, config, whole, own, width: widths.activation, batch: sizes.batch,
+    weighs: options.weighing === "activation", ranks_of_token: options.ranks_of_token ?? null,
+  };
   const mtpStage = stages.findIndex(({ mtp }) => mtp);
 
   stages.forEach((stage, i) => {
@@ -127,6 +136,9 @@ interface Shape {
   readonly own: number;
   /** Bytes of an activation. */
   readonly width: number;
+  /** Whether weights travel with the rows of tokens. */
+  readonly weighs: boolean;
+  readonly ranks_of_token: number | null;
 }
 
 /** What one pipeline rank sends. */
@@ -155,6 +167,13 @@ class Ledger {
   /** A collective of the update, among `size` ranks. */
   update(purpose: Purpose, group: GroupKind, kind: CollectiveKind, bytes: number, size: number): void {
     this.#add({ purpose, group, kind, pass: "update" }, bytes, size, 1);
+  }
+
+  /** A collective of each micro-batch in which a rank sends so many bytes. */
+  put(
+    purpose: Purpose, group: GroupKind, kind: CollectiveKind, pass: "forward" | "backward", sent: number,
+  ): void {
+    this.#put({ purpose, group, kind, pass }, sent * this.#micros, this.#micros);
   }
 
   /** Messages of each micro-batch, or of the update. */
@@ -267,43 +286,68 @@ function addScan(ledger: Ledger, { layout, config, whole, width }: Shape): void 
   }
 }
 
-/** Tokens travel to their experts and back; backward passes go the same ways. */
+/**
+ * Tokens travel to their experts and back; backward passes go the same ways. Rows go directly under every
+ * algorithm, and where they begin passes between the ranks before.
+ */
 function addExperts(
-  ledger: Ledger, { layout, config, own, width }: Shape, spec: Extract<LayerSpec, { kind: "moe" }>,
+  ledger: Ledger, { layout, config, own, width, weighs, ranks_of_token }: Shape,
+  spec: Extract<LayerSpec, { kind: "moe" }>,
 ): void {
-  const { ep, etp } = layout;
+  const { ep, etp, dispatcher } = layout;
+  if (ep * etp === 1) return;
   const { num_experts_per_tok: chosen, n_routed_experts: experts, moe_latent_size: latent } = spec;
   const token = (latent ?? config.hidden_size) * width;
-  const add = (group: GroupKind, kind: CollectiveKind, pass: "forward" | "backward", bytes: number) =>
-    ledger.pass("expert dispatch", group, kind, pass, bytes);
-  switch (layout.dispatcher) {
+  const purpose = "expert dispatch";
+  const both = etp === 1 ? "ep" : ep === 1 ? "etp" : "etp-ep";
+  const counts = (group: GroupKind, groups: number) =>
+    ledger.pass(purpose, group, "all_gather", "forward", 4 * (groups + 1));
+  /**
+   * Rows that a rank has for itself and the others alike, or over etp for all others: values of so many bytes
+   * go there, of which the first `differentiable` have gradients, and a token comes back.
+   */
+  const exchange = (
+    group: GroupKind, rows: number, there: readonly number[], differentiable = there.length,
+  ) => {
+    const [to, from]: [CollectiveKind, CollectiveKind] =
+      group === "etp" ? ["all_gather", "reduce_scatter"] : ["all_to_all", "all_to_all"];
+    const g = ledger.sizeOf(group);
+    const others = group === "etp" ? rows * (g - 1) : (rows * (g - 1)) / g;
+    for (const bytes of there) ledger.put(purpose, group, to, "forward", others * bytes);
+    ledger.put(purpose, group, from, "forward", others * token);
+    ledger.put(purpose, group, to, "backward", others * token);
+    for (const bytes of there.slice(0, differentiable)) {
+      ledger.put(purpose, group, from, "backward", others * bytes);
+    }
+  };
+  switch (dispatcher) {
     case "alltoall": {
-      const rows = own * chosen;
-      for (const pass of ["forward", "backward"] as const) {
-        // There with a probability each, back without; the gradients the other way round.
-        add("ep", "all_to_all", pass, rows * (token + 4));
-        add("ep", "all_to_all", pass, rows * token);
-        add("etp", "all_gather", pass, rows * token);
-        add("etp", "reduce_scatter", pass, etp * rows * token);
-      }
+      // Weights come along where they are multiplied in before the last product; else tokens weigh.
+      const there = weighs ? [token, 4] : [token];
+      if (ep > 1) counts("ep", experts);
+      if (ep > 1) exchange("ep", own * chosen, there);
+      if (etp > 1) counts("etp", experts / ep);
+      if (etp > 1) exchange("etp", own * chosen, there);
       return;
     }
     case "allgather": {
       const all = ep * etp * own;
-      // Every token with its probabilities of all experts.
-      add("etp-ep", "all_gather", "forward", own * (token + 4 * experts));
-      add("etp-ep", "reduce_scatter", "forward", all * token);
-      add("etp-ep", "all_gather", "backward", own * token);
-      add("etp-ep", "reduce_scatter", "backward", all * (token + 4 * experts));
+      // Every token with the weights and numbers of its experts, of which the numbers have no gradients.
+      for (const bytes of [token, 4 * chosen, 4 * chosen]) {
+        ledger.pass(purpose, both, "all_gather", "forward", own * bytes);
+      }
+      ledger.pass(purpose, both, "reduce_scatter", "forward", all * token);
+      ledger.pass(purpose, both, "all_gather", "backward", own * token);
+      for (const bytes of [token, 4 * chosen]) {
+        ledger.pass(purpose, both, "reduce_scatter", "backward", all * bytes);
+      }
       return;
     }
     case "flex": {
-      // One copy per rank with experts of the token, with their numbers and probabilities.
-      const rows = own * etp * expectedRanks(ep, chosen);
-      for (const pass of ["forward", "backward"] as const) {
-        add("etp-ep", "all_to_all", pass, rows * (token + (pass === "forward" ? 8 : 4) * chosen));
-        add("etp-ep", "all_to_all", pass, rows * token);
-      }
+      // One copy per rank with experts of the token, for all who share these, with their weights and numbers.
+      const copies = own * (ranks_of_token ?? expectedRanks(ep, chosen)) * (ep > 1 ? etp : 1);
+      counts(both, ep);
+      exchange(both, copies, [token, 4 * chosen, 4 * chosen], 2);
     }
   }
 }

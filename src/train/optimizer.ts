@@ -201,7 +201,7 @@ export class AdamW {
   }
 
   /**
-   * Sums gradients over the ranks that share their parameters.
+   * Sums gradients over the ranks that share their parameters, buffer by buffer, the last layers' first.
    * @returns for every buffer the gradients of the part that a rank updates
    */
   reduce(gradients: GradientMap): Tensor[] {
@@ -211,8 +211,12 @@ export class AdamW {
       else if (gradient.storage !== place.storage) place.copyFrom(gradient);
     }
     const { zero = true } = this.options;
-    return this.#groups.map(({ grad, group }) =>
-      zero ? reduceScatterInGroup(grad, group, 0) : sumOverGroup(grad, group));
+    const reduced: Tensor[] = [];
+    for (let i = this.#groups.length - 1; i >= 0; i--) {
+      const { grad, group } = this.#groups[i]!;
+      reduced[i] = zero ? reduceScatterInGroup(grad, group, 0) : sumOverGroup(grad, group);
+    }
+    return reduced;
   }
 
   /** The norm of what `reduce` gave, over all ranks of the stage, each of which gets it. [1] */

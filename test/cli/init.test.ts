@@ -17,9 +17,11 @@ test("train --init starts from a checkpoint, upcycled or on other ranks, and ref
     const file = (...names: string[]) => join(folder, ...names);
     writeFileSync(file("dense.json"), serialiseConfig(DENSE));
     writeFileSync(file("text.txt"), TEXT);
-    const train = (out: string, ...more: string[]) => krait([
+    const line = (out: string) => [
       "train", "--data", file("text.txt"), "--out", file(out), "--batch", "2", "--seqlen", "16",
-      "--steps", "1", "--json", ...more,
+    ];
+    const train = (out: string, ...more: string[]) => krait([
+      ...line(out), "--steps", "1", "--json", ...more,
     ]);
     const first = await train("dense", "--config", file("dense.json"), "--steps", "2");
     expect(first.code, first.stderr).toBe(0);
@@ -29,6 +31,16 @@ test("train --init starts from a checkpoint, upcycled or on other ranks, and ref
       file(run, readdirSync(file(run)).find((name) => name.startsWith("step-"))!, "model.safetensors"));
 
     const still = ["--lr", "1e-60"]; // 0 in f32: the run ends with what it started from
+    // Nobody has to read what it says; with nobody to read its numbers it saves and ends.
+    const [blind, deaf] = await Promise.all([
+      krait([...line("blind"), "--steps", "1", "--config", file("dense.json")], undefined, {}, (child) =>
+        child.stderr!.destroy()),
+      krait([...line("deaf"), "--steps", "100000", "--config", file("dense.json"), "--json"], (_, child) =>
+        child.stdout!.destroy()),
+    ]);
+    expect([blind.code, deaf.code]).toEqual([0, 130]);
+    expect([existsSync(file("blind", "latest")), existsSync(file("deaf", "latest"))]).toEqual([true, true]);
+
     const again = await train("again", "--init", file("dense"), ...still, "--layout", "tp=2,pp=2");
     expect(again.code, again.stderr).toBe(0);
     const sums = (run: { stdout: string }) => jsonLines(run.stdout).find((line) => "collectives" in line)![

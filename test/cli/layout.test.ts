@@ -85,6 +85,7 @@ test("bad input is refused with one sentence", async () => {
     [["pp=2,stages=Et|tL", "--model", "unit"], "\"there is one t for each layer\": expected 5 layers"],
     [["tp=1", "--model", "no-such"], "\"no-such\" is neither a preset"],
     [[], "The argument LAYOUT is missing"],
+    [[""], "The layout must be key=value with commas between, such as tp=2,dp=2, found nothing."],
   ];
   await Promise.all(cases.map(async ([args, message]) => {
     const { code, stdout, stderr } = await krait(["layout", ...args]);

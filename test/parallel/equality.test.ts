@@ -193,6 +193,28 @@ describe("the update", () => {
     expect(divided.optimizerBytes).toBeLessThan(0.27 * whole.optimizerBytes);
   });
 
+  test("has the same bits with buckets of any size, each of them summed by itself", async () => {
+    const sizesOf = ({ collectives }: Awaited<ReturnType<typeof trainSmall>>) => collectives.flatMap(
+      ({ kind, group, bytes }) => (kind === "reduce_scatter" && group === "dp-cp" ? [bytes / 4 / 3] : []));
+    const [whole, some, all] = [
+      await trainSmall(device, "dp=4", even),
+      await trainSmall(device, "dp=4", even, { bucket_size: 4096 }),
+      await trainSmall(device, "dp=4", even, { bucket_size: 1 }),
+    ];
+    for (const found of [some, all]) {
+      expect(found.steps.map(({ loss }) => loss)).toEqual(whole.steps.map(({ loss }) => loss));
+      expect(worstOf(found.gradients, whole.gradients).error).toBe(0);
+      expect(worstOf(found.parameters, whole.parameters).error).toBe(0);
+    }
+    expect(sizesOf(whole)).toHaveLength(1);
+    expect(sizesOf(some).length).toBeGreaterThan(3);
+    // Filled up to parts that can be bound; only a parameter that is larger has a larger bucket.
+    const largest = Math.max(...[...whole.parameters.values()].map(({ length }) => length));
+    for (const size of sizesOf(some)) expect(size).toBeLessThanOrEqual(Math.max(4096, largest) + 4 * 128);
+    const trained = [...whole.parameters.keys()].filter((name) => !name.endsWith("correction_bias"));
+    expect(sizesOf(all)).toHaveLength(trained.length);
+  });
+
   test("sums the gradients of keys and values that ranks share", async () => {
     const config = { ...SMALL, num_key_value_heads: 2 };
     const one = await trainSmall(device, "tp=1", even, { config });

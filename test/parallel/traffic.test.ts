@@ -113,29 +113,32 @@ describe("experts", () => {
   test("alltoall: one row for each of a token's experts, there and back", () => {
     const rows = (T * 3 * 3) / 4;
     expect(dispatch("dp=4,ep=4")).toEqual([
-      ["expert dispatch", "ep", "all_to_all", "forward", 6, rows * (H * 4 + 2)],
-      ["expert dispatch", "ep", "all_to_all", "backward", 6, rows * (H * 4 + 2)],
+      ["expert dispatch", "ep", "all_gather", "forward", 3, 3 * (8 + 1) * 4],
+      ["expert dispatch", "ep", "all_to_all", "forward", 6, rows * H * 4],
+      ["expert dispatch", "ep", "all_to_all", "backward", 6, rows * H * 4],
     ]);
     // Each of two ranks has half of the positions and of the experts' width.
     expect(dispatch("tp=2,dp=2,ep=2,etp=2")).toEqual([
-      ["expert dispatch", "ep", "all_to_all", "forward", 6, (T / 2) * 3 / 2 * (H * 4 + 2)],
-      ["expert dispatch", "etp", "all_gather", "forward", 3, (T / 2) * 3 * H * 4],
+      ["expert dispatch", "ep", "all_gather", "forward", 3, (8 + 1) * 4],
+      ["expert dispatch", "ep", "all_to_all", "forward", 6, (T / 2) * 3 / 2 * H * 4],
+      ["expert dispatch", "ep", "all_to_all", "backward", 6, (T / 2) * 3 / 2 * H * 4],
+      ["expert dispatch", "etp", "all_gather", "forward", 6, ((T / 2) * 3 * H * 4 + (4 + 1) * 4) / 2],
       ["expert dispatch", "etp", "reduce_scatter", "forward", 3, (T / 2) * 3 * H * 4],
-      ["expert dispatch", "ep", "all_to_all", "backward", 6, (T / 2) * 3 / 2 * (H * 4 + 2)],
       ["expert dispatch", "etp", "all_gather", "backward", 3, (T / 2) * 3 * H * 4],
       ["expert dispatch", "etp", "reduce_scatter", "backward", 3, (T / 2) * 3 * H * 4],
     ]);
   });
 
-  test("allgather: every token to every rank, whatever the number of its experts", () => {
-    const expected = [
-      ["expert dispatch", "etp-ep", "all_gather", "forward", 3, 3 * T * (H * 4 + 8 * 4)],
-      ["expert dispatch", "etp-ep", "reduce_scatter", "forward", 3, 3 * T * H * 4],
-      ["expert dispatch", "etp-ep", "all_gather", "backward", 3, 3 * T * H * 4],
-      ["expert dispatch", "etp-ep", "reduce_scatter", "backward", 3, 3 * T * (H * 4 + 8 * 4)],
+  test("allgather: every token to every rank, with the weights and numbers of its experts", () => {
+    const expected = (group: string, k: number) => [
+      ["expert dispatch", group, "all_gather", "forward", 9, 3 * T * (H * 4 + 8 * k) / 3],
+      ["expert dispatch", group, "reduce_scatter", "forward", 3, 3 * T * H * 4],
+      ["expert dispatch", group, "all_gather", "backward", 3, 3 * T * H * 4],
+      ["expert dispatch", group, "reduce_scatter", "backward", 6, 3 * T * (H * 4 + 4 * k) / 2],
     ];
-    expect(dispatch("dp=4,ep=4,dispatch=allgather")).toEqual(expected);
-    expect(dispatch("dp=4,ep=4,dispatch=allgather", { num_experts_per_tok: 1 })).toEqual(expected);
+    expect(dispatch("dp=4,ep=4,dispatch=allgather")).toEqual(expected("ep", 3));
+    expect(dispatch("dp=4,ep=4,dispatch=allgather", { num_experts_per_tok: 1 })).toEqual(expected("ep", 1));
+    expect(dispatch("tp=2,sp=off,dp=2,ep=2,etp=2,dispatch=allgather")).toEqual(expected("etp-ep", 3));
   });
 
   test("flex: one row for each rank with experts of the token", () => {
@@ -145,17 +148,18 @@ describe("experts", () => {
     const rows = T * expectedRanks(4, 3) * (3 / 4);
     const found = dispatch("dp=4,ep=4,dispatch=flex");
     expect(found.map((row) => row.slice(0, 5))).toEqual([
-      ["expert dispatch", "etp-ep", "all_to_all", "forward", 6],
-      ["expert dispatch", "etp-ep", "all_to_all", "backward", 6],
+      ["expert dispatch", "ep", "all_gather", "forward", 3],
+      ["expert dispatch", "ep", "all_to_all", "forward", 12],
+      ["expert dispatch", "ep", "all_to_all", "backward", 9],
     ]);
-    expect(found[0]![5]).toBeCloseTo(rows * (H * 4 + 12), 6);
-    expect(found[1]![5]).toBeCloseTo(rows * (H * 4 + 6), 6);
+    expect(found[1]![5]).toBeCloseTo(rows * (2 * H * 4 + 2 * 12) / 4, 6);
+    expect(found[2]![5]).toBeCloseTo(rows * (2 * H * 4 + 12) / 3, 6);
   });
 
   test("latent tokens are as much narrower as the latent is", () => {
     const [rows, latent] = [(T * 3 * 3) / 4, 6];
-    const bytes = dispatch("dp=4,ep=4", { moe_latent_size: latent }).map((row) => row[5]);
-    expect(bytes).toEqual([rows * (latent * 4 + 2), rows * (latent * 4 + 2)]);
+    const bytes = dispatch("dp=4,ep=4", { moe_latent_size: latent }).slice(1).map((row) => row[5]);
+    expect(bytes).toEqual([rows * latent * 4, rows * latent * 4]);
   });
 
   test("a shared expert is a tensor-parallel layer of its own, routed ones are none", () => {

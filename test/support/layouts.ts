@@ -7,6 +7,7 @@ import { apart, predictedOf, totalOf } from "../../src/cli/bench/memory.ts";
 import type { NemotronHConfig } from "../../src/models/config.ts";
 import type { Device } from "../../src/tensor/device.ts";
 import type { Batch } from "../../src/train/packing.ts";
+import type { SentCollective } from "../../src/train/trace.ts";
 import type { HeldBytes, StepMetrics, TrainerOptions } from "../../src/train/trainer.ts";
 
 export { LAYOUT_MODEL as SMALL, LAYOUT_SIZES as SIZES, layoutBatches as smallBatches, startLayout, worstOf };
@@ -21,6 +22,8 @@ export interface Outcome {
   /** Of one rank at every place in the pipeline, as they were and as the formulas have them. */
   readonly held: readonly HeldBytes[];
   readonly predicted: readonly HeldBytes[];
+  /** What ranks send to each other in a step. */
+  readonly collectives: readonly SentCollective[];
 }
 
 /** Trains under a layout, on one device or on that of every rank. */
@@ -28,7 +31,7 @@ export async function trainSmall(
   on: Device | readonly Device[], layout: string, batches: readonly Batch[],
   { steps = 1, config = LAYOUT_MODEL, after, ...options }:
   Partial<Omit<TrainerOptions, "steps" | "accumulate">> & {
-    steps?: number; config?: NemotronHConfig; after?: (step: number) => void;
+    steps?: number; config?: NemotronHConfig; bucket_size?: number; after?: (step: number) => void;
   } = {},
 ): Promise<Outcome> {
   const run = startLayout(on, layout, batches.length, config, options);
@@ -46,7 +49,7 @@ export async function trainSmall(
     const optimizerBytes = states.reduce((sum, { byteLength }) => sum + byteLength, 0);
     return {
       steps: metrics, gradients, parameters, optimizerBytes, held: run.trainer.heldByRank!,
-      predicted: predictedOf(run, config),
+      predicted: predictedOf(run, config), collectives: run.trainer.collectives,
     };
   } finally {
     run.dispose();

@@ -82,11 +82,11 @@ export function layoutBatches(
 /** A trainer of the model under a layout, on one device or that of every rank, from the same weights. */
 export function startLayout(
   on: Device | readonly Device[], text: string, micros: number, config: NemotronHConfig = LAYOUT_MODEL,
-  options: Partial<Omit<TrainerOptions, "accumulate">> = {},
+  { bucket_size, ...options }: Partial<Omit<TrainerOptions, "accumulate">> & { bucket_size?: number } = {},
 ): { mesh: MeshModel; trainer: Trainer; dispose(): void } {
   const layout = parseLayout(text);
   const ranks = on instanceof Device ? Array<Device>(worldOf(layout)).fill(on) : on;
-  const mesh = MeshModel.on(ranks, layout, config);
+  const mesh = MeshModel.on(ranks, layout, config, "f32", bucket_size);
   try {
     mesh.initialise(5);
     const trainer = new Trainer(mesh, {

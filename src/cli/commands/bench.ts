@@ -72,9 +72,8 @@ export const bench = defineCommand({
     "the same adapter in the same run. `krait bench report` makes a page of results that --out has " +
     "collected.",
   positionals: [{
-    name: "SUITE", help: `${SUITE_NAMES.join(", ")}; default: all but ${ONLY_NAMED.join(
-      " and ")}. Or: report`, optional: true,
-    many: true,
+    name: "SUITE", optional: true, many: true,
+    help: `Of ${SUITE_NAMES.join(", ")}; default: all but ${ONLY_NAMED.join(" and ")}. Or: report.`,
   }],
   options: {
     config: {

@@ -6,11 +6,12 @@ import { isObject, parseJson } from "../../io/json.ts";
 import { openTensors } from "../../io/safetensors.ts";
 import { checkMegatron, megatronFiles, megatronRanks, openMegatron } from "../../parallel/megatron.ts";
 import { CONVERT_SCRIPT, launchOf, launchScript } from "../../train/megatron_launch.ts";
-import { formatLayout, parseLayout, worldOf } from "../../parallel/layout.ts";
+import { formatLayout, worldOf } from "../../parallel/layout.ts";
 import { UsageError } from "../../tensor/errors.ts";
 import { makeRecipe } from "../../train/recipe.ts";
 import type { Recipe } from "../../train/recipe.ts";
 import { defineCommand } from "../args.ts";
+import { givenLayout } from "../given_layout.ts";
 import { findConfig, modelFolder } from "../models.ts";
 
 const FORMATS = ["megatron", "checkpoint"] as const;
@@ -25,11 +26,11 @@ export const exportCommand = defineCommand({
     "megatron: Megatron Core's parameters, cut over the ranks of a layout, one safetensors file per "
     + "model-parallel rank, with launch arguments for the same model and layout and a Python script that "
     + "makes Megatron Core's own checkpoint of them. checkpoint: the published layout again, bit for bit.",
-  positionals: [{ name: "FORMAT", help: FORMATS.join(" or ") }],
+  positionals: [{ name: "FORMAT", help: `${FORMATS.join(" or ")}.` }],
   options: {
     model: {
       type: "string", value: "DIR", required: true,
-      help: "a checkpoint folder or a training run's; for checkpoint: a folder that export megatron wrote",
+      help: "A checkpoint folder or a training run's; for checkpoint: a folder that export megatron wrote.",
     },
     layout: { type: "string", help: "For megatron: tp=2,pp=2,ep=4,..., as krait layout has it." },
     out: { type: "string", value: "DIR", required: true, help: "The folder to write; must not exist." },
@@ -66,7 +67,7 @@ interface Exported {
 async function toMegatron(path: string, layoutText: string, out: string): Promise<Exported> {
   const folder = modelFolder(path);
   const config = findConfig(folder);
-  const layout = parseLayout(layoutText);
+  const layout = givenLayout(layoutText);
   checkMegatron(config, layout);
   const launch = launchOf(config, layout, trainingOf(folder));
   const reader = await openTensors(openFolder(folder));

@@ -25,7 +25,7 @@ const TRAINED: readonly TrainFormats[] = [
 export const info = defineCommand({
   name: "info",
   summary: "Show a model's layers, parameters, state and memory.",
-  positionals: [{ name: "PRESET|DIR", help: "a preset's name, a config.json or a model folder" }],
+  positionals: [{ name: "PRESET|DIR", help: "A preset's name, a config.json or a model folder." }],
   options: {
     batch: { type: "integer", min: 1, default: 1, help: "Sequences for the memory figures." },
     tokens: { type: "integer", min: 1, default: 4096, help: "Tokens per sequence for the memory figures." },

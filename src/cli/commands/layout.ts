@@ -1,7 +1,7 @@
 import type { NemotronHConfig } from "../../models/config.ts";
 import { parseRecompute, type Recompute } from "../../nn/recompute.ts";
 import { holdingsOf } from "../../parallel/holdings.ts";
-import { checkLayout, formatLayout, parseLayout, worldOf } from "../../parallel/layout.ts";
+import { checkLayout, formatLayout, worldOf } from "../../parallel/layout.ts";
 import type { Layout, StepSizes } from "../../parallel/layout.ts";
 import { predictHeld } from "../../parallel/held.ts";
 import { coordinatesOf, GROUP_KINDS, groupsOf, ranksPerStage, stageRanks } from "../../parallel/mesh.ts";
@@ -11,6 +11,7 @@ import { placeOfStage, stagesOf } from "../../parallel/stages.ts";
 import { predictTraffic, PURPOSES, totalBytes } from "../../parallel/traffic.ts";
 import type { TrafficRow } from "../../parallel/traffic.ts";
 import { defineCommand } from "../args.ts";
+import { givenLayout } from "../given_layout.ts";
 import { findConfig } from "../models.ts";
 import { colours, formatBytes, formatCount, table, wantsColour } from "../terminal.ts";
 
@@ -29,7 +30,7 @@ export const layout = defineCommand({
     With a model, the layers of every stage, and the bytes that a rank holds and sends in a training step in
     f32. These are predictions from formulas, with tokens spread evenly over the experts.
   `,
-  positionals: [{ name: "LAYOUT", help: "such as tp=2,cp=2,pp=2,dp=1,ep=4,etp=1" }],
+  positionals: [{ name: "LAYOUT", help: "Such as tp=2,cp=2,pp=2,dp=1,ep=4,etp=1." }],
   options: {
     world: { type: "integer", min: 1, help: "Ranks there are." },
     model: { type: "string", value: "NAME|DIR", help: "A preset, a config.json or a model folder." },
@@ -53,7 +54,7 @@ export const layout = defineCommand({
     "krait layout pp=2,vpp=2,dp=2,ep=2 --model toy-moe --micro-batches 8",
   ],
   run({ options, args, stdout, env }) {
-    const parsed = parseLayout(args[0]!, options.world);
+    const parsed = givenLayout(args[0]!, options.world);
     const sizes: StepSizes = {
       batch: options.batch, seqlen: options.seqlen,
       micro_batches: options.microBatches ?? parsed.micro_batch_group,

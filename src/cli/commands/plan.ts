@@ -1,6 +1,6 @@
 import { statSync } from "node:fs";
 import { EFFICIENCIES, gpuNamed, gpuNames, PLAN_PRECISIONS } from "../../parallel/hardware.ts";
-import { formatLayout, parseLayout } from "../../parallel/layout.ts";
+import { formatLayout } from "../../parallel/layout.ts";
 import { shapeOf, shapeParameters } from "../../parallel/model_shape.ts";
 import type { ModelShape } from "../../parallel/model_shape.ts";
 import { losesBy, searchPlans, stageText, USABLE_MEMORY } from "../../parallel/plan.ts";
@@ -11,6 +11,7 @@ import { validate } from "../../parallel/validate.ts";
 import type { Prediction, Validation } from "../../parallel/validate.ts";
 import { UsageError } from "../../tensor/errors.ts";
 import { defineCommand } from "../args.ts";
+import { givenLayout } from "../given_layout.ts";
 import { findConfig } from "../models.ts";
 import { colours, formatCount, formatDuration, table, wantsColour } from "../terminal.ts";
 
@@ -24,7 +25,7 @@ export const plan = defineCommand({
   options: {
     model: {
       type: "string", value: "MODEL",
-      help: "a published model (nemotron-3-super, deepseek-v3, ...), a preset, config.json or model folder",
+      help: "A published model (nemotron-3-super, deepseek-v3, ...), a preset, config.json or model folder.",
     },
     gpus: { type: "integer", min: 1, max: 2 ** 20, help: "Number of GPUs." },
     gpu: { type: "string", default: "h100", help: `One of ${gpuNames().join(", ")}.` },
@@ -75,7 +76,7 @@ function findShape(name: string): ModelShape {
 }
 
 function axesOf(text: string, gpus: number): NonNullable<PlanRequest["fixed"]> {
-  const { tp, cp, pp, ep, etp, vpp } = parseLayout(text, gpus);
+  const { tp, cp, pp, ep, etp, vpp } = givenLayout(text, gpus);
   return { tp, cp, pp, ep, etp, vpp };
 }
 

@@ -6,7 +6,7 @@ import { parseConfig, type NemotronHConfig } from "../../models/config.ts";
 import { countParameters, memoryToTrain, trainingBytes } from "../../models/accounting.ts";
 import { DROP_POLICIES } from "../../ops/moe_limit.ts";
 import { openRankDevices, RANKS_ON, type RanksOn } from "../../parallel/rank_devices.ts";
-import { checkLayout, formatLayout, type Layout, parseLayout, worldOf } from "../../parallel/layout.ts";
+import { checkLayout, formatLayout, type Layout, worldOf } from "../../parallel/layout.ts";
 import { ROUTER_DTYPES, ROUTINGS, WEIGHINGS } from "../../nn/moe_training.ts";
 import { RECOMPUTED_MODULES } from "../../nn/recompute.ts";
 import { RECIPE_NAMES, RECIPES } from "../../precision/recipes.ts";
@@ -22,6 +22,7 @@ import {
 } from "../../train/trace.ts";
 import { defineCommand } from "../args.ts";
 import { collectiveTable } from "../collective_table.ts";
+import { givenLayout } from "../given_layout.ts";
 import { findConfig, findTokenizer, modelFolder } from "../models.ts";
 import { Progress } from "../progress.ts";
 import { colours, formatBytes, formatCount, wantsColour } from "../terminal.ts";
@@ -33,7 +34,9 @@ export const train = defineCommand({
   description:
     "Documents are packed into rows with the recurrent state and attention reset at every document's " +
     "start. Checkpoints have the published layout plus optimiser state; an interrupt saves one, and " +
-    "--resume continues as if nothing had happened.",
+    "--resume continues as if nothing had happened. Training goes on when nobody reads standard error any " +
+    "more; when nobody reads standard output, it ends as by an interrupt.",
+  savesWhenLeft: true,
   options: {
     config: {
       type: "string", value: "PRESET|FILE",
@@ -73,6 +76,10 @@ export const train = defineCommand({
     distributedOptimizer: {
       type: "string", choices: ["on", "off"], default: "on",
       help: "Whether replicas divide the optimiser's state among them; the results are the same.",
+    },
+    bucketSize: {
+      type: "integer", min: 1,
+      help: "Parameters whose gradients ranks sum in one go (as many as a binding holds, 32M in f32).",
     },
     lr: { type: "number", min: 0, help: "Peak learning rate." },
     minLr: { type: "number", min: 0, help: "Learning rate at the end (lr / 100)." },
@@ -135,14 +142,16 @@ export const train = defineCommand({
     },
     moments: {
       type: "string", choices: ["f32", "bf16", "8bit"],
-      help: "How both moments of AdamW are stored: 8, 4 or 2.125 bytes per parameter (f32).",
+      help: "How both moments of AdamW are stored: 8, 4 or 2.125 bytes per parameter, the last on one rank " +
+        "(f32).",
     },
     maxSkipped: {
       type: "integer", min: 1,
       help: "Steps in a row without a finite loss that end the run; each is skipped (5).",
     },
     precision: {
-      type: "string", choices: RECIPE_NAMES, help: "Formats of the factors of products (f32).",
+      type: "string", choices: RECIPE_NAMES,
+      help: "Formats of the factors of products (f32).",
     },
     without: {
       type: "string", value: "NAMES",
@@ -212,6 +221,7 @@ export const train = defineCommand({
       const result = await runTraining({
         devices, layout, config, recipe, split, tokenizer,
         out: options.out, init, resume: options.resume, zero: options.distributedOptimizer === "on",
+        bucketSize: options.bucketSize,
         saveEvery: options.saveEvery, keep: options.keep, signal,
         tokenizerFiles: files,
         onStart(run, { unigram, bigram, trigram }) {
@@ -331,7 +341,7 @@ async function plan(options: {
         `--init starts a new run from a checkpoint and its config, and cannot stand beside --${other}.`);
     }
   }
-  const layoutOf = (text: string | undefined) => parseLayout(text ?? "tp=1");
+  const layoutOf = (text: string | undefined) => givenLayout(text ?? "tp=1");
   const given: GivenRecipe = {
     steps: options.steps, seed: options.seed, batch: options.batch, seqlen: options.seqlen,
     accumulate: options.accumulate, per_token: options.perToken || undefined,
