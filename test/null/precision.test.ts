@@ -77,3 +77,16 @@ test("the rotation of 0 .. 15", () => {
   expect(rotated(rows, 1).map((row) => row[0])).toEqual(
     [-14.5, -7.5, 6.5, -0.5, 6.5, -0.5, -14.5, 8.5, 7.5, 14.5, 0.5, 1.5, 0.5, -2.5, 9.5, -15.5]);
 });
+
+test("the rotation of both factors leaves their product as it is", () => {
+  // Whole numbers so small that bf16 holds what they are rotated to.
+  const of = (step: number) => Array.from({ length: 32 }, (_, i) =>
+    Float64Array.from({ length: 3 }, (_, c) => ((i * step + 5 * c) % 7) - 3));
+  const [x, y] = [of(3), of(4)];
+  const product = (a: readonly Float64Array[], b: readonly Float64Array[]) =>
+    Array.from({ length: 9 }, (_, at) =>
+      a.reduce((sum, row, i) => sum + row[at % 3]! * b[i]![Math.floor(at / 3)]!, 0));
+  const expected = product(x, y);
+  expect(product(rotated(x, 3), rotated(y, 3))).toEqual(expected);
+  expect(product(rotated(x, 3), y)).not.toEqual(expected);
+});
