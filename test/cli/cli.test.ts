@@ -53,6 +53,23 @@ describe("bench", () => {
     expect(JSON.parse(data)).toEqual([lines[1]]);
   }));
 
+  test("layouts times a model's layouts against one rank, those that fit it", async () => {
+    const { code, stderr, stdout } = await krait(["bench", "layouts", "--config", fixture("micro.json"),
+      "--seqlen", "16", "--runs", "1", "--case", " pp=2", "--case", " tp=2", "--json"]);
+    expect(code, stderr).toBe(0);
+    const [line, ...more] = jsonLines(stdout);
+    expect(more, "one group of heads cannot be cut").toEqual([]);
+    expect(line).toMatchObject({
+      case: `${fixture("micro.json")} pp=2`, world: 2, batch: 2, seqlen: 16, micro_batches: 2, hidden_size: 32,
+    });
+    for (const key of ["ms", "to_one_rank"]) expect(line![key]).toBeGreaterThan(0);
+    expect(line!["loss_error"]).toBeLessThan(1e-5);
+    // The same kernels for the same micro-batches, and an update for each of two stages.
+    const { launches, launches_one_rank } = line as Record<"launches" | "launches_one_rank", number>;
+    expect(launches / launches_one_rank).toBeGreaterThan(0.9);
+    expect(launches / launches_one_rank).toBeLessThan(1.3);
+  });
+
   test("says what it does not know", async () => {
     expect((await krait(["bench", "kernel"])).stderr).toContain(
       "The suite must be one of ceilings, kernels,");

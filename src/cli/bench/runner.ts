@@ -21,6 +21,9 @@ export interface BenchOptions {
   readonly data: readonly string[];
   /** Format of the matrices in the generate suite. */
   readonly weights: WeightFormat;
+  /** Rows and positions of the layouts suite's larger model. */
+  readonly batch: number;
+  readonly seqlen: number;
 }
 
 export interface Output {

@@ -79,7 +79,7 @@ export const bench = defineCommand({
     config: {
       type: "string", value: "PRESET|FILE", default: "tiny",
       help: "The model of the train, generate, formats and roofline suites; of precision too, where tiny " +
-        `is ${PRECISION_CONFIG} (PRESET:LAYERS).`,
+        `is ${PRECISION_CONFIG} (PRESET:LAYERS), and of layouts, where tiny is a small and a wide one.`,
     },
     data: {
       type: "string", value: "PATH", multiple: true,
@@ -90,6 +90,8 @@ export const bench = defineCommand({
       type: "string", choices: WEIGHT_FORMATS, default: "f32",
       help: "How the generate suite holds matrices.",
     },
+    batch: { type: "integer", min: 1, default: 2, help: "For layouts: rows of all but the small model." },
+    seqlen: { type: "integer", min: 2, default: 512, help: "For layouts: positions of these rows." },
     seeds: { type: "integer", min: 1, default: 3, help: "For precision: runs of every variant." },
     steps: { type: "integer", min: 1, default: PRECISION_STEPS, help: "For precision: updates of a run." },
     runs: { type: "integer", min: 1, default: 7, help: "Timed runs per case; the median counts." },
