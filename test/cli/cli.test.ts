@@ -60,7 +60,8 @@ describe("bench", () => {
     const [line, ...more] = jsonLines(stdout);
     expect(more, "one group of heads cannot be cut").toEqual([]);
     expect(line).toMatchObject({
-      case: `${fixture("micro.json")} pp=2`, world: 2, batch: 2, seqlen: 16, micro_batches: 2, hidden_size: 32,
+      case: `${fixture("micro.json")} pp=2`, world: 2, batch: 2, seqlen: 16, micro_batches: 2,
+      hidden_size: 32,
     });
     for (const key of ["ms", "to_one_rank"]) expect(line![key]).toBeGreaterThan(0);
     expect(line!["loss_error"]).toBeLessThan(1e-5);
