@@ -2,7 +2,7 @@
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { fixture, jsonLines, krait, withFolder } from "./krait.ts";
+import { fixture, here, jsonLines, krait, withFolder } from "./krait.ts";
 
 const bare = (folder: string) => (
   { KRAIT_LIMITS: "default", KRAIT_TUNER: "", KRAIT_CACHE: join(folder, "cache") });
@@ -20,13 +20,15 @@ test("training and generating work, and agree with the whole adapter", () => wit
   const config = writeConfig(folder);
   const data = join(folder, "text.txt");
   writeFileSync(data, "A text to train on. ".repeat(100));
-  const train = (out: string, env: Record<string, string>) => krait([
+  const train = (out: string) => [
     "train", "--config", config, "--data", data, "--out", join(folder, out), "--batch", "1", "--seqlen", "16",
     "--eval-rows", "1", "--steps", "2", "--json",
-  ], undefined, env);
+  ];
   const losses = (text: string) =>
     jsonLines(text).flatMap(({ loss }) => typeof loss === "number" ? [loss] : []);
-  const [plain, whole] = [await train("bare", bare(folder)), await train("whole", {})];
+  const [plain, whole] = [
+    await krait(train("bare"), undefined, bare(folder)), await here(train("whole")),
+  ];
   expect(plain.code, plain.stderr).toBe(0);
   expect(whole.code, whole.stderr).toBe(0);
   const [found, expected] = [losses(plain.stdout), losses(whole.stdout)];

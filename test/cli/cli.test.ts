@@ -3,7 +3,7 @@ import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { openFile } from "../../src/io/files.node.ts";
 import { encodeSafetensors, openSafetensors } from "../../src/io/safetensors.ts";
-import { fixture, jsonLines, krait, withFolder } from "./krait.ts";
+import { fixture, here, jsonLines, krait, withFolder } from "./krait.ts";
 
 const text = readFileSync(new URL("../../README.md", import.meta.url), "utf8").repeat(2);
 const small = ["--config", fixture("micro.json"), "--batch", "2", "--seqlen", "32", "--eval-rows", "4"];
@@ -37,7 +37,7 @@ describe("bench", () => {
     const args = ["bench", "overhead", "--runs", "1", "--json", "--out", out];
     const first = await krait(args);
     expect(first.code, first.stderr).toBe(0);
-    await krait(args);
+    await here(args);
     const lines = jsonLines(readFileSync(out, "utf8"));
     expect(lines).toHaveLength(2);
     expect(lines[0]).toEqual(jsonLines(first.stdout)[0]);
@@ -47,7 +47,7 @@ describe("bench", () => {
     for (const key of ["adapter", "adapter_name", "krait", "date"]) expect(lines[0]![key]).toMatch(/./);
 
     const page = join(folder, "page.html");
-    const report = await krait(["bench", "report", "--results", join(folder, "results"), "--out", page]);
+    const report = await here(["bench", "report", "--results", join(folder, "results"), "--out", page]);
     expect(report.stdout).toContain(`1 results of ${lines[0]!["adapter"] as string}`);
     const data = /id="results">([\s\S]*?)<\/script>/.exec(readFileSync(page, "utf8"))![1]!;
     expect(JSON.parse(data)).toEqual([lines[1]]);
@@ -72,10 +72,10 @@ describe("bench", () => {
   });
 
   test("says what it does not know", async () => {
-    expect((await krait(["bench", "kernel"])).stderr).toContain(
+    expect((await here(["bench", "kernel"])).stderr).toContain(
       "The suite must be one of ceilings, kernels,");
-    expect((await krait(["bench", "report", "train"])).stderr).toContain("runs no suite beside it");
-    expect((await krait(["bench", "report", "--results", fixture("micro.json")])).stderr)
+    expect((await here(["bench", "report", "train"])).stderr).toContain("runs no suite beside it");
+    expect((await here(["bench", "report", "--results", fixture("micro.json")])).stderr)
       .toContain("a folder with .jsonl files, found");
   });
 });
@@ -86,7 +86,7 @@ describe("train and generate", () => {
     writeFileSync(data, text);
     const args = (out: string) =>
       ["train", ...small, "--data", data, "--out", join(folder, out), "--seed", "3", "--json"];
-    const whole = await krait([...args("whole"), "--steps", "12"]);
+    const whole = await here([...args("whole"), "--steps", "12"]);
     expect(whole.code, whole.stderr).toBe(0);
     const losses = jsonLines(whole.stdout).filter((line) => "grad_norm" in line)
       .map(({ step, loss }) => [step, loss]);
@@ -98,7 +98,7 @@ describe("train and generate", () => {
       if (lines >= 6) child.kill("SIGKILL");
     });
     expect(killed.signal).toBe("SIGKILL");
-    const resumed = await krait([...args("killed"), "--resume"]);
+    const resumed = await here([...args("killed"), "--resume"]);
     expect(resumed.code, resumed.stderr).toBe(0);
     const rest = jsonLines(resumed.stdout).filter((line) => "grad_norm" in line)
       .map(({ step, loss }) => [step, loss]);
@@ -112,12 +112,12 @@ describe("train and generate", () => {
     expect(readFileSync(join(folder, "killed/metrics.jsonl"), "utf8").trim().split("\n").length)
       .toBeGreaterThanOrEqual(13);
 
-    const speak = (...more: string[]) =>
-      krait([
-        "generate", "--model", join(folder, "whole"), "--prompt", "Krait ", "--max-tokens", "24", "--json",
-        ...more,
-      ]);
-    const plain = await speak();
+    const words = (...more: string[]) => [
+      "generate", "--model", join(folder, "whole"), "--prompt", "Krait ", "--max-tokens", "24", "--json",
+      ...more,
+    ];
+    const speak = (...more: string[]) => here(words(...more));
+    const plain = await krait(words());
     expect(plain.code, plain.stderr).toBe(0);
     const drafted = await speak("--draft", "2");
     const tokens = (run: { stdout: string }) => (JSON.parse(run.stdout) as { tokens: number[] }).tokens;
@@ -127,7 +127,7 @@ describe("train and generate", () => {
       speak("--temperature", "0.9", "--seed", "5"), speak("--temperature", "0.9", "--seed", "5"),
     ]);
     expect(tokens(sampled[0]!)).toEqual(tokens(sampled[1]!));
-    const outside = await krait(["generate", "--model", join(folder, "whole"), "--prompt-tokens", "7,260"]);
+    const outside = await here(["generate", "--model", join(folder, "whole"), "--prompt-tokens", "7,260"]);
     expect(outside.code).toBe(1);
     expect(outside.stderr).toMatch(/Prompt token 1 must be from 0 to 259.*found 260/);
   }), 300_000);
@@ -140,7 +140,7 @@ describe("a run that blows up", () => {
     writeFileSync(data, text);
     const out = join(folder, "run");
     const args = ["train", "--data", data, "--out", out, "--json"];
-    const run = await krait([
+    const run = await here([
       ...args, ...small, "--save-every", "1", "--schedule", "constant", "--lr", "1e38", "--warmup", "0",
       "--steps", "9", "--max-skipped", "3",
     ]);
@@ -157,7 +157,7 @@ describe("a run that blows up", () => {
     expect(JSON.parse(readFileSync(join(out, latest, "state.json"), "utf8"))).toMatchObject({
       steps: 3, skipped: { total: 2, in_a_row: 2 }, recipe: { max_skipped: 3 },
     });
-    const again = await krait([...args, "--resume", "--max-skipped", "5"]);
+    const again = await here([...args, "--resume", "--max-skipped", "5"]);
     expect(again.stderr).toMatch(/loss at step 6 is NaN .*each of the last 5 steps was skipped/);
   }), 120_000);
 });
@@ -173,7 +173,7 @@ describe("other inputs", () => {
       (line) => JSON.stringify({ text: line }));
     writeFileSync(data!, `${lines.join("\n")}\n`);
     const out = join(folder, "run");
-    const run = await krait([
+    const run = await here([
       "train", "--config", config!, "--tokenizer", fixture("tokenizer.json"), "--data", data!, "--out", out,
       "--steps", "2", "--batch", "2", "--seqlen", "32", "--accumulate", "2", "--schedule", "cosine",
         "--eval-rows", "2",
@@ -185,7 +185,7 @@ describe("other inputs", () => {
       traceEvents: { name: string; ph: string }[];
     };
     expect(traceEvents.filter(({ ph }) => ph === "X").map(({ name }) => name)).toContain("optim/adamw");
-    const spoken = await krait(
+    const spoken = await here(
       ["generate", "--model", out, "--prompt", "Krait", "--max-tokens", "5", "--temperature", "1", "--json"]);
     expect(spoken.code, spoken.stderr).toBe(0);
     expect((JSON.parse(spoken.stdout) as { tokens: number[] }).tokens).toHaveLength(5);
@@ -265,14 +265,19 @@ describe("bad input is one sentence and an exit code", () => {
         "--out", join(f, "out"),
       ];
     }, 1, /larger than the device: backbone\.embeddings\.weight \[131072, 2688\]/],
-    ["unknown option", () => ["train", "--stepz", "3"], 2, /--stepz.*--steps/],
     ["unknown adapter", () => ["doctor", "--adapter", "voodoo"], 1, /voodoo/],
   ];
   test.each(cases)("%s", (_, args, code, message) => withFolder(async (folder) => {
-    const run = await krait(args(folder));
+    const run = await here(args(folder));
     expect(run.code, run.stderr + run.stdout).toBe(code);
     expect(run.stderr + run.stdout).toMatch(message);
     expect(run.stderr).not.toMatch(/\n\s+at /); // no stack
     expect(existsSync(join(folder, "out"))).toBe(false);
   }));
+
+  test("and the exit code is that of the process", async () => {
+    const run = await krait(["train", "--stepz", "3"]);
+    expect([run.code, run.stdout]).toEqual([2, ""]);
+    expect(run.stderr).toMatch(/^krait train: .*--stepz.*--steps/);
+  });
 });

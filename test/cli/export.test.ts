@@ -1,7 +1,7 @@
 import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { fixture, krait, withFolder } from "./krait.ts";
+import { fixture, here, krait, withFolder } from "./krait.ts";
 
 const model = fixture("golden/super_latent_mtp");
 
@@ -19,10 +19,10 @@ test("krait export megatron and back: the same tensors, with arguments and a scr
     const args = JSON.parse(readFileSync(join(out, "args.json"), "utf8")) as { arguments: string[][] };
     expect(args.arguments).toContainEqual(["--expert-model-parallel-size", "4"]);
 
-    const again = await krait(["export", "checkpoint", "--model", out, "--out", back]);
+    const again = await here(["export", "checkpoint", "--model", out, "--out", back]);
     expect(again.code, again.stderr).toBe(0);
     expect(readFileSync(join(back, "config.json"))).toEqual(readFileSync(join(model, "config.json")));
-    const third = await krait(
+    const third = await here(
       ["export", "megatron", "--model", back, "--layout", "pp=2,dp=4,ep=4", "--out", join(folder, "3")]);
     expect(third.code, third.stderr).toBe(0);
     for (const file of files.filter((name) => name.endsWith(".safetensors"))) {
@@ -39,7 +39,7 @@ test("a training checkpoint brings its batch, schedule and optimiser", () => wit
   const recipe = { steps: 40, batch: 2, accumulate: 4, seqlen: 16, lr: 0.001, schedule: "cosine", decay: 0 };
   writeFileSync(join(step, "state.json"), JSON.stringify({ format: "krait-training-state", recipe }));
   const out = join(folder, "out");
-  const { code, stderr } = await krait(
+  const { code, stderr } = await here(
     ["export", "megatron", "--model", run, "--layout", "dp=2,ep=2", "--out", out]);
   expect(code, stderr).toBe(0);
   const script = readFileSync(join(out, "megatron_args.sh"), "utf8");
@@ -61,7 +61,7 @@ test("wrong use is refused with one sentence and leaves nothing", () => withFold
     [["checkpoint", "--model", model, "--out", out], "expected index.json, found no file"],
   ];
   for (const [args, message] of cases) {
-    const { code, stderr } = await krait(["export", ...args]);
+    const { code, stderr } = await here(["export", ...args]);
     expect(code, args.join(" ")).toBeGreaterThan(0);
     expect(stderr.split("\n")[0]).toContain(message);
   }

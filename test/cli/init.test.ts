@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { expect, test } from "vitest";
 import { serialiseConfig } from "../../src/models/config.ts";
 import { SMALL } from "../support/layouts.ts";
-import { jsonLines, krait, withFolder } from "./krait.ts";
+import { here, jsonLines, krait, withFolder } from "./krait.ts";
 
 const DENSE = {
   ...SMALL, vocab_size: 264, hybrid_override_pattern: "M*-", num_hidden_layers: 3,
@@ -20,7 +20,7 @@ test("train --init starts from a checkpoint, upcycled or on other ranks, and ref
     const line = (out: string) => [
       "train", "--data", file("text.txt"), "--out", file(out), "--batch", "2", "--seqlen", "16",
     ];
-    const train = (out: string, ...more: string[]) => krait([
+    const train = (out: string, ...more: string[]) => here([
       ...line(out), "--steps", "1", "--json", ...more,
     ]);
     const first = await train("dense", "--config", file("dense.json"), "--steps", "2");
@@ -49,7 +49,7 @@ test("train --init starts from a checkpoint, upcycled or on other ranks, and ref
       ["pp", "stage", "tp", "tp-dp-cp"]);
     expect(sums(again).map(({ at_most, milliseconds }) => at_most || milliseconds)).not.toContain(true);
     expect(weights("again").equals(weights("dense"))).toBe(true);
-    const sparse = await krait([
+    const sparse = await here([
       "upcycle", "--model", file("dense"), "--experts", "4", "--topk", "2", "--out", file("experts"),
     ]);
     expect(sparse.code, sparse.stderr).toBe(0);

@@ -3,6 +3,9 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { provider } from "#gpu";
+import { cli } from "../../src/cli/cli.ts";
+import { lending } from "../support/lending.ts";
 
 export const root = fileURLToPath(new URL("../..", import.meta.url));
 export const fixture = (name: string) => join(root, "test/fixtures", name);
@@ -34,6 +37,28 @@ export function krait(
     child.on("error", reject);
     child.on("close", (code, signal) => resolve({ code, signal, stdout, stderr }));
   });
+}
+
+const { listAdapters } = provider;
+let running = 0;
+
+/**
+ * Runs the command line in this process, without the second that a new one takes to start, and with the
+ * kernels that others have compiled. Each command is also run in a process somewhere.
+ */
+export async function here(args: readonly string[]): Promise<Finished> {
+  let [stdout, stderr] = ["", ""];
+  const io = {
+    stdout: { write: (text: string) => void (stdout += text) },
+    stderr: { write: (text: string) => void (stderr += text) }, env: process.env,
+  };
+  if (running++ === 0) provider.listAdapters = async () => (await listAdapters()).map(lending);
+  try {
+    const code = await cli(args, { io, signal: new AbortController().signal });
+    return { code, signal: null, stdout, stderr };
+  } finally {
+    if (--running === 0) provider.listAdapters = listAdapters;
+  }
 }
 
 /** Runs `body` with an empty folder that is removed afterwards. */

@@ -4,7 +4,7 @@ import { expect, test } from "vitest";
 import { countParameters } from "../../src/models/accounting.ts";
 import { serialiseConfig } from "../../src/models/config.ts";
 import { preset } from "../../src/models/presets.ts";
-import { krait, withFolder } from "./krait.ts";
+import { here, krait, withFolder } from "./krait.ts";
 
 interface Facts {
   readonly layout: string;
@@ -46,7 +46,7 @@ test("with a model: its stages, and what a rank holds and sends", () => withFold
     "layout", "tp=2,pp=2,dp=2,ep=4,stages=ME*|-M", "--model", join(folder, "model"), "--batch", "1",
     "--seqlen", "8", "--micro-batches", "3",
   ];
-  const [text, json] = await Promise.all([krait(args), krait([...args, "--json"])]);
+  const [text, json] = await Promise.all([krait(args), here([...args, "--json"])]);
   expect(text.code, text.stderr).toBe(0);
   const lines = text.stdout.split("\n").map((line) => line.trim());
   expect(lines).toContain(
@@ -88,7 +88,7 @@ test("bad input is refused with one sentence", async () => {
     [[""], "The layout must be key=value with commas between, such as tp=2,dp=2, found nothing."],
   ];
   await Promise.all(cases.map(async ([args, message]) => {
-    const { code, stdout, stderr } = await krait(["layout", ...args]);
+    const { code, stdout, stderr } = await here(["layout", ...args]);
     expect(code).toBe(2);
     expect(stdout).toBe("");
     expect(stderr).toContain("krait layout: ");

@@ -6,7 +6,7 @@ import {
   encodeSafetensors, openSafetensors, type TensorEntry, type TensorReader,
 } from "../../src/io/safetensors.ts";
 import { f32ToBf16, f32ToE4m3 } from "../../src/tensor/dtype.ts";
-import { fixture, krait, withFolder } from "./krait.ts";
+import { fixture, here, krait, withFolder } from "./krait.ts";
 
 const bytesOf = (values: Float32Array) => new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
 const tensor = (name: string, shape: number[], values: Float32Array): TensorEntry =>
@@ -58,7 +58,7 @@ describe("krait numerics", () => {
     await found.close();
 
     writeFileSync(input, await encodeSafetensors([tensor("t", [1, 5], odd)]));
-    await krait(["numerics", "--input", input, "--out", out, "--formats", "e4m3fn,e5m2,e2m1,bf16"]);
+    await here(["numerics", "--input", input, "--out", out, "--formats", "e4m3fn,e5m2,e2m1,bf16"]);
     const small = await reader(out);
     expect([...await small.read("t.e4m3fn.codes")]).toEqual([0x7f, 0x7e, 0xfe, 0x2a, 0x80]);
     expect([...await small.read("t.e5m2.codes")]).toEqual([0x7f, 0x7b, 0xfb, 0x35, 0x80]);
@@ -74,7 +74,7 @@ describe("krait numerics", () => {
     const golden = await reader(fixture("block_formats.safetensors"));
     writeFileSync(input, await encodeSafetensors([
       tensor("x", [64, 128], await golden.readTensorF32("block.x"))]));
-    const run = await krait([
+    const run = await here([
       "numerics", "--input", input, "--out", out, "--formats", "mxfp4,nvfp4_16x16,fp8_e4m3", "--scale-rule",
       "ceil",
     ]);
@@ -90,7 +90,7 @@ describe("krait numerics", () => {
     // The matrix has the same codes in either order of operations; the tensor's scale may be another float.
     writeFileSync(input, await encodeSafetensors([
       tensor("x", [64, 128], await golden.readTensorF32("block.x_normal"))]));
-    await krait(["numerics", "--input", input, "--out", out, "--formats", "nvfp4", "--reciprocals"]);
+    await here(["numerics", "--input", input, "--out", out, "--formats", "nvfp4", "--reciprocals"]);
     const other = await reader(out);
     expect(await other.read("x.nvfp4.codes")).toEqual(await golden.read("block.x_normal.nvfp4.codes"));
     const normal = await golden.readTensorF32("block.x_normal");
@@ -123,7 +123,7 @@ describe("krait numerics", () => {
     ] as const;
     await Promise.all(cases.map(async ([input, formats, code, message], i) => {
       const out = join(folder, `out${i}`);
-      const run = await krait(
+      const run = await here(
         ["numerics", "--input", input, "--out", out, "--formats", ...formats.split(" ")]);
       expect([run.code, run.stdout]).toEqual([code, ""]);
       expect(run.stderr).toMatch(message);

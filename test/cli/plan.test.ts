@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { fixture, krait } from "./krait.ts";
+import { fixture, here, krait } from "./krait.ts";
 
 test("krait plan prints the best layouts, where a step goes and why the others lose", async () => {
   const { code, stdout, stderr } = await krait(
@@ -14,7 +14,7 @@ test("krait plan prints the best layouts, where a step goes and why the others l
 
 test("--json has the same as numbers, for a configuration of one's own and one layout", async () => {
   const layout = "tp=1,cp=1,pp=1,dp=8,ep=4,etp=1";
-  const { code, stdout, stderr } = await krait([
+  const { code, stdout, stderr } = await here([
     "plan", "--model", fixture("micro.json"), "--gpus", "8", "--gpu", "gb200", "--precision", "mxfp8",
     "--seqlen", "1024", "--global-batch", "64", "--layout", layout, "--json",
   ]);
@@ -29,7 +29,7 @@ test("--json has the same as numbers, for a configuration of one's own and one l
 });
 
 test("--validate prints the predictions beside published rates, the errors and the orders", async () => {
-  const { code, stdout, stderr } = await krait(["plan", "--validate"]);
+  const { code, stdout, stderr } = await here(["plan", "--validate"]);
   expect(code, stderr).toBe(0);
   expect(stdout.match(/^ F[123]( scaling| context)? .* x (h100|gb200|gb300) /gm)).toHaveLength(72);
   expect(stdout).toMatch(/^ F3 +20 +\d\.\d % /m);
@@ -48,7 +48,7 @@ test.each<[string, string[], string]>([
     "fills 7 x h100 with 4 sequences a step"],
   ["no GPUs", ["--model", "tiny"], "The option --gpus is required."],
 ])("%s is refused with one sentence", async (_what, args, message) => {
-  const { code, stdout, stderr } = await krait(["plan", ...args]);
+  const { code, stdout, stderr } = await here(["plan", ...args]);
   expect(code).toBe(2);
   expect(stdout).toBe("");
   expect(stderr.split("\n")[0]).toContain(message);

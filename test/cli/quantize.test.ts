@@ -3,7 +3,7 @@ import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { openFile } from "../../src/io/files.node.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
-import { fixture, jsonLines, krait, withFolder } from "./krait.ts";
+import { fixture, here, jsonLines, krait, withFolder } from "./krait.ts";
 
 const text = readFileSync(new URL("../../docs/architecture.md", import.meta.url), "utf8");
 
@@ -23,7 +23,7 @@ async function prepare(folder: string): Promise<{ model: string; calib: string }
   const calib = join(folder, "text.txt");
   writeFileSync(calib, text.slice(0, 9000));
   const model = join(folder, "run");
-  const { code, stderr } = await krait([
+  const { code, stderr } = await here([
     "train", "--config", join(folder, "config.json"), "--data", calib, "--out", model, "--steps", "4",
     "--batch", "2", "--seqlen", "32", "--eval-rows", "1",
   ]);
@@ -42,11 +42,13 @@ test("a checkpoint is quantised, says what it lost, and is read by others and by
   const { model, calib } = await prepare(folder);
   const step = join(model, readdirSync(model).find((name) => name.startsWith("step-"))!);
   writeFileSync(join(step, "tokenizer_config.json"), "{}");
-  const quantize = (out: string, ...more: string[]) => krait([
+  const words = (out: string, ...more: string[]) => [
     "quantize", "--model", model, "--calib", calib, "--out", join(folder, out), "--seqlen", "64",
     "--samples", "4", ...more,
-  ]);
-  const four = await quantize("four", "--format", "nvfp4", "--method", "mse", "--kv-cache", "fp8", "--json");
+  ];
+  const quantize = (out: string, ...more: string[]) => here(words(out, ...more));
+  const four = await krait(
+    words("four", "--format", "nvfp4", "--method", "mse", "--kv-cache", "fp8", "--json"));
   expect(four.code, four.stderr).toBe(0);
   const summary = JSON.parse(four.stdout) as Summary;
   expect(summary.layers.map(({ module }) => module)).toContain("backbone.layers.0.mixer.in_proj");
@@ -83,14 +85,14 @@ test("a checkpoint is quantised, says what it lost, and is read by others and by
   await source.close();
   await written.close();
 
-  const spoken = await krait([
+  const spoken = await here([
     "generate", "--model", join(folder, "four"), "--prompt", "Krait", "--max-tokens", "4", "--json",
   ]);
   expect(spoken.code, spoken.stderr).toBe(0);
   const said = JSON.parse(spoken.stdout) as { tokens: number[]; kv_cache: string };
   expect([said.tokens.length, said.kv_cache]).toEqual([4, "fp8"]);
 
-  const shown = await krait(["info", join(folder, "four"), "--json"]);
+  const shown = await here(["info", join(folder, "four"), "--json"]);
   expect(JSON.parse(shown.stdout)).toMatchObject({
     stored: { metadata: "NVFP4", kv_cache: "fp8", bytes: expect.any(Number) as number },
   });
@@ -115,7 +117,7 @@ test("a checkpoint is quantised, says what it lost, and is read by others and by
 }), 300_000);
 
 test("bench formats decodes one model from bf16, FP8 and NVFP4 checkpoints", async () => {
-  const run = await krait(["bench", "formats", "--config", fixture("micro.json"), "--runs", "2", "--json"]);
+  const run = await here(["bench", "formats", "--config", fixture("micro.json"), "--runs", "2", "--json"]);
   expect(run.code, run.stderr).toBe(0);
   const lines = jsonLines(run.stdout).filter(({ suite }) => suite === "formats");
   expect(lines.map((line) => line["case"])).toEqual(
@@ -150,14 +152,14 @@ describe("bad input is one sentence and an exit code", () => {
   test("of every kind", () => withFolder(async (folder) => {
     writeFileSync(join(folder, "config.json"), readFileSync(fixture("micro.json")));
     writeFileSync(join(folder, "train.txt"), text);
-    const trained = await krait([
+    const trained = await here([
       "train", "--config", join(folder, "config.json"), "--data", join(folder, "train.txt"), "--steps", "1",
       "--batch", "1", "--seqlen", "16", "--eval-rows", "1", "--out", join(folder, "run"),
     ]);
     expect(trained.code, trained.stderr).toBe(0);
     for (const [name, args, content, message] of cases) {
       writeFileSync(join(folder, "text.txt"), content);
-      const run = await krait([
+      const run = await here([
         "quantize", "--model", join(folder, "run"), "--calib", join(folder, "text.txt"), "--seqlen", "32",
         "--samples", "2", "--out", join(folder, "out"), ...args,
       ]);

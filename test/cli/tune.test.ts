@@ -2,7 +2,7 @@ import { existsSync, readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import type { Decision } from "../../src/kernel/tune.ts";
-import { fixture, krait, withFolder } from "./krait.ts";
+import { fixture, here, krait, withFolder } from "./krait.ts";
 
 interface Report {
   readonly adapter: string;
@@ -66,7 +66,7 @@ describe("tune", () => {
     const off = await krait(["tune", ...small], undefined, { KRAIT_TUNER: "off" });
     expect(off).toMatchObject({ code: 2 });
     expect(off.stderr).toContain("switched off by KRAIT_TUNER=off");
-    const odd = await krait(["tune", "--budget", "soon"]);
+    const odd = await here(["tune", "--budget", "soon"]);
     expect(odd).toMatchObject({ code: 2 });
     expect(odd.stderr).toContain('--budget must be a time such as 10s or 2min, found "soon"');
   });

@@ -31,12 +31,6 @@ export function lending(handle: AdapterHandle): AdapterHandle {
   };
 }
 
-/** Takes every adapter that a provider lists from now on as one that lends. */
-export function lendAll(provider: { listAdapters(): Promise<AdapterHandle[]> }): void {
-  const list = provider.listAdapters.bind(provider);
-  provider.listAdapters = async () => (await list()).map(lending);
-}
-
 async function borrow(id: string, adapter: GPUAdapter, wanted?: GPUDeviceDescriptor): Promise<GPUDevice> {
   const key = `${id} ${JSON.stringify(wanted)}`;
   const devices = kept.get(key) ?? [];
