@@ -30,10 +30,13 @@ export function zigzag(ranks: number, length: number): number[][] {
   return Array.from({ length: ranks }, (_, rank) => [...from(rank), ...from(2 * ranks - 1 - rank)]);
 }
 
-/** @throws UsageError where ranks share the positions of a row: the caches of a layer hold whole rows. */
-export function checkWholeRows({ cp }: Division): void {
-  if (sizeOfGroup(cp) === 1) return;
-  throw new UsageError(`A cache needs rows that lie on one rank, found context parallel ${sizeOfGroup(cp)}.`);
+/** @throws UsageError where ranks share the positions or the heads of a row: caches hold all of it. */
+export function checkWholeRows({ cp, tp }: Division): void {
+  for (const [what, group] of [["context", cp], ["tensor", tp]] as const) {
+    if (sizeOfGroup(group) === 1) continue;
+    throw new UsageError(
+      `A cache needs rows that lie on one rank, found ${what} parallel ${sizeOfGroup(group)}.`);
+  }
 }
 
 interface Scores {

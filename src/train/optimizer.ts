@@ -85,7 +85,7 @@ const BY_ITSELF: Sharing = { group: ALONE, copies: 1 };
  *
  * Of parameters that several ranks hold each rank updates a contiguous part of every buffer, for which alone
  * it keeps moments and masters (ZeRO-1; Rajbhandari et al. 2020), or without `zero` all of them. Both give
- * the same bits.
+ * the same bits, unless something is rounded at random: a rank numbers the elements of its part.
  */
 export class AdamW {
   readonly options: AdamWOptions;

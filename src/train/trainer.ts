@@ -30,6 +30,7 @@ import { expertOverflow, OverflowCounts } from "./overflow.ts";
 import type { Batch } from "./packing.ts";
 import { addGradients, Passes, type StagePass } from "./passes.ts";
 import { inGroups, RankInputs, scoredPositions } from "./rank_inputs.ts";
+import { checkMomentBlocks } from "./optimizer_state.ts";
 import { type BiasUpdate, MAX_SKIPPED } from "./recipe.ts";
 import { TrainingPrecision } from "./rounding.ts";
 import type { Schedule } from "./schedule.ts";
@@ -149,10 +150,7 @@ export class Trainer {
     }
     this.options = options;
     const { precision = FULL_PRECISION, steps = Infinity, seed = 0, accumulate: micros } = options;
-    if (mesh.world > 1 && options.moments === "8bit") {
-      throw new UsageError(
-        `Moments of 8 bits share scales within a rank and train on one, but the layout has ${mesh.world}.`);
-    }
+    if (options.moments === "8bit") checkMomentBlocks(mesh);
     const { dp } = mesh.layout;
     if (micros % dp !== 0) {
       throw new UsageError(

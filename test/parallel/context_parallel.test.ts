@@ -468,6 +468,9 @@ for (const handle of await testAdapters()) {
               divided(2, "ring"));
           expect(() => layer({}, MAMBA).createCache(device, 1))
             .toThrow(/A cache needs rows that lie on one rank, found context parallel 2/);
+          const tp = { name: "tp", members: [[0, 1]], algorithm: "direct" } as const;
+          expect(() => new Mamba2(sizes, named(MAMBA, Object.values(MAMBA).map(on)), { ...SOLO, tp })
+            .createCache(device, 1)).toThrow(/rows that lie on one rank, found tensor parallel 2/);
           const odd = {
             ...MAMBA, "in_proj.weight": [2 * 12 + 2 * 48 + 3, hidden], "conv1d.weight": [108, 1, 4],
             "conv1d.bias": [108], A_log: [3], D: [3], dt_bias: [3], "norm.weight": [12],

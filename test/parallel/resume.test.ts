@@ -39,6 +39,7 @@ describe("a run goes on under any layout", () => {
     ["f32", plain, ["tp=1", "dp=2", "tp=2,cp=2", "tp=2,dp=2,pp=2", "pp=2,vpp=2"]],
     ["bf16 weights with masters", makeRecipe({ ...plain, weights: "bf16", moments: "bf16" }),
       ["dp=4", "tp=4", "pp=3"]],
+    ["moments of 8 bits", makeRecipe({ ...plain, moments: "8bit" }), ["tp=1", "pp=2", "dp=4,ep=2"]],
     ["scales of FP8 from earlier updates", makeRecipe({ ...plain, precision: "fp8-delayed" }),
       ["tp=1", "cp=2,dp=2,ep=2"]],
   ] as const) {
@@ -73,9 +74,9 @@ describe("a run goes on under any layout", () => {
         later.dispose();
         from = again;
       }
-      const bf16 = recipe.weights === "bf16";
+      const isRough = recipe.moments !== "f32"; // each draws its own bits
       for (const two of losses) two.forEach((loss, i) =>
-        expect(Math.abs(loss / losses[0]![i]! - 1)).toBeLessThan(bf16 ? 2e-3 : 1e-5));
+        expect(Math.abs(loss / losses[0]![i]! - 1)).toBeLessThan(isRough ? 2e-3 : 1e-5));
     }));
   }
 });
