@@ -89,7 +89,8 @@ function at<T>(next: Place, body: () => T): T {
   }
 }
 
-function onLane<T>(next: Lane | null, body: () => T): T {
+/** Runs `body` as work of a lane. */
+export function onLane<T>(next: Lane | null, body: () => T): T {
   const outer = lane;
   lane = next;
   try {

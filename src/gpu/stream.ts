@@ -1,5 +1,5 @@
 import { GpuError } from "./errors.ts";
-import { currentLane, type Lane, type Traffic } from "./lane.ts";
+import { currentLane, type Lane, onLane, type Traffic } from "./lane.ts";
 import { type Arena, type BufferPool, type GraphMemory, type PooledBuffer, sizeClass } from "./pool.ts";
 import type { ProfileEvent, Profiler } from "./profiler.ts";
 import { StagingBuffers } from "./staging.ts";
@@ -66,6 +66,15 @@ export interface Stretch {
 
 /** Told of every stretch; the next one begins when it is done. */
 export type Tracer = (stretch: Stretch) => Promise<void> | void;
+
+/** Work of a capture that is recorded when somebody touches one of its buffers. */
+interface Late {
+  readonly touched: readonly PooledBuffer[];
+  /** Those and more, which stay in memory for it. */
+  readonly kept: readonly PooledBuffer[];
+  readonly lane: Lane | null;
+  readonly record: () => void;
+}
 
 /** A recorded step that can be run again: same buffers, same bind groups, no op-level work. */
 export class Graph {
@@ -147,6 +156,8 @@ export class Stream {
     arena: Arena; outside: Set<PooledBuffer>;
     unbound: { command: Command & { kind: "dispatch" }; bind: () => GPUBindGroup }[];
   } | null = null;
+  /** What is not recorded yet, by the buffers that it touches. */
+  readonly #late = new Map<PooledBuffer, Set<Late>>();
   /** Batches that wait for pipelines or bytes, in order; null when everything recorded was submitted. */
   #waiting: Promise<void> | null = null;
 
@@ -230,7 +241,24 @@ export class Stream {
 
   /** Records that bytes arrive from another device: see `transfer`. */
   receive(buffer: PooledBuffer, offset: number, parcel: Parcel): void {
-    this.#record({ kind: "receive", buffer, offset, parcel }, [buffer]);
+    this.late([buffer], () => this.#record({ kind: "receive", buffer, offset, parcel }, [buffer]));
+  }
+
+  /**
+   * Records work that others may overtake: in a capture when somebody touches one of its buffers, at the end
+   * at the latest; otherwise now. What waits for bytes of others lets pass what does not need them.
+   * @param touched what the work writes, and what it reads that may change
+   * @param read what it reads besides
+   */
+  late(touched: readonly PooledBuffer[], record: () => void, read: readonly PooledBuffer[] = []): void {
+    if (!this.#capture || this.muted) return record();
+    const late = { touched, kept: [...touched, ...read], lane: currentLane(), record };
+    for (const buffer of late.kept) this.#pool.retain(buffer);
+    for (const buffer of touched) {
+      const others = this.#late.get(buffer);
+      if (others) others.add(late);
+      else this.#late.set(buffer, new Set([late]));
+    }
   }
 
   /** Notes what follows on the lane that is recorded, for tracers. */
@@ -296,6 +324,7 @@ export class Stream {
   }
 
   #endCapture(use: boolean): Graph {
+    this.#settle([...this.#late.keys()], use);
     const { arena, outside, unbound } = this.#capture!;
     const [commands, blocks] = [this.#commands, this.#blocks];
     this.#capture = null;
@@ -341,8 +370,23 @@ export class Stream {
     else this.#recycle(blocks);
   }
 
+  /** Records what is late with some buffers, or drops it. */
+  #settle(buffers: readonly PooledBuffer[], use = true): void {
+    for (const late of buffers.flatMap((buffer) => [...this.#late.get(buffer) ?? []])) {
+      if (!this.#late.get(late.touched[0]!)?.has(late)) continue; // recorded for another of its buffers
+      for (const buffer of late.touched) {
+        const others = this.#late.get(buffer)!;
+        others.delete(late);
+        if (others.size === 0) this.#late.delete(buffer);
+      }
+      if (use) onLane(late.lane, late.record);
+      for (const buffer of late.kept) this.#pool.release(buffer);
+    }
+  }
+
   #record(command: Command, touched: readonly PooledBuffer[]): void {
     if (this.muted) return;
+    if (this.#late.size > 0) this.#settle(touched);
     command.lane = currentLane();
     this.#commands.push(command);
     if (this.#capture) {

@@ -7,6 +7,7 @@ import { launch } from "../kernel/launch.ts";
 import { check } from "../tensor/check.ts";
 import { perRank } from "../tensor/sharded.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import { onArrival } from "../tensor/transfer.ts";
 import {
   type Algorithm, announce, type Call, circulated, type CollectiveKind, type CountedRows, forEachGroup,
   gatherFromGroup, type Group, whole,
@@ -125,7 +126,7 @@ function rowsOf(tables: readonly Tensor[], all: readonly Tensor[], algorithm: Al
     const { device, dtype } = xs[rank]!;
     const y = device.empty([rows, D], dtype);
     const parts = Math.max(1, Math.ceil(cols / (device.info.isSoftware ? 16 : 4)));
-    for (let first = 0; first < xs.length; first += INPUTS) {
+    const pick = (first: number) => {
       const inputs = xs.slice(first, first + INPUTS);
       const at = (n: number) => inputs[n] ?? inputs[0]!;
       launch("comm/rows", {
@@ -141,7 +142,12 @@ function rowsOf(tables: readonly Tensor[], all: readonly Tensor[], algorithm: Al
         ],
         workgroups: [cols === 0 ? 0 : Math.ceil((rows * parts) / WG)],
       });
-    }
+    };
+    const record = () => {
+      for (let first = 0; first < xs.length; first += INPUTS) pick(first);
+    };
+    if (all.every((x) => x.device === device)) record();
+    else onArrival(y, all.filter((x) => x.device === device), [table, ...xs], record);
     return y;
   });
 }

@@ -16,3 +16,16 @@ export function onDevices(x: Tensor, devices: readonly Device[]): Tensor[] {
   transfer(x, [...copies.values()].slice(1));
   return devices.map((device) => copies.get(device)!);
 }
+
+/**
+ * Runs `body`, which records launches of y's device: in a captured step when somebody wants what they make.
+ * @param y what they write
+ * @param here what they read and others may change
+ * @param arrived what they read besides, copies from other devices among them
+ */
+export function onArrival(
+  y: Tensor, here: readonly Tensor[], arrived: readonly Tensor[], body: () => void,
+): void {
+  const storages = (xs: readonly Tensor[]) => [...new Set(xs.map(({ storage }) => storage))];
+  y.device.stream.late(storages([y, ...here]), body, storages(arrived));
+}

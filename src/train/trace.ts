@@ -107,8 +107,8 @@ class Collective {
 
 /** What the stream of one device is at. */
 interface Reporter {
-  lane: Lane | null;
-  current: Collective | null;
+  /** The last collective on every lane: other work may come between its pieces. */
+  readonly on: Map<Lane | null, Collective>;
   /** How often each collective has run there. */
   readonly runs: Map<Traffic, number>;
 }
@@ -131,13 +131,11 @@ export class StepTrace {
     isHere: (view: BufferView) => boolean = () => true,
     peek: Peek = () => Promise.reject(new Error("Counts on a GPU need a device that reads them.")),
   ): (stretch: Stretch) => Promise<void> {
-    const reporter: Reporter = { lane: null, current: null, runs: new Map() };
+    const { on, runs }: Reporter = { on: new Map(), runs: new Map() };
     return async (stretch) => {
       const { lane, traffic } = stretch;
-      if (lane !== reporter.lane) reporter.current = null;
-      reporter.lane = lane;
-      if (traffic) reporter.current = this.#begin(traffic, lane?.pass ?? "", reporter.runs);
-      const { current } = reporter;
+      if (traffic) on.set(lane, this.#begin(traffic, lane?.pass ?? "", runs));
+      const current = on.get(lane) ?? null;
       this.#draw(stretch, current);
       if (!current) return;
       current.milliseconds += stretch.milliseconds;
@@ -289,16 +287,20 @@ export function collectiveLog(step: number, all: readonly TimedCollective[]): st
 
 const sumOf = (values: readonly number[]): number => values.reduce((sum, one) => sum + one, 0);
 
-/** From the first to the last piece of every pass of every rank. */
-function passesOf(events: readonly TraceEvent[]): TraceEvent[] {
-  const passes = new Map<string, TraceEvent>();
-  for (const event of events) {
-    const key = `${event.rank} ${event.pass}`;
-    if (event.pass === "") continue;
-    const before = passes.get(key);
-    passes.set(key, { ...event, what: event.pass, start: before?.start ?? event.start });
-  }
-  return [...passes.values()];
+/** From the first to the last piece of every pass of every rank, of passes in pairs where they take turns. */
+function passesOf(events: readonly TraceEvent[]): Drawn[] {
+  const last = new Map<number, { what: string; rank: number; start: number; end: number }>();
+  return events.flatMap(({ rank, pass, start, end }) => {
+    const before = last.get(rank);
+    if (pass === "") return [];
+    if (before?.what === pass) {
+      before.end = end;
+      return [];
+    }
+    const begun = { rank, what: pass, start, end };
+    last.set(rank, begun);
+    return [begun];
+  });
 }
 
 /** When ranks wait. */

@@ -5,6 +5,7 @@ import { provider } from "#gpu";
 import { Tape } from "../../src/autograd/tape.ts";
 import type { AdapterHandle } from "../../src/gpu/adapters.ts";
 import { AdapterError, GpuError, RankLostError } from "../../src/gpu/errors.ts";
+import type { Graph } from "../../src/gpu/stream.ts";
 import { openCheckpoint, saveCheckpoint } from "../../src/io/checkpoint_files.ts";
 import { localFileLayer } from "../../src/io/files.node.ts";
 import {
@@ -179,6 +180,48 @@ describe("a captured step", () => {
     }
   });
 
+  test("waits for others where it needs them, not where they were asked", async () => {
+    const devices = four.slice(0, 2);
+    const [a, b] = devices as [Device, Device];
+    const live = devices.map(({ pool }) => pool.liveBytes);
+    const results: string[][] = [];
+    for (const on of [[shared, shared], devices]) {
+      const [first, second] = on as [Device, Device];
+      const r = new Draw(5);
+      const x = new Sharded(on.map((device) => device.tensor(elements(r.normal([6, 8])), [6, 8])));
+      const w = second.tensor(elements(r.normal([6, 8])), [6, 8]);
+      const total = second.zeros([12, 8]);
+      const offsets = new Sharded(on.map((device) => device.tensor(Uint32Array.of(0, 2, 6), [3])));
+      const exchange = scope(() => planExchange(
+        offsets, group(2, "direct"), { groups: 2, blocks: 2, copies: 1, rows: 12, sends: 6 }));
+      let graph: Graph | null = null;
+      const step = () => {
+        graph = second.capture(() => scope(() => {
+          const rows = localsOf(sendRows(x, exchange))[1]!;
+          const other = scale(w, 3);
+          accumulate(total, scale(rows, 2));
+          accumulate(w, other);
+        })).graph;
+      };
+      const outer = first === second ? (step(), null) : first.capture(step).graph;
+      for (let replay = 0; replay < 2; replay++) {
+        if (outer) first.replay(outer);
+        second.replay(graph!);
+      }
+      results.push(await bitsOf([total, w]));
+      const commands = graph!.commands.map((command) =>
+        command.kind === "dispatch" ? command.pipeline.label.split("/")[1]!.split(" ")[0]! : command.kind);
+      if (outer) expect(commands.slice(0, 5)).toEqual(["send", "unary", "receive", "rows", "unary"]);
+      if (outer) first.stream.disposeGraph(outer);
+      second.stream.disposeGraph(graph!);
+      const { offsets: there, splits, from, back, missing } = exchange;
+      const own = [...localsOf(x), ...localsOf(offsets), w, total];
+      for (const tensor of [...own, there, splits, from, back, missing]) tensor.dispose();
+    }
+    expect(results[1]).toEqual(results[0]);
+    expect([a, b].map(({ pool }) => pool.liveBytes)).toEqual(live);
+  });
+
   test("cannot hold half of a transfer", () => {
     const [a, b] = four as [Device, Device];
     const x = a.zeros([4]);
@@ -196,7 +239,7 @@ describe("training", () => {
   const train = (devices: Device | readonly Device[], layout: string, after?: (step: number) => void) =>
     trainSmall(devices, layout, batches, { config: MINI, steps: 3, clip: 1, ...(after && { after }) });
 
-  for (const [layout, world] of [["tp=2,dp=2", 4], ["pp=2", 2]] as const) {
+  for (const [layout, world] of [["tp=2,dp=2", 4], ["pp=2", 2], ["dp=2,ep=2,overlap=on", 2]] as const) {
     const one = train(shared, layout);
 
     test(`${layout} on devices gives the bits of a shared one`, async () => {
