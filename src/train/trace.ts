@@ -108,7 +108,7 @@ class Collective {
 /** What the stream of one device is at. */
 interface Reporter {
   /** The last collective on every lane: other work may come between its pieces. */
-  readonly on: Map<Lane | null, Collective>;
+  readonly on: Map<Lane, Collective>;
   /** How often each collective has run there. */
   readonly runs: Map<Traffic, number>;
 }
@@ -134,8 +134,9 @@ export class StepTrace {
     const { on, runs }: Reporter = { on: new Map(), runs: new Map() };
     return async (stretch) => {
       const { lane, traffic } = stretch;
-      if (traffic) on.set(lane, this.#begin(traffic, lane?.pass ?? "", runs));
-      const current = on.get(lane) ?? null;
+      const begun = traffic && this.#begin(traffic, lane?.pass ?? "", runs);
+      if (begun && lane) on.set(lane, begun);
+      const current = begun ?? (lane && on.get(lane)) ?? null;
       this.#draw(stretch, current);
       if (!current) return;
       current.milliseconds += stretch.milliseconds;

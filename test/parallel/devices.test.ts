@@ -188,12 +188,13 @@ describe("a captured step", () => {
     for (const on of [[shared, shared], devices]) {
       const [first, second] = on as [Device, Device];
       const r = new Draw(5);
-      const x = new Sharded(on.map((device) => device.tensor(elements(r.normal([6, 8])), [6, 8])));
+      const x = scope(() => new Sharded(
+        on.map((device) => device.tensor(elements(r.normal([6, 8])), [6, 8]))));
       const w = second.tensor(elements(r.normal([6, 8])), [6, 8]);
       const total = second.zeros([12, 8]);
-      const offsets = new Sharded(on.map((device) => device.tensor(Uint32Array.of(0, 2, 6), [3])));
       const exchange = scope(() => planExchange(
-        offsets, group(2, "direct"), { groups: 2, blocks: 2, copies: 1, rows: 12, sends: 6 }));
+        new Sharded(on.map((device) => device.tensor(Uint32Array.of(0, 2, 6), [3]))), group(2, "direct"),
+        { groups: 2, blocks: 2, copies: 1, rows: 12, sends: 6 }));
       let graph: Graph | null = null;
       const step = () => {
         graph = second.capture(() => scope(() => {
@@ -211,12 +212,11 @@ describe("a captured step", () => {
       results.push(await bitsOf([total, w]));
       const commands = graph!.commands.map((command) =>
         command.kind === "dispatch" ? command.pipeline.label.split("/")[1]!.split(" ")[0]! : command.kind);
-      if (outer) expect(commands.slice(0, 5)).toEqual(["send", "unary", "receive", "rows", "unary"]);
+      if (outer) expect(commands.slice(0, 6)).toEqual(["note", "send", "unary", "receive", "rows", "unary"]);
       if (outer) first.stream.disposeGraph(outer);
       second.stream.disposeGraph(graph!);
-      const { offsets: there, splits, from, back, missing } = exchange;
-      const own = [...localsOf(x), ...localsOf(offsets), w, total];
-      for (const tensor of [...own, there, splits, from, back, missing]) tensor.dispose();
+      const { offsets, splits, from, back, missing } = exchange;
+      for (const tensor of [x, w, total, offsets, splits, from, back, missing]) tensor.dispose();
     }
     expect(results[1]).toEqual(results[0]);
     expect([a, b].map(({ pool }) => pool.liveBytes)).toEqual(live);

@@ -88,6 +88,14 @@ test("under overlap two passes go hand in hand, around each exchange the other o
     // Three layers of experts in every pass: on either side of each exchange is the other pass.
     expect(pair.length).toBeGreaterThan(4 * 3);
   }
+  const { traceEvents } = JSON.parse(trace.chromeTrace(run.mesh)) as {
+    traceEvents: { name: string; tid: number; cat?: string; ts: number; dur: number }[];
+  };
+  const drawn = traceEvents.filter(({ tid, cat, name }) => tid === 1 && cat === "pass" && name !== "update");
+  expect(drawn.map(({ name }) => name)).toEqual(passes);
+  drawn.forEach(({ ts }, i) => {
+    if (i > 0) expect(ts).toBeGreaterThanOrEqual(drawn[i - 1]!.ts + drawn[i - 1]!.dur - 1e-6);
+  });
   run.dispose();
   expect(device.pool.liveBytes).toBe(before);
 });
