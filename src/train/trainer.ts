@@ -156,7 +156,7 @@ export class Trainer {
       throw new UsageError(
         `The micro-batches of an update must be a multiple of dp = ${dp}, found accumulate = ${micros}.`);
     }
-    this.#checkRecompute();
+    this.#checkOverlap();
     this.#moe = makeMoETraining(options.moe ?? {});
     this.#checkRouters();
     const slots = this.#isOneGraph ? micros / dp : 1;
@@ -174,10 +174,12 @@ export class Trainer {
     return this.mesh.stages.length > 1 || this.mesh.layout.overlap;
   }
 
-  /** @throws UsageError where an exchange would run a second time with no pass beside it. */
-  #checkRecompute(): void {
-    const { layers, modules } = this.options.recompute ?? RECOMPUTE_OFF;
+  /** @throws UsageError where exchanges would run a second time, or roundings know of one pass at a time. */
+  #checkOverlap(): void {
+    const { recompute = RECOMPUTE_OFF, precision = FULL_PRECISION } = this.options;
+    const { layers, modules } = recompute;
     if (!this.mesh.layout.overlap) return;
+    if (precision.recipe !== "f32") broken("overlap is for f32", "precision f32", precision.recipe);
     const found = layers > 0 ? ["whole layers"]
       : (["moe", "shared_experts"] as const).filter((module) => modules.has(module));
     if (found.length === 0) return;

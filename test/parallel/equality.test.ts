@@ -1,6 +1,7 @@
 import { afterAll, describe, expect, test } from "vitest";
 import { LAYOUTS } from "../../src/cli/bench/layouts.ts";
 import { parseRecompute } from "../../src/nn/recompute.ts";
+import { FULL_PRECISION } from "../../src/precision/plan.ts";
 import { openDevice } from "../../src/tensor/device.ts";
 import { localsOf } from "../../src/tensor/sharded.ts";
 import type { Batch } from "../../src/train/packing.ts";
@@ -63,12 +64,15 @@ describe("passes in pairs", () => {
     expect(worstOf(paired.parameters, plain.parameters).error).toBe(0);
   });
 
-  test("keep what their exchanges sent", async () => {
+  test("keep what their exchanges sent, and compute in f32", async () => {
     for (const recompute of ["moe", "shared_experts", "full"]) {
       await expect(trainSmall(
         device, "dp=2,ep=2,overlap=on", even, { recompute: parseRecompute(recompute) },
       )).rejects.toThrow(/overlap keeps what experts .* expected recompute .* found/);
     }
+    await expect(trainSmall(
+      device, "dp=2,ep=2,overlap=on", even, { precision: { ...FULL_PRECISION, recipe: "bf16" } },
+    )).rejects.toThrow(/"overlap is for f32": expected precision f32, found bf16\./);
   });
 });
 
