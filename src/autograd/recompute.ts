@@ -1,5 +1,6 @@
 import { recorder, recordOps } from "../ops/op.ts";
 import { keep } from "../tensor/again.ts";
+import { staying } from "../tensor/offload.ts";
 import { register, scope } from "../tensor/scope.ts";
 import { localsOf } from "../tensor/sharded.ts";
 import { isFloat, type Tensor } from "../tensor/tensor.ts";
@@ -95,7 +96,7 @@ function runAgain(body: () => Tensor[]): Second {
   const tape = new Tape();
   try {
     return scope(() => {
-      const results = tape.run(body).flatMap(localsOf);
+      const results = staying(() => tape.run(body)).flatMap(localsOf);
       for (const result of results) result.retain();
       return { tape, results };
     });

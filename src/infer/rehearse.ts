@@ -1,6 +1,7 @@
 import type { NemotronHConfig } from "../models/config.ts";
 import { NemotronH } from "../models/nemotron_h.ts";
 import { createParameters, emptyWeights } from "../models/parameters.ts";
+import { parseOffload } from "../nn/offload.ts";
 import { parseRecompute } from "../nn/recompute.ts";
 import type { Device } from "../tensor/device.ts";
 import { makeRecipe, precisionOf, type Recipe, scheduleOf } from "../train/recipe.ts";
@@ -30,7 +31,7 @@ export async function rehearse(
   const trainer = new Trainer(model, {
     ...recipe, schedule: scheduleOf(recipe), betas: [recipe.beta1, recipe.beta2],
     mtp_depths: model.mtp ? recipe.mtp_depths : 0, precision: precisionOf(recipe),
-    recompute: parseRecompute(recipe.recompute),
+    recompute: parseRecompute(recipe.recompute), offload: parseOffload(recipe.offload),
   });
   const zeros = () => new Int32Array(batch * seqlen);
   const micro = {

@@ -20,6 +20,7 @@ import { MLP } from "../nn/mlp.ts";
 import { MoE } from "../nn/moe.ts";
 import type { MoETraining } from "../nn/moe_training.ts";
 import { MTP } from "../nn/mtp.ts";
+import type { OffloadChoice } from "../nn/offload.ts";
 import { type Recompute, RECOMPUTE_OFF } from "../nn/recompute.ts";
 import type { RouterReplay } from "../nn/replay.ts";
 import { enter, tableRows, vocabularyCrossEntropy } from "../nn/tensor_parallel.ts";
@@ -87,6 +88,8 @@ export interface LossOptions {
   readonly replay?: RouterReplay | null;
   /** What the backward pass computes again instead of keeping it; default: nothing. */
   readonly recompute?: Recompute;
+  /** What lies in host memory until the backward pass; default: nothing. */
+  readonly offload?: OffloadChoice;
   /** Probability that targets give to all other words alike; default 0. */
   readonly label_smoothing?: number;
 }

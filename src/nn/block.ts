@@ -8,6 +8,7 @@ import { type ForwardContext, type Overflow, recomputes, type Routing } from "./
 import { Mamba2, type Mamba2Cache } from "./mamba2.ts";
 import type { MLP } from "./mlp.ts";
 import { MoE } from "./moe.ts";
+import { offloaded, type OffloadedModule } from "./offload.ts";
 import { RECOMPUTE_OFF } from "./recompute.ts";
 import { RouterReplay } from "./replay.ts";
 import type { Weights } from "./weights.ts";
@@ -44,20 +45,27 @@ export class Block {
   /** (batch, seqlen, hidden) -> (batch, seqlen, hidden) */
   forward(x: Tensor, context: ForwardContext, cache: LayerCache): Tensor {
     const { mixer } = this;
+    const { offload } = context;
+    offload?.pass.next();
     return scope(() => {
-      const normed = this.#normed(x, context);
-      if (mixer instanceof Mamba2) return mixer.forward(normed, context, cache as Mamba2Cache | null, x);
-      if (mixer instanceof Attention) return mixer.forward(normed, context, cache as KVCache | null, x);
-      const module = mixer instanceof MoE ? "moe" : "mlp";
-      const run = ([u, v]: readonly Tensor[], inside: ForwardContext) =>
-        mixer instanceof MoE ? mixer.forward(u!, inside, v) : mixer.forward(u!, v);
-      if (!recomputes(context, module)) return run([normed, x], context);
-      const [routing, overflow]: [Routing[], Overflow[] | null] = [[], context.overflow ? [] : null];
-      const y = recomputed([normed, x], { ...context, routing, overflow }, run);
-      context.routing?.push(...promote(routing));
-      context.overflow?.push(...promote(overflow ?? []));
-      return y;
+      const normed = offloaded(offload, "layernorm", () => this.#normed(x, context));
+      return offloaded(offload, kindOf(mixer), () => this.#mixed(normed, x, context, cache));
     });
+  }
+
+  #mixed(normed: Tensor, x: Tensor, context: ForwardContext, cache: LayerCache): Tensor {
+    const { mixer } = this;
+    if (mixer instanceof Mamba2) return mixer.forward(normed, context, cache as Mamba2Cache | null, x);
+    if (mixer instanceof Attention) return mixer.forward(normed, context, cache as KVCache | null, x);
+    const module = mixer instanceof MoE ? "moe" : "mlp";
+    const run = ([u, v]: readonly Tensor[], inside: ForwardContext) =>
+      mixer instanceof MoE ? mixer.forward(u!, inside, v) : mixer.forward(u!, v);
+    if (!recomputes(context, module)) return run([normed, x], context);
+    const [routing, overflow]: [Routing[], Overflow[] | null] = [[], context.overflow ? [] : null];
+    const y = recomputed([normed, x], { ...context, routing, overflow }, run);
+    context.routing?.push(...promote(routing));
+    context.overflow?.push(...promote(overflow ?? []));
+    return y;
   }
 
   #normed(x: Tensor, context: ForwardContext): Tensor {
@@ -65,6 +73,12 @@ export class Block {
     if (!recomputes(context, "layernorm")) return norm([x]);
     return recompute([x], (_, inputs) => [norm(inputs)], { discard: true })[0]!;
   }
+}
+
+function kindOf(mixer: Mixer): OffloadedModule {
+  if (mixer instanceof Mamba2) return "mamba";
+  if (mixer instanceof Attention) return "attention";
+  return mixer instanceof MoE ? "moe" : "mlp";
 }
 
 /**
@@ -86,10 +100,20 @@ export function runBlocks(
         visit(v, begin + i);
         return block.forward(v, inside, caches && caches[begin + i]!);
       }, u!);
-    y = from < first && layers > 0 ? recomputed([y], context, run) : run([y], context);
+    y = from < first && layers > 0 ? recomputedLayers(y, context, run) : run([y], context);
     from = to;
   }
   return y;
+}
+
+/** Whole layers: what is kept of them is the input of the first norm. */
+function recomputedLayers(
+  x: Tensor, context: ForwardContext,
+  body: (inputs: readonly Tensor[], context: ForwardContext) => Tensor,
+): Tensor {
+  const { offload } = context;
+  offload?.pass.next();
+  return offloaded(offload, "layernorm", () => recomputed([x], { ...context, offload: null }, body));
 }
 
 /** Runs what may hold MoE layers now, and a second time in the backward pass. */

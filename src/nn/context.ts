@@ -1,6 +1,7 @@
 import type { RouterScore } from "../ops/router.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { MoERun } from "./moe_training.ts";
+import type { OffloadRun } from "./offload.ts";
 import type { RecomputedModule, Recompute } from "./recompute.ts";
 import type { RouterReplay } from "./replay.ts";
 
@@ -48,6 +49,8 @@ export interface ForwardContext {
   readonly overflow?: Overflow[] | null;
   /** Training: what runs a second time in the backward pass; default: nothing. */
   readonly recompute?: Recompute;
+  /** Training: what lies in host memory until the backward pass; default: nothing. */
+  readonly offload?: OffloadRun | null;
   /** Training: what the run asks of MoE layers; else they take every token and route as the model says. */
   readonly moe?: MoERun | null;
   /** Records what routers choose, or makes them choose the same again. */

@@ -1,7 +1,8 @@
 /**
- * Values whose memory is given back after the forward pass, and which are made a second time when the
- * backward pass reads them.
+ * Values for the backward pass. The memory of some is given back after the forward pass: they are made a
+ * second time, or come back from host memory (`offload.ts`), when the backward pass reads them.
  */
+import { Holder } from "./offload.ts";
 import { localsOf, Sharded, shardedOf } from "./sharded.ts";
 import { Tensor } from "./tensor.ts";
 
@@ -15,14 +16,10 @@ export interface Kept<S> {
 /** Keeps the tensors in a value, in arrays and plain objects too; not those that can be made again. */
 export function keep<S>(values: S): Kept<S> {
   const tensors = tensorsIn(values).flatMap(localsOf);
-  const held = tensors.filter(({ again }) => again === null);
-  for (const tensor of held) tensor.retain();
-  const isWhole = held.length === tensors.length;
+  const holder = new Holder(tensors.filter(({ again }) => again === null));
   return {
-    values: () => (isWhole ? values : madeAgain(values) as S),
-    release() {
-      for (const tensor of held) tensor.release();
-    },
+    values: () => (holder.here.length === tensors.length ? values : madeAgain(values, holder) as S),
+    release: () => holder.release(),
   };
 }
 
@@ -32,23 +29,28 @@ function tensorsIn(value: unknown): Tensor[] {
   return isPlain(value) ? Object.values(value).flatMap(tensorsIn) : [];
 }
 
-function madeAgain(value: unknown): unknown {
-  if (value instanceof Sharded) return shardedOf(value.locals.map(localAgain));
-  if (value instanceof Tensor) return localAgain(value);
-  if (Array.isArray(value)) return value.map(madeAgain);
+function madeAgain(value: unknown, holder: Holder): unknown {
+  const inside = (item: unknown) => madeAgain(item, holder);
+  if (value instanceof Sharded) return shardedOf(value.locals.map((local) => localAgain(local, holder)));
+  if (value instanceof Tensor) return localAgain(value, holder);
+  if (Array.isArray(value)) return value.map(inside);
   if (!isPlain(value)) return value;
-  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, madeAgain(item)]));
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, inside(item)]));
 }
 
-/** The same view of what was made again. */
-function localAgain(view: Tensor): Tensor {
+function localAgain(view: Tensor, { away }: Holder): Tensor {
+  const stowed = away.get(view);
+  if (stowed) return viewOf(stowed.get(), 0, view);
   if (!view.again) return view;
   const { byteOffset, make } = view.again;
-  const made = make();
+  return viewOf(make(), view.byteOffset - byteOffset, view);
+}
+
+/** The same view of what is there again. */
+function viewOf(made: Tensor, offset: number, view: Tensor): Tensor {
   made.device.pool.retain(made.storage);
   const same = new Tensor(
-    made.device, made.storage, made.byteOffset + view.byteOffset - byteOffset, view.shape, view.dtype,
-    view.key);
+    made.device, made.storage, made.byteOffset + offset, view.shape, view.dtype, view.key);
   same.requiresGrad = view.requiresGrad;
   same.relu2Key = view.relu2Key;
   return same;

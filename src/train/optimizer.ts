@@ -1,6 +1,7 @@
 import type { GradientMap } from "../autograd/tape.ts";
 import type { BufferView } from "../gpu/gpu.ts";
 import type { PooledBuffer } from "../gpu/pool.ts";
+import { HostMemory, receiveFromHost, sendToHost } from "../gpu/transfer.ts";
 import { placesIn, sizeOfGroup } from "../nn/division.ts";
 import {
   adamw, MOMENT_BLOCK, MOMENT_DTYPES, momentElements, type MomentFormat, slabsOf, type Stretch, stretchTable,
@@ -15,7 +16,8 @@ import { sizeOf } from "../tensor/ndarray.ts";
 import { PART, type Sharing } from "../parallel/model.ts";
 import { scope, unscoped } from "../tensor/scope.ts";
 import { localsOf, shardedOf } from "../tensor/sharded.ts";
-import { isHalf, Tensor, type TensorDType } from "../tensor/tensor.ts";
+import type { Device } from "../tensor/device.ts";
+import { isHalf, storageBytes, Tensor, type TensorDType } from "../tensor/tensor.ts";
 
 export interface AdamWOptions {
   /** Decay rates of the two moments. */
@@ -37,10 +39,28 @@ export interface AdamWOptions {
   readonly sharing?: (name: string) => Sharing;
   /** Whether ranks that share parameters divide their update among them; default true. */
   readonly zero?: boolean;
+  /**
+   * Moments and masters lie in host memory, and come to the device for the update of so many elements at a
+   * time; null or left out: they stay on the device. The bits are the same.
+   */
+  readonly host_elements?: number | null;
+}
+
+/** Elements that an update takes from host memory at a time: 4 MiB of every kind of state. */
+export const OFFLOAD_ELEMENTS = 2 ** 20;
+
+/** Where a part of the state lies: on a device, or in host memory. */
+export type StatePlace = BufferView | HostPlace;
+interface HostPlace {
+  readonly host: HostMemory;
+  readonly byteOffset: number;
+  readonly byteLength: number;
 }
 
 /** A part of the state that belongs to one parameter of one rank, or to a stretch of it. */
-export interface StateEntry extends BufferView {
+export interface StateEntry {
+  readonly place: StatePlace;
+  readonly byteLength: number;
   /** `m.NAME` and `v.NAME`; `m_scale.NAME` and `v_scale.NAME` of 8 bits; `low.NAME` of masters. */
   readonly name: string;
   readonly dtype: DType;
@@ -67,12 +87,29 @@ interface Group extends Sharing {
   readonly grad: Tensor;
   /** The part that a rank updates; what follows is laid out like it. */
   readonly own: Tensor;
-  readonly m: Tensor;
-  readonly v: Tensor;
+  readonly m: State;
+  readonly v: State;
   /** Low halves of f32 masters. */
-  readonly low: Tensor | null;
+  readonly low: State | null;
+  /** What is updated at a time: all of `own`, but where the state comes from host memory. */
+  readonly buckets: readonly Bucket[];
+}
+
+/** Elements of `own` from `first` on, and the stretches in them. */
+interface Bucket {
+  readonly first: number;
+  readonly count: number;
   readonly table: Tensor;
 }
+
+/** One kind of state of a group: a tensor on every rank, or host memory of every rank. */
+type State = { readonly tensor: Tensor } | {
+  readonly hosts: readonly HostMemory[];
+  /** Of every bucket and rank. */
+  readonly slots: readonly (readonly ReturnType<HostMemory["slot"]>[])[];
+  readonly shapes: readonly (readonly number[])[];
+  readonly dtype: TensorDType;
+};
 
 /** The random stream of the first group's roundings; further groups count on. */
 const ROUNDING_STREAM = 0x6f707469;
@@ -146,26 +183,35 @@ export class AdamW {
     }
     const count = zero ? size / parts : size;
     const starts = placesIn(shared.group).map((place) => (zero ? place * count : 0));
-    const elements = momentElements(count, dtype);
-    const zeros = (n: number, type: TensorDType) => onRanks(ranks, ({ device }) => device.zeros([n], type));
-    const [m, v] = [zeros(elements, dtype), zeros(elements, dtype)];
-    const low = kind !== "f32" && this.options.master !== "none" ? zeros(count / 2, "u32") : null;
-    const stretches = starts.map((start) => places.flatMap(({ first, size: length, decays: decay }) => {
-      const from = Math.max(first, start);
-      const to = Math.min(first + length, start + count);
-      return from < to ? [{ first: from - start, size: to - from, decays: decay }] : [];
-    }));
-    const table = stretchTables(ranks, stretches);
+    const masters = kind !== "f32" && this.options.master !== "none";
+    // Random roundings count the elements of a launch: those of one that is cut would be others.
+    const isCut = format === "f32" && (kind === "f32" || masters);
+    const { host_elements = null } = this.options;
+    const each = host_elements === null || !isCut ? count : Math.ceil(host_elements / PART) * PART;
+    const buckets = Array.from({ length: Math.ceil(count / each) || 1 }, (_, i): Bucket => {
+      const [at, most] = [i * each, Math.min(each, count - i * each)];
+      return { first: at, count: most, table: stretchTables(ranks, starts.map((start) =>
+        places.flatMap(({ first, size: length, decays: decay }) => {
+          const from = Math.max(first, start + at);
+          const to = Math.min(first + length, start + at + most);
+          return from < to ? [{ first: from - start - at, size: to - from, decays: decay }] : [];
+        }))) };
+    });
+    const make = (elements: (count: number) => number, type: TensorDType) =>
+      stateOf(ranks, buckets.map((bucket) => elements(bucket.count)), type, host_elements !== null);
+    const moments = () => make((n) => momentElements(n, dtype), dtype);
+    const [m, v] = [moments(), moments()];
+    const low = masters ? make((n) => n / 2, "u32") : null;
     const own = onRanks(localsOf(param), (local, rank) => local.range(starts[rank]!, [count]));
     const names = new Set(members.map(([name]) => name));
-    this.#groups.push({ ...shared, names, param, grad, own, m, v, low, table });
+    this.#groups.push({ ...shared, names, param, grad, own, m, v, low, buckets });
     for (const { name, first: at, size: length, parameter } of places) {
       starts.forEach((start, rank) => {
         const [from, to] = [Math.max(at, start), Math.min(at + length, start + count)];
         if (from > to || (from === to && length > 0)) return;
         const shape = to - from === length ? parameter.shape : [to - from];
-        const local = (tensor: Tensor) => localsOf(tensor)[rank]!;
         const place = { rank, first: from - at };
+        const local = (of: State) => onRankOf(of, rank);
         const entries = [
           ...momentEntries(local(m), `m.${name}`, from - start, shape, format, place),
           ...momentEntries(local(v), `v.${name}`, from - start, shape, format, place),
@@ -243,9 +289,17 @@ export class AdamW {
 
   /** Updates what every rank has to, and hands it to those that share it. */
   apply(reduced: readonly Tensor[], scale: Tensor): void {
-    this.#groups.forEach(({ param, own, m, v, low, table, group }, i) => {
+    this.#groups.forEach(({ param, own, m, v, low, buckets, group }, i) => {
       const rounding = { seed: this.options.seed ?? 0, stream: ROUNDING_STREAM + i };
-      adamw(own, reduced[i]!, m, v, table, this.#hyper, scale, low, rounding);
+      buckets.forEach(({ first, count, table }, bucket) => scope(() => {
+        const part = (x: Tensor) => (count === x.size ? x : x.range(first, [count]));
+        const [mHere, vHere] = [fetched(m, bucket), fetched(v, bucket)];
+        const lowHere = low && fetched(low, bucket);
+        adamw(part(own), part(reduced[i]!), mHere, vHere, table, this.#hyper, scale, lowHere, rounding);
+        for (const [state, here] of [[m, mHere], [v, vHere], [low, lowHere]] as const) {
+          if (state && here) putBack(state, bucket, here);
+        }
+      }));
       if (own.size < param.size) wordsOf(param).copyFrom(gatherFromGroup(wordsOf(own), group, 0, false));
     });
   }
@@ -263,8 +317,9 @@ export class AdamW {
   dispose(): void {
     this.#hyper.dispose();
     for (const tensor of this.gradients.values()) tensor.dispose();
-    for (const { param, grad, own, m, v, low, table } of this.#groups) {
-      for (const tensor of [param, grad, own, m, v, low, table]) tensor?.dispose();
+    for (const { param, grad, own, m, v, low, buckets } of this.#groups) {
+      for (const tensor of [param, grad, own, ...buckets.map(({ table }) => table)]) tensor.dispose();
+      for (const state of [m, v, low]) if (state && "tensor" in state) state.tensor.dispose();
     }
   }
 }
@@ -283,12 +338,66 @@ function wordsOf(x: Tensor): Tensor {
   });
 }
 
+/** State of one rank: all of it in one piece. */
+type Piece = Tensor | HostMemory;
+
+/** @param sizes elements of every bucket */
+function stateOf(
+  ranks: readonly Tensor[], sizes: readonly number[], dtype: TensorDType, isOnHost: boolean,
+): State {
+  if (!isOnHost) return { tensor: onRanks(ranks, ({ device }) => device.zeros([sizes[0]!], dtype)) };
+  const lengths = sizes.map((size) => storageBytes(size, dtype));
+  const hosts = ranks.map(({ device }) => new HostMemory(device, lengths.reduce((a, b) => a + b, 0)));
+  let first = 0;
+  const slots = lengths.map((length) => {
+    const at = first;
+    first += length;
+    return hosts.map((host) => host.slot(at, length));
+  });
+  return { hosts, slots, shapes: sizes.map((size) => [size]), dtype };
+}
+
+function onRankOf(state: State, rank: number): Piece {
+  return "tensor" in state ? localsOf(state.tensor)[rank]! : state.hosts[rank]!;
+}
+
+/** The state of a bucket, on the device. */
+function fetched(state: State, bucket: number): Tensor {
+  if ("tensor" in state) return state.tensor;
+  return shardedOf(state.hosts.map((host, rank) => {
+    const here = (host.device as Device).empty(state.shapes[bucket]!, state.dtype);
+    receiveFromHost(state.slots[bucket]![rank]!, here);
+    return here;
+  }));
+}
+
+function putBack(state: State, bucket: number, changed: Tensor): void {
+  if ("tensor" in state) return;
+  localsOf(changed).forEach((local, rank) => sendToHost(local, state.slots[bucket]![rank]));
+}
+
+/** The bytes of a part of the state as they are after everything that was recorded. */
+export async function readState({ place }: StateEntry): Promise<Uint8Array> {
+  const { byteOffset, byteLength } = place;
+  if (!("host" in place)) return new Uint8Array(await place.device.readBytes(place));
+  await place.host.settled();
+  return place.host.bytes.slice(byteOffset, byteOffset + byteLength);
+}
+
+/** Overwrites a part of the state. No update may be under way. */
+export function writeState({ place }: StateEntry, bytes: Uint8Array): void {
+  if ("host" in place) place.host.bytes.set(bytes, place.byteOffset);
+  else place.device.stream.write(place.storage, place.byteOffset, bytes);
+}
+
 function entryOf(
-  { device, storage }: Tensor, name: string, dtype: DType, shape: readonly number[], byteOffset: number,
-  place: Pick<StateEntry, "rank" | "first">,
+  piece: Piece, name: string, dtype: DType, shape: readonly number[], byteOffset: number,
+  where: Pick<StateEntry, "rank" | "first">,
 ): StateEntry {
   const byteLength = sizeOf(shape) * bytesPerElement(dtype);
-  return { device, storage, byteOffset, byteLength, name, dtype, shape, ...place };
+  const place: StatePlace = piece instanceof HostMemory ? { host: piece, byteOffset, byteLength }
+    : { device: piece.device, storage: piece.storage, byteOffset, byteLength };
+  return { place, byteLength, name, dtype, shape, ...where };
 }
 
 /** Tables of the stretches of all ranks, of one shape. */
@@ -299,15 +408,16 @@ function stretchTables(ranks: readonly Tensor[], stretches: readonly (readonly S
 
 /** Where a parameter's moment lies: from element `first` on, and its scales behind all codes. */
 function momentEntries(
-  tensor: Tensor, name: string, first: number, shape: readonly number[], format: MomentFormat,
+  piece: Piece, name: string, first: number, shape: readonly number[], format: MomentFormat,
   place: Pick<StateEntry, "rank" | "first">,
 ): StateEntry[] {
-  const entry = (dtype: DType) => entryOf(tensor, name, dtype, shape, first * bytesPerElement(dtype), place);
+  const entry = (dtype: DType) => entryOf(piece, name, dtype, shape, first * bytesPerElement(dtype), place);
   if (format !== "8bit") return [entry(format === "f32" ? "F32" : "BF16")];
-  const blocks = tensor.size / (MOMENT_BLOCK / 4 + 1);
+  const words = piece instanceof HostMemory ? piece.bytes.byteLength / 4 : piece.size;
+  const blocks = words / (MOMENT_BLOCK / 4 + 1);
   const scales = Math.ceil(sizeOf(shape) / MOMENT_BLOCK);
   const at = blocks * MOMENT_BLOCK + (4 * first) / MOMENT_BLOCK;
-  return [entry("U8"), entryOf(tensor, name.replace(".", "_scale."), "F32", [scales], at, place)];
+  return [entry("U8"), entryOf(piece, name.replace(".", "_scale."), "F32", [scales], at, place)];
 }
 
 /** Parameters with those of one buffer side by side, in the order in which they lie there. */

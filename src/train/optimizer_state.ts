@@ -6,7 +6,7 @@ import { bytesOfElements, type Elements, elementsOf, type MeshModel } from "../p
 import type { Shard } from "../parallel/shards.ts";
 import { bytesPerElement, type DType } from "../tensor/dtype.ts";
 import { sizeOf } from "../tensor/ndarray.ts";
-import type { AdamW, StateEntry } from "./optimizer.ts";
+import { type AdamW, readState, type StateEntry, writeState } from "./optimizer.ts";
 
 /** One tensor of the state, and where it lies. */
 interface WholeState {
@@ -70,14 +70,14 @@ export function stateEntries(mesh: MeshModel, optimizers: readonly AdamW[]): Ten
   return wholeStates(mesh, optimizers).map(({ name, dtype, shape, shard, entries, unit }) => ({
     name, dtype, shape,
     bytes: async () => {
-      if (!shard) return bytesOfEntry(entries[0]!);
+      if (!shard) return readState(entries[0]!);
       // Ranks with the same piece may each have the state of a part of it.
       const pieces: Elements[] = [];
       const pieceOf = (index: number) => (shard.expert ? index : Math.floor(index / shard.copies));
       for (const entry of entries) {
         const piece = pieces[pieceOf(shard.indexOf(mesh.coordinates(entry.rank)))] ??= elementsOf(
           dtype, new Uint8Array(sizeOf(shard.shape) * bytesPerElement(dtype)));
-        const values = elementsOf(dtype, await bytesOfEntry(entry));
+        const values = elementsOf(dtype, await readState(entry));
         const size = Math.min(values.length * unit, piece.length - entry.first);
         piece.set(spread(values, unit, size), entry.first);
       }
@@ -98,15 +98,12 @@ export async function restoreState(
   for (const { name, dtype, shape, shard, entries, unit } of wholeStates(mesh, optimizers)) {
     const bytes = await read({ name, dtype, shape });
     const whole = shard && spread(elementsOf(dtype, bytes.slice()), unit, sizeOf(shard.parameter.shape));
-    for (const { rank, first, device, storage, byteOffset, byteLength } of entries) {
+    for (const entry of entries) {
+      const { rank, first, byteLength } = entry;
       const piece = shard && whole
         ? bytesOfElements(gathered(shard.slice(whole, mesh.coordinates(rank)), unit)) : bytes;
       const from = (first / unit) * bytesPerElement(dtype);
-      device.stream.write(storage, byteOffset, piece.subarray(from, from + byteLength));
+      writeState(entry, piece.subarray(from, from + byteLength));
     }
   }
-}
-
-async function bytesOfEntry(entry: StateEntry): Promise<Uint8Array> {
-  return new Uint8Array(await entry.device.readBytes(entry));
 }

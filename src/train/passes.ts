@@ -6,8 +6,10 @@ import type { ForwardContext, Overflow, PassPiece, Routing } from "../nn/context
 import { MoE } from "../nn/moe.ts";
 import { accumulate } from "../ops/elementwise.ts";
 import { noGrad } from "../ops/op.ts";
+import { OFFLOAD_OFF } from "../nn/offload.ts";
 import { ranksPerStage } from "../parallel/mesh.ts";
 import type { MeshModel } from "../parallel/model.ts";
+import { Offload } from "../tensor/offload.ts";
 import { type OverlapBlock, overlapBlocks, type OverlapNode, overlapOrder } from "../parallel/schedule.ts";
 import { scope } from "../tensor/scope.ts";
 import { localsOf, shardedOf } from "../tensor/sharded.ts";
@@ -176,10 +178,13 @@ export class Passes {
     this.#alive.set(key, empty);
     this.#mesh.onStage(stage, `forward ${micro}`, () => scope(() => {
       const overflow: Overflow[] = [];
+      const { activations: modules, least } = this.#options.offload ?? OFFLOAD_OFF;
+      const offload = modules.size > 0 ? { pass: new Offload(least), modules } : null;
       const { loss, exits } = tape.run(() => {
         border("before");
-        return this.#run(stage, inputs, entries, { border, overflow });
+        return this.#run(stage, inputs, entries, { border, overflow, offload });
       });
+      offload?.pass.end(this.#mesh.stages[stage]!.model.part.head);
       const { seeds } = inputs;
       const pairs: [Tensor | null, Tensor][] =
         [[loss.main, seeds.main], ...loss.mtp.map((one, i): [Tensor, Tensor] => [one, seeds.mtp[i]!]),
@@ -269,7 +274,7 @@ export class Passes {
 
   #run(
     stage: number, inputs: StageInputs, entries: readonly Tensor[],
-    more: Pick<ForwardContext, "border" | "overflow"> = {},
+    more: Pick<ForwardContext, "border" | "overflow" | "offload"> = {},
   ): { loss: Omit<StagePass, "stage" | "overflow">; exits: Tensor[] } {
     const { model } = this.#mesh.stages[stage]!;
     const context = { ...trainingContext(inputs, this.#options), ...more };

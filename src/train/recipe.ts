@@ -2,6 +2,7 @@
 import { choosePrecision, type PrecisionChoice } from "../precision/plan.ts";
 import type { TrainedFormat } from "../models/parameters.ts";
 import { makeMoETraining, type MoETraining } from "../nn/moe_training.ts";
+import { parseOffload } from "../nn/offload.ts";
 import { parseRecompute } from "../nn/recompute.ts";
 import { MOMENT_DTYPES, type MomentFormat } from "../ops/adamw.ts";
 import { UsageError } from "../tensor/errors.ts";
@@ -62,6 +63,8 @@ export interface Recipe {
   readonly max_skipped: number;
   /** What runs a second time instead of being kept for the backward pass: see `parseRecompute`. */
   readonly recompute: string;
+  /** What lies in host memory instead of on the device: see `parseOffload`. */
+  readonly offload: string;
   /** Formats of products, and the ingredients left out: names of src/precision/recipes.ts, by commas. */
   readonly precision: string;
   readonly without: string;
@@ -85,7 +88,7 @@ export const RECIPE: Recipe = {
   bias_rate: 1e-3, bias_update: "sign", capacity_factor: 0, drop_policy: "probs", pad_to_capacity: false,
   align: 1, router_jitter: 0, router_dtype: "f32", routing: "topk", forced_balance: false, weighing: "output",
   max_skipped: MAX_SKIPPED,
-  recompute: "off", precision: "f32", without: "", eval_every: 0, eval_rows: 0,
+  recompute: "off", offload: "off", precision: "f32", without: "", eval_every: 0, eval_rows: 0,
   weights: "f32", master: "f32", moments: "f32",
 };
 
@@ -140,6 +143,7 @@ export function makeRecipe(given: { readonly [key in keyof Recipe]?: Recipe[key]
   }
   moeTrainingOf(recipe);
   parseRecompute(recipe.recompute);
+  parseOffload(recipe.offload);
   scheduleOf(recipe);
   return { ...recipe, without: precisionOf(recipe).without.join() };
 }

@@ -2,6 +2,7 @@
  * A whole training run without files: data, model, trainer, evaluation.
  * The command line and the worker drive it.
  */
+import { parseOffload } from "../nn/offload.ts";
 import { parseRecompute } from "../nn/recompute.ts";
 import type { NemotronH } from "../models/nemotron_h.ts";
 import type { MeshModel } from "../parallel/model.ts";
@@ -44,7 +45,8 @@ export class TrainingRun {
     this.trainer = new Trainer(model, {
       ...recipe, zero, accumulate, schedule: scheduleOf(recipe), betas: [beta1, beta2],
       mtp_depths: model.config.num_nextn_predict_layers > 0 ? recipe.mtp_depths : 0,
-      precision: precisionOf(recipe), recompute: parseRecompute(recipe.recompute), moe: moeTrainingOf(recipe),
+      precision: precisionOf(recipe), recompute: parseRecompute(recipe.recompute),
+      offload: parseOffload(recipe.offload), moe: moeTrainingOf(recipe),
     });
   }
 

@@ -4,6 +4,7 @@ import { RankLostError } from "../gpu/errors.ts";
 import type { GraphMemory } from "../gpu/pool.ts";
 import { ofMicroBatch } from "../nn/balance.ts";
 import { MoE } from "../nn/moe.ts";
+import { type OffloadChoice, OFFLOAD_OFF } from "../nn/offload.ts";
 import { type Recompute, RECOMPUTE_OFF } from "../nn/recompute.ts";
 import { checkMoETraining, makeMoETraining, type MoETraining } from "../nn/moe_training.ts";
 import type { LossOptions, NemotronH } from "../models/nemotron_h.ts";
@@ -25,7 +26,7 @@ import type { Tensor, TensorDType } from "../tensor/tensor.ts";
 import { withRoundings } from "../precision/active.ts";
 import { FULL_PRECISION, type PrecisionChoice } from "../precision/plan.ts";
 import type { Precision } from "../precision/precision.ts";
-import { AdamW, type AdamWOptions } from "./optimizer.ts";
+import { AdamW, type AdamWOptions, OFFLOAD_ELEMENTS } from "./optimizer.ts";
 import { expertOverflow, OverflowCounts } from "./overflow.ts";
 import type { Batch } from "./packing.ts";
 import { addGradients, Passes, type StagePass } from "./passes.ts";
@@ -71,6 +72,8 @@ export interface TrainerOptions extends AdamWOptions {
   readonly max_skipped?: number;
   /** What runs a second time to save memory; the gradients stay the same bit for bit. Default: nothing. */
   readonly recompute?: Recompute;
+  /** What lies in host memory instead of on the device, but for its use. Changes no bit. Default: nothing. */
+  readonly offload?: OffloadChoice;
   /** In which formats products are multiplied; default: f32. */
   readonly precision?: PrecisionChoice;
   /** Updates of the whole run, for what changes towards its end; default: nothing changes. */
@@ -110,7 +113,7 @@ export interface SkippedSteps {
 export interface HeldBytes {
   readonly parameters: number;
   readonly gradients: number;
-  /** Moments and masters. */
+  /** Moments and masters; none where they lie in host memory. */
   readonly optimizer: number;
   readonly activations: number;
 }
@@ -162,9 +165,11 @@ export class Trainer {
     const slots = this.#isOneGraph ? micros / dp : 1;
     this.#rounding = new TrainingPrecision(mesh, precision, { ...options, steps, seed, slots });
     const sharing = (name: string) => mesh.parameters.get(name)!.sharing;
+    const host_elements = options.offload?.optimizer ? options.host_elements ?? OFFLOAD_ELEMENTS : null;
+    const update = { ...options, sharing, host_elements };
     [this.optimizers, this.#inputs] = unscoped(() => [
       mesh.stages.map(({ model: { parameters } }) => new AdamW(
-        new Map([...parameters].filter(([, parameter]) => parameter.requiresGrad)), { ...options, sharing })),
+        new Map([...parameters].filter(([, parameter]) => parameter.requiresGrad)), update)),
       Array.from({ length: slots }, () => new RankInputs(mesh, { ...options, random: this.#isRandom })),
     ]);
   }
@@ -343,7 +348,8 @@ export class Trainer {
         parameters: total((stage) => sum([...stages[stage]!.model.parameters.values()].map(
           (parameter) => localsOf(parameter)[0]!))),
         gradients: total((stage) => sum(this.optimizers[stage]!.gradients.values()) / ranksPerStage(layout)),
-        optimizer: total((stage) => sum(this.optimizers[stage]!.state) / ranksPerStage(layout)),
+        optimizer: total((stage) => sum(this.optimizers[stage]!.state.filter(
+          ({ place }) => !("host" in place))) / ranksPerStage(layout)),
         activations,
       };
     });
@@ -524,10 +530,11 @@ export class Trainer {
   }
 
   #lossOptions(sums: readonly StageSums[]): LossOptions {
-    const { aux_coeff, aux_loss = 0, global_aux_loss = 0, z_loss = 0, mtp_scale, recompute } = this.options;
+    const { aux_coeff, aux_loss = 0, global_aux_loss = 0, z_loss = 0, mtp_scale } = this.options;
+    const { recompute = RECOMPUTE_OFF, offload = OFFLOAD_OFF } = this.options;
     const soFar = new Map(sums.flatMap((stage) => [...stage.soFar]));
     const balance = { seq_aux: aux_coeff, aux: aux_loss, global_aux: global_aux_loss, z: z_loss, soFar };
-    return { mtp_scale, balance, moe: this.#moe, ...(recompute === undefined ? {} : { recompute }) };
+    return { mtp_scale, balance, moe: this.#moe, recompute, offload };
   }
 
   /** Sums over ranks, the gradient norm over all of them, and the update. */

@@ -80,3 +80,33 @@ describe("a run goes on under any layout", () => {
     }));
   }
 });
+
+describe("a run goes on with and without its state in host memory, to the same files", () => {
+  for (const [layout, given] of [
+    ["dp=2", {}], ["tp=1", { weights: "bf16", moments: "8bit" }],
+  ] as const) {
+    test(`${layout} ${JSON.stringify(given)}`, () => withFolder(async (folder) => {
+      const layer = localFileLayer();
+      /** Two steps from the checkpoint in `source`, or from the start. @returns the files */
+      const go = async (offload: string, source: string | null, to: string) => {
+        const recipe = makeRecipe({ ...plain, ...given, offload, accumulate: 2 });
+        const { run, dispose } = start(layout, recipe);
+        try {
+          if (source) await restoreRun(run, (await openCheckpoint(layer, join(folder, source)))!);
+          for (let i = 0; i < 2; i++) await run.step();
+          const files = checkpointFiles(run, {}, savedRun(run, recipe));
+          const name = await saveCheckpoint(layer, join(folder, to), run.trainer.steps, files);
+          return await Promise.all(["model.safetensors", "optimizer.safetensors"].map(
+            (file) => readFile(join(folder, to, name, file))));
+        } finally {
+          dispose();
+        }
+      };
+      const [here, away] = [await go("off", null, "here"), await go("optimizer", null, "away")];
+      expect(away.map((file, i) => file.equals(here[i]!))).toEqual([true, true]);
+      const [on, off] = [await go("off", "away", "on"), await go("optimizer,activations", "here", "off")];
+      expect(off.map((file, i) => file.equals(on[i]!))).toEqual([true, true]);
+      expect(on[1]!.equals(here[1]!)).toBe(false);
+    }));
+  }
+});

@@ -24,6 +24,8 @@ export interface Outcome {
   readonly predicted: readonly HeldBytes[];
   /** What ranks send to each other in a step. */
   readonly collectives: readonly SentCollective[];
+  /** The most that a step's own tensors take at one time, of all ranks. */
+  readonly peak: number;
 }
 
 /** Trains under a layout, on one device or on that of every rank. */
@@ -49,7 +51,8 @@ export async function trainSmall(
     const optimizerBytes = states.reduce((sum, { byteLength }) => sum + byteLength, 0);
     return {
       steps: metrics, gradients, parameters, optimizerBytes, held: run.trainer.heldByRank!,
-      predicted: predictedOf(run, config), collectives: run.trainer.collectives,
+      predicted: predictedOf(run, config), peak: run.trainer.memory!.live,
+      collectives: run.trainer.collectives,
     };
   } finally {
     run.dispose();

@@ -12,6 +12,7 @@ import { makeRecipe, type Recipe } from "../../src/train/recipe.ts";
 import { TrainingRun } from "../../src/train/run.ts";
 import { withFolder } from "../cli/krait.ts";
 import { Draw } from "../ops/suite.ts";
+import { bitsOf } from "../support/state.ts";
 import { testAdapters } from "../support/adapters.ts";
 
 /** What a format means is tested on every adapter, op by op. */
@@ -35,7 +36,7 @@ function start(formats: Partial<Recipe>) {
   const state = async () => {
     const all: Uint8Array[] = [];
     for (const view of [...model.parameters.values(), ...run.trainer.optimizers[0]!.state]) {
-      all.push(new Uint8Array(await device.readBytes(view)));
+      all.push(await bitsOf(view));
     }
     return all;
   };

@@ -7,6 +7,7 @@ import type { Tensor } from "../../src/tensor/tensor.ts";
 import { together } from "../../src/tensor/together.ts";
 import { AdamW } from "../../src/train/optimizer.ts";
 import { Draw } from "../ops/suite.ts";
+import { bitsOf } from "../support/state.ts";
 import { testAdapters } from "../support/adapters.ts";
 
 const device = await openDevice({ adapter: (await testAdapters())[0]! });
@@ -100,7 +101,7 @@ async function check(make: () => Tensor[]): Promise<void> {
       const updated = ref.adamw(...padded, table, ndarray([8], hyper), ndarray([1], [1 / (norm + 1e-6)]));
       updated.forEach(({ data }, j) => expected[i]![j]!.data.set(data.subarray(0, sizeOf(shape))));
       for (const [j, view] of [tensors[i]!, ...optimizer.state.slice(2 * i, 2 * i + 2)].entries()) {
-        const values = new Float32Array(await device.readBytes(view));
+        const values = new Float32Array((await bitsOf(view)).buffer);
         expected[i]![j]!.data.forEach((value, at) =>
           expect(Math.abs(values[at]! - value), `${names[i]} ${j} ${at}`).toBeLessThan(2e-6));
       }
@@ -120,7 +121,7 @@ test("an update with a gradient or a loss that is no number leaves all as it was
   const state = async () => {
     const values: number[][] = [];
     for (const view of [parameter!, ...optimizer.state]) {
-      values.push([...new Float32Array(await device.readBytes(view))]);
+      values.push([...new Float32Array((await bitsOf(view)).buffer)]);
     }
     return values;
   };

@@ -15,6 +15,7 @@ import { type Batch, BatchPacker, IGNORED } from "../../src/train/packing.ts";
 import { constantSchedule } from "../../src/train/schedule.ts";
 import { type StepMetrics, Trainer, type TrainerOptions } from "../../src/train/trainer.ts";
 import { Draw } from "../ops/suite.ts";
+import { bitsOf } from "../support/state.ts";
 import { testAdapters } from "../support/adapters.ts";
 import { failEveryAllocation } from "../support/failing_allocator.ts";
 
@@ -254,7 +255,7 @@ describe("a small model with experts and two prediction depths", () => {
   const stateOf = async ({ model, trainer }: ReturnType<typeof start>) => {
     const state: Uint8Array[] = [];
     for (const view of [...model.parameters.values(), ...trainer.optimizers[0]!.state]) {
-      state.push(new Uint8Array(await device.readBytes(view)));
+      state.push(await bitsOf(view));
     }
     return state;
   };

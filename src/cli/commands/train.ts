@@ -8,6 +8,7 @@ import { DROP_POLICIES } from "../../ops/moe_limit.ts";
 import { openRankDevices, RANKS_ON, type RanksOn } from "../../parallel/rank_devices.ts";
 import { checkLayout, formatLayout, type Layout, worldOf } from "../../parallel/layout.ts";
 import { ROUTER_DTYPES, ROUTINGS, WEIGHINGS } from "../../nn/moe_training.ts";
+import { OFFLOADED_MODULES } from "../../nn/offload.ts";
 import { RECOMPUTED_MODULES } from "../../nn/recompute.ts";
 import { RECIPE_NAMES, RECIPES } from "../../precision/recipes.ts";
 import { KraitError, UsageError } from "../../tensor/errors.ts";
@@ -163,6 +164,12 @@ export const train = defineCommand({
       help: "Less memory, longer steps: what runs a second time for its gradients, which stay the same. " +
         "Every layer (full), every N layers as one (full:N), the first N of a stage (block:N), nothing " +
         `(off), or of ${RECOMPUTED_MODULES.join(", ")} those named, by commas.`,
+    },
+    offload: {
+      type: "string", value: "WHAT", alone: "activations,optimizer",
+      help: "Less memory on the GPU, longer steps: what lies in host memory between its uses, by commas: " +
+        "moments and masters (optimizer), what layers keep for their gradients (activations, or some of " +
+        `${OFFLOADED_MODULES.join(", ")} as in activations=mamba+moe), nothing (off). Changes no bit.`,
     },
     evalEvery: {
       type: "integer", min: 0, default: 0, help: "Steps between evaluations; 0: only at the end.",
@@ -330,7 +337,8 @@ async function plan(options: {
   readonly forcedBalance: boolean;
   readonly weights: Recipe["weights"] | undefined; readonly master: Recipe["master"] | undefined;
   readonly moments: Recipe["moments"] | undefined;
-  readonly recompute: string | undefined; readonly maxSkipped: number | undefined;
+  readonly recompute: string | undefined; readonly offload: string | undefined;
+  readonly maxSkipped: number | undefined;
   readonly precision: string | undefined; readonly without: string | undefined;
   readonly evalEvery: number; readonly evalRows: number | undefined;
   readonly layout: string | undefined; readonly perToken: boolean;
@@ -355,7 +363,7 @@ async function plan(options: {
     bias_rate: options.biasRate, bias_update: options.biasUpdate,
     router_jitter: options.routerJitter, router_dtype: options.routerDtype, routing: options.routing,
     forced_balance: options.forcedBalance || undefined, weighing: options.weighing,
-    recompute: options.recompute,
+    recompute: options.recompute, offload: options.offload,
     precision: options.precision, without: options.without,
     weights: options.weights, master: options.master, moments: options.moments,
     max_skipped: options.maxSkipped, eval_rows: options.evalRows, eval_every: options.evalEvery,
@@ -375,7 +383,7 @@ async function plan(options: {
   const doneBefore = saved.steps;
   const recipe = makeRecipe(saved.recipe); // older runs lack newer fields
   // what may change without making another run of it
-  const free = new Set(["steps", "eval_every", "eval_rows", "recompute", "max_skipped"]);
+  const free = new Set(["steps", "eval_every", "eval_rows", "recompute", "offload", "max_skipped"]);
   for (const [key, value] of Object.entries(given)) {
     const before = recipe[key as keyof Recipe] ?? RECIPE[key as keyof Recipe]; // older runs lack some
     if (value !== undefined && value !== before && !free.has(key)) {
@@ -390,7 +398,8 @@ async function plan(options: {
     config: parseConfig(readFileSync(join(checkpoint.path, "config.json"))),
     recipe: makeRecipe({
       ...rest, steps, eval_every: options.evalEvery, eval_rows: options.evalRows ?? recipe.eval_rows,
-      recompute: options.recompute ?? recipe.recompute, max_skipped: options.maxSkipped ?? rest.max_skipped,
+      recompute: options.recompute ?? recipe.recompute, offload: options.offload ?? recipe.offload,
+      max_skipped: options.maxSkipped ?? rest.max_skipped,
     }),
     layout: layoutOf(options.layout ?? saved.layout), init: null, tokenizerFolder: checkpoint.path,
     doneBefore,
