@@ -183,8 +183,10 @@ function planOf(
   recompute: Recompute, fsdp: boolean, cache: Map<string, LayerCosts>,
 ): Plan | number {
   const { shape, gpu, precision, seqlen, gpus, globalBatch } = request;
-  const overlapExchange = (request.overlapExchange ?? true) && layout.ep > 1 && recompute !== "full"
+  const recomputesExperts = recompute === "full" || recompute === "moe";
+  const overlapExchange = (request.overlapExchange ?? true) && layout.ep > 1 && !recomputesExperts
     && (layout.pp === 1 || layout.vpp > 1) && !fsdp;
+  const planned: Layout = { ...layout, overlap: overlapExchange };
   const options: CostOptions = { ...base, recompute, fsdp, overlapExchange };
   const { tp, cp, ep, etp, dispatcher } = layout;
   const key = [tp, cp, ep, etp, dispatcher, sizes.batch, recompute, overlapExchange].join();
@@ -193,7 +195,7 @@ function planOf(
   const stages = balancedChunks(shape, layout, costs);
   if (!stages) return Infinity;
   const widths = planWidths(precision);
-  const memory = predictMemory(shape, layout, sizes, {
+  const memory = predictMemory(shape, planned, sizes, {
     widths, recompute, sharding: fsdp ? "all" : "optimizer", stages,
   });
   const fits = memory.total <= USABLE_MEMORY * gpu.memory;
@@ -202,7 +204,7 @@ function planOf(
   const perGpu = (globalBatch * seqlen) / gpus / step.total;
   const rate = trainingFlops(shape, seqlen) * perGpu;
   return {
-    layout, sizes, recompute, fsdp, overlapExchange, step, memory, pipeline: stages,
+    layout: planned, sizes, recompute, fsdp, overlapExchange, step, memory, pipeline: stages,
     tflops: rate / 1e12,
     mfu: rate / peakOf(gpu, precision), tokens: perGpu,
   };

@@ -161,6 +161,14 @@ describe("a search", () => {
       second.step.total / best.step.total - 1 - 12 * 0.0005);
   });
 
+  test("names layouts whose expert exchange it takes to run beside computation", () => {
+    for (const { layout, overlapExchange, step } of found.plans) {
+      expect(formatLayout(layout).includes("overlap=on")).toBe(overlapExchange);
+      if (overlapExchange) expect(step.ep).toBeGreaterThan(0);
+    }
+    expect(new Set(found.plans.map(({ overlapExchange }) => overlapExchange)).size).toBe(2);
+  });
+
   test("keeps what is fixed", () => {
     const fixed = { tp: 2, pp: 2, ep: 8, microBatch: 1, recompute: "full" as const };
     for (const { layout, sizes, recompute } of searchPlans(request("nemotron-3-nano", 64, { fixed })).plans) {

@@ -153,8 +153,7 @@ function renderPlans(
     ]),
     ...(losers.length === 0 ? [] : ["", c.bold("Why the others lose"), table(losers)]),
     "", `Searched ${searched} combinations of layout, micro-batch and recomputation. Refused:`,
-    ...[...refused].map(([rule, count]) => ` ${count}: ${rule}`),
-    ...(best.overlapExchange ? ["", "The expert exchange of the first runs beside computation."] : []), "",
+    ...[...refused].map(([rule, count]) => ` ${count}: ${rule}`), "",
   ].join("\n");
 }
 
