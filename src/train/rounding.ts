@@ -2,11 +2,9 @@
 import { layerSpecs } from "../models/config.ts";
 import { listParameters, type Parameter } from "../models/checkpoint_names.ts";
 import type { NemotronHConfig } from "../models/config.ts";
-import { broken } from "../parallel/mesh.ts";
 import type { MeshModel } from "../parallel/model.ts";
 import { planProducts, type PrecisionChoice, type Projection, recipeOf } from "../precision/plan.ts";
 import { onOneRank, Precision, type RoundedProjection } from "../precision/precision.ts";
-import { isScaledAsWhole } from "../precision/projection.ts";
 import { type Products, type Recipe, RECIPES } from "../precision/recipes.ts";
 import { checkBlocks, RankRoundings, type RowSizes } from "./rank_rounding.ts";
 
@@ -39,14 +37,6 @@ export interface RoundingOptions extends RowSizes {
   readonly slots: number;
 }
 
-/** @throws UsageError for scales of gradients, which paired passes round twice, once for each product. */
-function checkOverlap(plan: ReadonlyMap<string, Products>, { recipe }: PrecisionChoice): void {
-  if (![...plan.values()].some(isScaledAsWhole)) return;
-  broken(
-    "with overlap no scale follows from the whole of a gradient",
-    "f32, bf16, fp8-delayed, fp8-blockwise or mxfp8", recipe);
-}
-
 export class TrainingPrecision {
   readonly #mesh: MeshModel;
   readonly #choice: PrecisionChoice;
@@ -65,7 +55,6 @@ export class TrainingPrecision {
     this.#switchAt = late_switch < 1 ? Math.round(late_switch * options.steps) : Infinity;
     const plan = formatsOf(choice, mesh.config, false);
     checkBlocks(plan, (name) => mesh.parameters.get(name)!.shard, mesh.layout, options);
-    if (mesh.layout.overlap && recipeOf(choice).amax_history === null) checkOverlap(plan, choice);
     this.#ranks = mesh.world > 1 ? new RankRoundings(mesh, options) : null;
   }
 
