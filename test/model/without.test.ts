@@ -1,6 +1,6 @@
 /** Adapters that lack one thing each: logits, loss and every gradient are those of any other adapter. */
 import { fileURLToPath } from "node:url";
-import { afterAll, expect, test } from "vitest";
+import { expect, onTestFinished, test, vi } from "vitest";
 import { GpuError } from "../../src/gpu/errors.ts";
 import { openFolder } from "../../src/io/files.node.ts";
 import { openDevice } from "../../src/tensor/device.ts";
@@ -40,8 +40,8 @@ await onEveryAdapter((device, open) => {
 });
 
 test("KRAIT_WITHOUT names what every device is opened without, unless the caller does", async () => {
-  process.env["KRAIT_WITHOUT"] = "timestamp-query, subgroups";
-  afterAll(() => delete process.env["KRAIT_WITHOUT"]);
+  vi.stubEnv("KRAIT_WITHOUT", "timestamp-query, subgroups");
+  onTestFinished(() => void vi.unstubAllEnvs());
   const stripped = await openDevice();
   for (const name of FEATURES.slice(1)) expect(stripped.gpuDevice.features.has(name), name).toBe(false);
   stripped.destroy();
