@@ -33,8 +33,10 @@ export async function launchChromium(): Promise<Browser> {
     writeFileSync(join(into, "chromium"), read("chromium.br"), { mode: 0o755 });
   });
   const env: Record<string, string> = { LD_LIBRARY_PATH: join(folder, "lib") };
+  // The packaged browser has a driver of its own, which names of others would hide from it.
+  const own = /^(LD_LIBRARY_PATH|VK_(ADD_)?DRIVER_FILES|VK_ICD_FILENAMES)$/;
   for (const [name, value] of Object.entries(process.env)) {
-    if (value !== undefined && name !== "LD_LIBRARY_PATH") env[name] = value;
+    if (value !== undefined && !own.test(name)) env[name] = value;
   }
   if (!existsSync("/etc/fonts/fonts.conf")) env["FONTCONFIG_PATH"] ??= folder;
   return chromium.launch({ executablePath: join(folder, "chromium"), args: FLAGS, env });

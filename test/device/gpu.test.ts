@@ -1,4 +1,4 @@
-import { expect, test, vi } from "vitest";
+import { afterAll, expect, test, vi } from "vitest";
 import { GpuError, OutOfMemoryError } from "../../src/gpu/errors.ts";
 import { sizeClass } from "../../src/gpu/pool.ts";
 import { launch } from "../../src/kernel/launch.ts";
@@ -19,6 +19,7 @@ const pair = {
   entries: { add: ["a", "b", "params", "y"], set: ["dst", "params"] },
 };
 Object.assign(manifest, { "test/pair": pair });
+afterAll(() => void Reflect.deleteProperty(manifest, "test/pair"));
 
 test("a size class holds what was asked for, wastes little, and is its own class", () => {
   const sizes = [0, 1, 256, 257, 65536, 65537, 1 << 20].map(sizeClass);
